@@ -1,0 +1,309 @@
+"""How a parameter is read as matrices: which axes are rows, columns and batch; how fused axes split.
+
+A leaf of any rank becomes one or more stacks `[b, m, n]` and comes back:
+
+    kernel  [d, f]         View(rows=0, cols=1)            one  d x f
+    scanned [L, d, f]      View(rows=1, cols=2)            L of d x f
+    conv    [H, W, I, O]   View(rows=(0, 1, 2), cols=3)    one  HWI x O
+    qkv     [d, q + k + v] View(0, 1, Split(1, (q, k, v))) three, of their own widths
+
+Rows are the axes that the layer contracts (its fan in), columns those that it produces (its fan out);
+whatever is left is batch. Merging axes may permute rows or columns, and that is harmless: the polar
+factor obeys `f(PXQ) = P f(X) Q` for every orthogonal, so every permutation, `P` and `Q`.
+Nothing here computes: views are bound to a shape once, in Python. Which leaf gets which view is
+decided in `rules.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Axes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The parts of a fused axis, each an independent matrix (or several).
+
+    Args:
+      axis: the fused axis of the parameter; one of the view's rows or columns.
+      sizes: length of each part along the axis, in order. They add up to the axis (over `groups`).
+      heads: how many equal matrices each part holds side by side; default one each. With `heads` a
+        head of a part becomes a batch entry of that part.
+      groups: how often the whole pattern repeats along the axis: 1 for `q..q k..k v..v`, the number of
+        query groups for the interleaved layout `(q k v)(q k v)...` of Megatron. The groups of a part
+        make one matrix.
+
+    Raises:
+      ValueError: a size is not positive, a part is not divisible by its heads, or the lengths of
+        `sizes` and `heads` differ.
+
+    >>> Split(1, sizes=(64, 16, 16))                     # GQA: four query heads to a key head
+    Split(axis=1, sizes=(64, 16, 16), heads=(1, 1, 1), groups=1)
+    >>> Split(1, sizes=(64, 16, 16), heads=(4, 1, 1)).lengths
+    (16, 16, 16)
+    """
+
+    axis: int
+    sizes: tuple[int, ...]
+    heads: tuple[int, ...] | None = None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        heads = (1,) * len(self.sizes) if self.heads is None else tuple(self.heads)
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        object.__setattr__(self, "heads", heads)
+        if len(heads) != len(self.sizes):
+            raise ValueError(
+                f"Split has {len(self.sizes)} sizes and {len(heads)} heads; give one entry of heads per part."
+            )
+        if not self.sizes or min(self.sizes) < 1 or min(heads) < 1 or self.groups < 1:
+            raise ValueError(f"Split sizes, heads and groups must be positive, got {self}.")
+        for size, count in zip(self.sizes, heads, strict=True):
+            if size * self.groups % count:
+                raise ValueError(
+                    f"Split part of {size * self.groups} entries does not divide into {count} heads."
+                )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Length along the axis of one matrix of each part."""
+        assert self.heads is not None
+        parts = zip(self.sizes, self.heads, strict=True)
+        return tuple(size * self.groups // count for size, count in parts)
+
+    @property
+    def total(self) -> int:
+        """Length of the fused axis."""
+        return sum(self.sizes) * self.groups
+
+    @classmethod
+    def qkv(
+        cls, axis: int, *, heads: int, head_dim: int, kv_heads: int | None = None, per_head: bool = False
+    ) -> Split:
+        """Split a fused query-key-value axis laid out as all queries, all keys, all values.
+
+        >>> Split.qkv(1, heads=8, kv_heads=2, head_dim=64).sizes
+        (512, 128, 128)
+        """
+        counts = (heads, kv_heads or heads, kv_heads or heads)
+        sizes = tuple(count * head_dim for count in counts)
+        return cls(axis, sizes, heads=counts if per_head else None)
+
+    @classmethod
+    def equal(cls, axis: int, size: int, *, parts: int) -> Split:
+        """Split an axis of `size` entries into equal matrices: `gate_up` with 2 parts, or one per head.
+
+        >>> Split.equal(-1, 128, parts=2).lengths
+        (64,)
+        """
+        return cls(axis, (size,), heads=(parts,))
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Which axes of a parameter are the rows and the columns of its matrices; the others are batch.
+
+    Args:
+      rows: axes that the layer contracts, the fan in. One axis or several; negative axes count from
+        the end.
+      cols: axes that the layer produces, the fan out.
+      split: the parts of a fused axis, if one is fused.
+
+    Raises:
+      ValueError: rows or columns are empty.
+
+    >>> View(rows=1, cols=2).on((12, 512, 2048)).blocks        # twelve scanned layers
+    (Block(batch=12, rows=512, cols=2048),)
+    >>> View((0, 1, 2), 3).on((3, 3, 64, 128)).blocks          # a convolution, HWIO
+    (Block(batch=1, rows=576, cols=128),)
+    """
+
+    rows: Axes
+    cols: Axes
+    split: Split | None = None
+
+    def __init__(
+        self, rows: int | Sequence[int], cols: int | Sequence[int], split: Split | None = None
+    ) -> None:
+        object.__setattr__(self, "rows", _axes(rows))
+        object.__setattr__(self, "cols", _axes(cols))
+        object.__setattr__(self, "split", split)
+        if not self.rows or not self.cols:
+            raise ValueError(f"A view needs at least one axis for rows and one for columns, got {self}.")
+
+    def on(self, shape: Sequence[int]) -> Geometry:
+        """Bind the view to a shape.
+
+        Raises:
+          ValueError: an axis does not exist or is used twice, or the split does not add up to its axis.
+        """
+        return _bind(self, tuple(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A stack of equal matrices found in one parameter."""
+
+    batch: int
+    """How many matrices."""
+    rows: int
+    """Rows of each: the fan in of the logical matrix."""
+    cols: int
+    """Columns of each: the fan out of the logical matrix."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(batch, rows, cols)`."""
+        return self.batch, self.rows, self.cols
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """A view bound to a shape: what goes where. Made by `View.on`."""
+
+    shape: tuple[int, ...]
+    """Shape of the parameter."""
+    batch_axes: Axes
+    """Axes (not negative) that count matrices."""
+    row_axes: Axes
+    """Axes merged into rows, in the view's order."""
+    col_axes: Axes
+    """Axes merged into columns, in the view's order."""
+    split: Split | None
+    """The fused axis, its number not negative."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One block per part of the split; one if nothing is split."""
+        if self.split is None:
+            return (self._block(self.shape, 1),)
+        assert self.split.heads is not None
+        parts = zip(self.split.lengths, self.split.heads, strict=True)
+        return tuple(self._block(self._with_length(length), heads) for length, heads in parts)
+
+    def to_matrices(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Read a parameter `[*shape]` as its stacks of matrices, one `[b, m, n]` per block."""
+        return tuple(
+            self._stack(part, block.shape)
+            for part, block in zip(self._parts(x), self.blocks, strict=True)
+        )
+
+    def from_matrices(self, matrices: Sequence[jax.Array]) -> jax.Array:
+        """Put the stacks back: the exact inverse of `to_matrices`."""
+        if self.split is None:
+            return self._unstack(matrices[0], self.shape, 1)
+        assert self.split.heads is not None
+        split, axis, shape = self.split, self.split.axis, self.shape
+        parts = [
+            self._unstack(part, self._with_length(length), heads)
+            for part, length, heads in zip(matrices, split.lengths, split.heads, strict=True)
+        ]
+        if split.groups == 1:
+            return jnp.concatenate(parts, axis)
+        grouped = [_group(part, axis, split.groups) for part in parts]
+        return jnp.concatenate(grouped, axis + 1).reshape(shape)
+
+    def spread(self, values: Sequence[float]) -> float | np.ndarray:
+        """One value per block, laid out to broadcast against the parameter: `x * spread(factors)`."""
+        if self.split is None or len(set(values)) == 1:
+            return values[0]
+        pattern = np.repeat(np.asarray(values, np.float32), self.split.sizes)
+        along = [1] * len(self.shape)
+        along[self.split.axis] = self.split.total
+        return np.tile(pattern, self.split.groups).reshape(along)
+
+    def _block(self, shape: Sequence[int], heads: int) -> Block:
+        def size(axes: Axes) -> int:
+            return math.prod(shape[axis] for axis in axes)
+
+        return Block(size(self.batch_axes) * heads, size(self.row_axes), size(self.col_axes))
+
+    def _with_length(self, length: int) -> tuple[int, ...]:
+        assert self.split is not None
+        return (*self.shape[: self.split.axis], length, *self.shape[self.split.axis + 1 :])
+
+    def _parts(self, x: jax.Array) -> list[jax.Array]:
+        """The parts of the fused axis, a part of several heads with its heads as an axis in front."""
+        if self.split is None:
+            return [x]
+        split, axis = self.split, self.split.axis
+        assert split.heads is not None
+        cuts = np.cumsum(split.sizes)[:-1].tolist()
+        if split.groups == 1:
+            parts = jnp.split(x, cuts, axis)
+        else:
+            grouped = jnp.split(_group(x, axis, split.groups), cuts, axis + 1)
+            parts = [part.reshape(_merge(part.shape, axis)) for part in grouped]
+        return [
+            jnp.moveaxis(_group(part, axis, heads), axis, 0) if heads > 1 else part
+            for part, heads in zip(parts, split.heads, strict=True)
+        ]
+
+    def _order(self, heads: int) -> Axes:
+        """Axes of a part in the order (heads, batch, rows, columns)."""
+        order = (*self.batch_axes, *self.row_axes, *self.col_axes)
+        return order if heads == 1 else (0, *(axis + 1 for axis in order))
+
+    def _stack(self, part: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+        heads = 2 if part.ndim > len(self.shape) else 1
+        return part.transpose(self._order(heads)).reshape(shape)
+
+    def _unstack(self, matrices: jax.Array, shape: tuple[int, ...], heads: int) -> jax.Array:
+        order = self._order(heads)
+        full = shape if heads == 1 else (heads, *shape)
+        part = matrices.reshape([full[axis] for axis in order]).transpose(np.argsort(order))
+        if heads == 1:
+            return part
+        assert self.split is not None
+        axis = self.split.axis
+        return jnp.moveaxis(part, 0, axis).reshape(
+            (*shape[:axis], heads * shape[axis], *shape[axis + 1 :])
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _bind(view: View, shape: tuple[int, ...]) -> Geometry:
+    """Resolve negative axes and check every axis of a view against a shape."""
+    rows, cols = (tuple(_axis(axis, view, shape) for axis in axes) for axes in (view.rows, view.cols))
+    if len({*rows, *cols}) < len(rows) + len(cols):
+        raise ValueError(f"{view} uses an axis of the shape {shape} twice.")
+    split = view.split
+    if split is not None:
+        split = dataclasses.replace(split, axis=_axis(split.axis, view, shape))
+        if split.axis not in (*rows, *cols):
+            raise ValueError(f"{view} splits axis {split.axis}, which is none of its rows or columns.")
+        if split.total != shape[split.axis]:
+            raise ValueError(
+                f"{view} splits an axis of {split.total} entries; axis {split.axis} of the shape {shape}"
+                f" has {shape[split.axis]}."
+            )
+    batch = tuple(axis for axis in range(len(shape)) if axis not in (*rows, *cols))
+    return Geometry(shape, batch, rows, cols, split)
+
+
+def _axes(axes: int | Sequence[int]) -> Axes:
+    return (int(axes),) if isinstance(axes, int | np.integer) else tuple(int(axis) for axis in axes)
+
+
+def _axis(axis: int, view: View, shape: tuple[int, ...]) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{view} names axis {axis}, which the shape {shape} does not have.")
+    return axis % len(shape)
+
+
+def _group(x: jax.Array, axis: int, groups: int) -> jax.Array:
+    """`[.., groups * k, ..]` to `[.., groups, k, ..]`."""
+    return x.reshape((*x.shape[:axis], groups, -1, *x.shape[axis + 1 :]))
+
+
+def _merge(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape with `axis` and the next one merged."""
+    return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
