@@ -1,0 +1,72 @@
+"""What a user installs: typed, complete, with every public name documented."""
+
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+import types
+import zipfile
+
+import pytest
+
+import optax_muon
+
+ROOT = pathlib.Path(__file__).parent.parent
+FACES = ["optax_muon", "optax_muon.compat"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    command = [
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "--target",
+        "wheel",
+        "--directory",
+        folder,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_every_name_of_a_face_exists_once(face):
+    module = importlib.import_module(face)
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_every_public_function_and_class_is_documented(face):
+    module = importlib.import_module(face)
+    values = {name: getattr(module, name) for name in module.__all__}
+    spoken = {n: v for n, v in values.items() if isinstance(v, types.FunctionType | type)}
+    assert spoken
+    assert [name for name, value in spoken.items() if not inspect.getdoc(value)] == []
+
+
+def test_the_wheel_is_typed_and_holds_the_package_alone(wheel):
+    names = wheel.namelist()
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "optax_muon").rglob("*.py")}
+    assert modules | {"optax_muon/py.typed"} <= set(names)
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"optax_muon", f"optax_muon-{optax_muon.__version__}.dist-info"}
+
+
+def test_the_wheel_carries_its_license_and_command(wheel):
+    info = f"optax_muon-{optax_muon.__version__}.dist-info"
+    assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
+    assert b"optax-muon = optax_muon.models.cli:main" in wheel.read(f"{info}/entry_points.txt")
+
+
+def test_the_core_does_not_ask_for_what_only_training_needs(wheel):
+    metadata = wheel.read(f"optax_muon-{optax_muon.__version__}.dist-info/METADATA").decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    core = {line.split()[1].split(">")[0] for line in required if "extra ==" not in line}
+    assert core == {"flax", "jax", "numpy", "optax", "orbax-checkpoint"}
