@@ -1,13 +1,13 @@
 """Names of leaves: one path for linen, nnx, equinox and plain trees.
 
-Everything that this package decides, it decides for a path: `layers/0/kernel`. A flat mapping from path
-to view needs none of the gymnastics that masked trees ask for: the leaves that survive `optax.partition`
-keep their full paths.
+Everything that this package decides, it decides for a path: `layers/0/kernel`. A flat mapping from
+path to view needs none of the gymnastics that masked trees ask for: the leaves that survive
+`optax.partition` keep their full paths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -48,3 +48,15 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
 def is_masked(leaf: Any) -> bool:
     """Whether `optax.masked` or `optax.partition` has taken this leaf away."""
     return isinstance(leaf, optax.MaskedNode)
+
+
+def covering(entries: Iterable[str], name: str) -> str | None:
+    """The longest entry that is the path itself or lies above it; None if there is none.
+
+    >>> covering(["layers", "layers/0", "head"], "layers/0/kernel")
+    'layers/0'
+    >>> covering([""], "anything")          # the root covers all
+    ''
+    """
+    above = [entry for entry in entries if entry in ("", name) or name.startswith(f"{entry}/")]
+    return max(above, key=len, default=None)

@@ -1,4 +1,4 @@
-"""How a parameter is read as matrices: which axes are rows, columns and batch; how fused axes split.
+"""How a parameter is read as matrices: its axes of rows, columns and batch, its fused axes.
 
 A leaf of any rank becomes one or more stacks `[b, m, n]` and comes back:
 
@@ -7,9 +7,9 @@ A leaf of any rank becomes one or more stacks `[b, m, n]` and comes back:
     conv    [H, W, I, O]   View(rows=(0, 1, 2), cols=3)    one  HWI x O
     qkv     [d, q + k + v] View(0, 1, Split(1, (q, k, v))) three, of their own widths
 
-Rows are the axes that the layer contracts (its fan in), columns those that it produces (its fan out);
-whatever is left is batch. Merging axes may permute rows or columns, and that is harmless: the polar
-factor obeys `f(PXQ) = P f(X) Q` for every orthogonal, so every permutation, `P` and `Q`.
+Rows are the axes that the layer contracts (its fan in), columns those that it produces (its fan
+out); whatever is left is batch. Merging axes may permute rows or columns, and that is harmless:
+the polar factor obeys `f(PXQ) = P f(X) Q` for every orthogonal, so every permutation, `P` and `Q`.
 Nothing here computes: views are bound to a shape once, in Python. Which leaf gets which view is
 decided in `rules.py`.
 """
@@ -37,9 +37,9 @@ class Split:
       sizes: length of each part along the axis, in order. They add up to the axis (over `groups`).
       heads: how many equal matrices each part holds side by side; default one each. With `heads` a
         head of a part becomes a batch entry of that part.
-      groups: how often the whole pattern repeats along the axis: 1 for `q..q k..k v..v`, the number of
-        query groups for the interleaved layout `(q k v)(q k v)...` of Megatron. The groups of a part
-        make one matrix.
+      groups: how often the whole pattern repeats along the axis: 1 for `q..q k..k v..v`, the
+        number of query groups for the interleaved layout `(q k v)(q k v)...` of Megatron. The
+        groups of a part make one matrix.
 
     Raises:
       ValueError: a size is not positive, a part is not divisible by its heads, or the lengths of
@@ -62,14 +62,14 @@ class Split:
         object.__setattr__(self, "heads", heads)
         if len(heads) != len(self.sizes):
             raise ValueError(
-                f"Split has {len(self.sizes)} sizes and {len(heads)} heads; give one entry of heads per part."
+                f"Split has {len(self.sizes)} sizes and {len(heads)} head counts; give one per part."
             )
         if not self.sizes or min(self.sizes) < 1 or min(heads) < 1 or self.groups < 1:
             raise ValueError(f"Split sizes, heads and groups must be positive, got {self}.")
         for size, count in zip(self.sizes, heads, strict=True):
             if size * self.groups % count:
                 raise ValueError(
-                    f"Split part of {size * self.groups} entries does not divide into {count} heads."
+                    f"A part of {size * self.groups} entries does not divide into {count} heads."
                 )
 
     @property
@@ -86,7 +86,13 @@ class Split:
 
     @classmethod
     def qkv(
-        cls, axis: int, *, heads: int, head_dim: int, kv_heads: int | None = None, per_head: bool = False
+        cls,
+        axis: int,
+        *,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        per_head: bool = False,
     ) -> Split:
         """Split a fused query-key-value axis laid out as all queries, all keys, all values.
 
@@ -99,7 +105,7 @@ class Split:
 
     @classmethod
     def equal(cls, axis: int, size: int, *, parts: int) -> Split:
-        """Split an axis of `size` entries into equal matrices: `gate_up` with 2 parts, or one per head.
+        """Split an axis of `size` entries into equal matrices: gate and up, or one per head.
 
         >>> Split.equal(-1, 128, parts=2).lengths
         (64,)
@@ -137,13 +143,16 @@ class View:
         object.__setattr__(self, "cols", _axes(cols))
         object.__setattr__(self, "split", split)
         if not self.rows or not self.cols:
-            raise ValueError(f"A view needs at least one axis for rows and one for columns, got {self}.")
+            raise ValueError(
+                f"A view needs at least one axis for rows and one for columns, got {self}."
+            )
 
     def on(self, shape: Sequence[int]) -> Geometry:
         """Bind the view to a shape.
 
         Raises:
-          ValueError: an axis does not exist or is used twice, or the split does not add up to its axis.
+          ValueError: an axis does not exist or is used twice, or the split does not add up to its
+            axis.
         """
         return _bind(self, tuple(shape))
 
@@ -183,36 +192,61 @@ class Geometry:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """One block per part of the split; one if nothing is split."""
+        return tuple(self._block(shape) for shape in self._part_shapes)
+
+    @property
+    def part_rows(self) -> Axes:
+        """The row axes as `parts` has them."""
+        return tuple(axis + 1 for axis in self.row_axes)
+
+    @property
+    def part_cols(self) -> Axes:
+        """The column axes as `parts` has them."""
+        return tuple(axis + 1 for axis in self.col_axes)
+
+    def parts(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Cut a parameter into its parts, each `[heads, *shape of one head]`; no axis moves."""
         if self.split is None:
-            return (self._block(self.shape, 1),)
-        assert self.split.heads is not None
-        parts = zip(self.split.lengths, self.split.heads, strict=True)
-        return tuple(self._block(self._with_length(length), heads) for length, heads in parts)
+            return (x[None],)
+        split, axis = self.split, self.split.axis
+        assert split.heads is not None
+        cuts = np.cumsum(split.sizes)[:-1].tolist()
+        grouped = jnp.split(_cut(x, axis, split.groups), cuts, axis + 1)
+        merged = [part.reshape(self._with_length(-1)) for part in grouped]
+        return tuple(
+            jnp.moveaxis(_cut(part, axis, heads), axis, 0)
+            for part, heads in zip(merged, split.heads, strict=True)
+        )
+
+    def join(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Put the parts back: the exact inverse of `parts`."""
+        if self.split is None:
+            return parts[0][0]
+        axis = self.split.axis
+        merged = [jnp.moveaxis(part, 0, axis).reshape(self._with_length(-1)) for part in parts]
+        grouped = [_cut(part, axis, self.split.groups) for part in merged]
+        return jnp.concatenate(grouped, axis + 1).reshape(self.shape)
 
     def to_matrices(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Read a parameter `[*shape]` as its stacks of matrices, one `[b, m, n]` per block."""
         return tuple(
-            self._stack(part, block.shape)
-            for part, block in zip(self._parts(x), self.blocks, strict=True)
+            part.transpose(self._order).reshape(block.shape)
+            for part, block in zip(self.parts(x), self.blocks, strict=True)
         )
 
     def from_matrices(self, matrices: Sequence[jax.Array]) -> jax.Array:
         """Put the stacks back: the exact inverse of `to_matrices`."""
-        if self.split is None:
-            return self._unstack(matrices[0], self.shape, 1)
-        assert self.split.heads is not None
-        split, axis, shape = self.split, self.split.axis, self.shape
-        parts = [
-            self._unstack(part, self._with_length(length), heads)
-            for part, length, heads in zip(matrices, split.lengths, split.heads, strict=True)
-        ]
-        if split.groups == 1:
-            return jnp.concatenate(parts, axis)
-        grouped = [_group(part, axis, split.groups) for part in parts]
-        return jnp.concatenate(grouped, axis + 1).reshape(shape)
+        return self.join(
+            [
+                stack.reshape([shape[axis] for axis in self._order]).transpose(
+                    np.argsort(self._order)
+                )
+                for stack, shape in zip(matrices, self._part_shapes, strict=True)
+            ]
+        )
 
     def spread(self, values: Sequence[float]) -> float | np.ndarray:
-        """One value per block, laid out to broadcast against the parameter: `x * spread(factors)`."""
+        """Lay out one value per block so that it broadcasts against the parameter."""
         if self.split is None or len(set(values)) == 1:
             return values[0]
         pattern = np.repeat(np.asarray(values, np.float32), self.split.sizes)
@@ -220,70 +254,51 @@ class Geometry:
         along[self.split.axis] = self.split.total
         return np.tile(pattern, self.split.groups).reshape(along)
 
-    def _block(self, shape: Sequence[int], heads: int) -> Block:
-        def size(axes: Axes) -> int:
-            return math.prod(shape[axis] for axis in axes)
+    @property
+    def _order(self) -> Axes:
+        """Axes of a part in the order (heads, batch, rows, columns)."""
+        return (0, *(axis + 1 for axis in (*self.batch_axes, *self.row_axes, *self.col_axes)))
 
-        return Block(size(self.batch_axes) * heads, size(self.row_axes), size(self.col_axes))
+    @property
+    def _part_shapes(self) -> list[tuple[int, ...]]:
+        """Shape `[heads, ...]` of every part."""
+        if self.split is None:
+            return [(1, *self.shape)]
+        assert self.split.heads is not None
+        parts = zip(self.split.heads, self.split.lengths, strict=True)
+        return [(heads, *self._with_length(length)) for heads, length in parts]
+
+    def _block(self, shape: tuple[int, ...]) -> Block:
+        def size(axes: Axes) -> int:
+            return math.prod(shape[1:][axis] for axis in axes)
+
+        return Block(shape[0] * size(self.batch_axes), size(self.row_axes), size(self.col_axes))
 
     def _with_length(self, length: int) -> tuple[int, ...]:
+        """The parameter's shape with another length of the fused axis."""
         assert self.split is not None
         return (*self.shape[: self.split.axis], length, *self.shape[self.split.axis + 1 :])
-
-    def _parts(self, x: jax.Array) -> list[jax.Array]:
-        """The parts of the fused axis, a part of several heads with its heads as an axis in front."""
-        if self.split is None:
-            return [x]
-        split, axis = self.split, self.split.axis
-        assert split.heads is not None
-        cuts = np.cumsum(split.sizes)[:-1].tolist()
-        if split.groups == 1:
-            parts = jnp.split(x, cuts, axis)
-        else:
-            grouped = jnp.split(_group(x, axis, split.groups), cuts, axis + 1)
-            parts = [part.reshape(_merge(part.shape, axis)) for part in grouped]
-        return [
-            jnp.moveaxis(_group(part, axis, heads), axis, 0) if heads > 1 else part
-            for part, heads in zip(parts, split.heads, strict=True)
-        ]
-
-    def _order(self, heads: int) -> Axes:
-        """Axes of a part in the order (heads, batch, rows, columns)."""
-        order = (*self.batch_axes, *self.row_axes, *self.col_axes)
-        return order if heads == 1 else (0, *(axis + 1 for axis in order))
-
-    def _stack(self, part: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-        heads = 2 if part.ndim > len(self.shape) else 1
-        return part.transpose(self._order(heads)).reshape(shape)
-
-    def _unstack(self, matrices: jax.Array, shape: tuple[int, ...], heads: int) -> jax.Array:
-        order = self._order(heads)
-        full = shape if heads == 1 else (heads, *shape)
-        part = matrices.reshape([full[axis] for axis in order]).transpose(np.argsort(order))
-        if heads == 1:
-            return part
-        assert self.split is not None
-        axis = self.split.axis
-        return jnp.moveaxis(part, 0, axis).reshape(
-            (*shape[:axis], heads * shape[axis], *shape[axis + 1 :])
-        )
 
 
 @functools.lru_cache(maxsize=4096)
 def _bind(view: View, shape: tuple[int, ...]) -> Geometry:
     """Resolve negative axes and check every axis of a view against a shape."""
-    rows, cols = (tuple(_axis(axis, view, shape) for axis in axes) for axes in (view.rows, view.cols))
+    rows, cols = (
+        tuple(_axis(axis, view, shape) for axis in axes) for axes in (view.rows, view.cols)
+    )
     if len({*rows, *cols}) < len(rows) + len(cols):
         raise ValueError(f"{view} uses an axis of the shape {shape} twice.")
     split = view.split
     if split is not None:
         split = dataclasses.replace(split, axis=_axis(split.axis, view, shape))
         if split.axis not in (*rows, *cols):
-            raise ValueError(f"{view} splits axis {split.axis}, which is none of its rows or columns.")
+            raise ValueError(
+                f"{view} splits axis {split.axis}, which is none of its rows or columns."
+            )
         if split.total != shape[split.axis]:
             raise ValueError(
-                f"{view} splits an axis of {split.total} entries; axis {split.axis} of the shape {shape}"
-                f" has {shape[split.axis]}."
+                f"{view} splits an axis of {split.total} entries;"
+                f" axis {split.axis} of the shape {shape} has {shape[split.axis]}."
             )
     batch = tuple(axis for axis in range(len(shape)) if axis not in (*rows, *cols))
     return Geometry(shape, batch, rows, cols, split)
@@ -299,11 +314,6 @@ def _axis(axis: int, view: View, shape: tuple[int, ...]) -> int:
     return axis % len(shape)
 
 
-def _group(x: jax.Array, axis: int, groups: int) -> jax.Array:
-    """`[.., groups * k, ..]` to `[.., groups, k, ..]`."""
-    return x.reshape((*x.shape[:axis], groups, -1, *x.shape[axis + 1 :]))
-
-
-def _merge(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """The shape with `axis` and the next one merged."""
-    return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+def _cut(x: jax.Array, axis: int, pieces: int) -> jax.Array:
+    """`[.., pieces * k, ..]` to `[.., pieces, k, ..]`."""
+    return x.reshape((*x.shape[:axis], pieces, -1, *x.shape[axis + 1 :]))

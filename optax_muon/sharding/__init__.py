@@ -1,0 +1,1 @@
+"""Where the work goes: matrices of one shape pooled into buckets."""

@@ -1,0 +1,93 @@
+"""Matrices of one shape, from whatever parameters, pooled into one batch `[B, m, n]`.
+
+A model has hundreds of matrices and a handful of shapes. Pooled over leaves, layers, experts,
+heads and parts of fused axes they become a few batched products, so the program's size does not
+grow with depth. Tall matrices join the wide ones of the same size transposed: the polar factor
+obeys `f(X^T) = f(X)^T`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_muon.matrices.views import Geometry
+
+Stacks = dict[str, tuple[jax.Array, ...]]
+"""The matrices of every parameter: path to one `[b, m, n]` per block of its view."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The matrices that one block of one parameter brings to a bucket."""
+
+    path: str
+    """The parameter."""
+    block: int
+    """Which block of the parameter's view."""
+    batch: int
+    """How many matrices."""
+    tall: bool
+    """Whether they are stored tall, and enter transposed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """All matrices of one shape and dtype: `[size, rows, cols]` with `rows <= cols`."""
+
+    rows: int
+    """The short side."""
+    cols: int
+    """The long side."""
+    dtype: np.dtype
+    """Dtype of the stored matrices."""
+    members: tuple[Member, ...]
+    """Who brings how many, in order."""
+
+    @property
+    def size(self) -> int:
+        """How many matrices the bucket holds."""
+        return sum(member.batch for member in self.members)
+
+    def pack(self, stacks: Stacks) -> jax.Array:
+        """Pool the members' matrices into `[size, rows, cols]`."""
+        parts = [_turned(stacks[m.path][m.block], m.tall) for m in self.members]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    def unpack(self, pooled: jax.Array) -> dict[tuple[str, int], jax.Array]:
+        """Hand every member its matrices back, as it stores them: `{(path, block): [b, m, n]}`."""
+        ends = np.cumsum([member.batch for member in self.members])[:-1].tolist()
+        parts = [pooled] if len(self.members) == 1 else jnp.split(pooled, ends)
+        return {
+            (m.path, m.block): _turned(part, m.tall)
+            for m, part in zip(self.members, parts, strict=True)
+        }
+
+
+def buckets(
+    geometries: Mapping[str, Geometry], dtypes: Mapping[str, np.dtype]
+) -> tuple[Bucket, ...]:
+    """Pool matrices by shape and dtype, in order of first appearance.
+
+    >>> from optax_muon.matrices.views import View
+    >>> up, down = View(0, 1).on((512, 2048)), View(0, 1).on((2048, 512))
+    >>> float32 = np.dtype("float32")
+    >>> [bucket] = buckets({"up": up, "down": down}, {"up": float32, "down": float32})
+    >>> (bucket.size, bucket.rows, bucket.cols)
+    (2, 512, 2048)
+    """
+    members: dict[tuple[int, int, np.dtype], list[Member]] = {}
+    for path, geometry in geometries.items():
+        for index, block in enumerate(geometry.blocks):
+            short, long = sorted((block.rows, block.cols))
+            member = Member(path, index, block.batch, tall=block.rows > block.cols)
+            members.setdefault((short, long, dtypes[path]), []).append(member)
+    return tuple(Bucket(*key, tuple(group)) for key, group in members.items())
+
+
+def _turned(matrices: jax.Array, tall: bool) -> jax.Array:
+    return matrices.mT if tall else matrices

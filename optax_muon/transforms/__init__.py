@@ -1,0 +1,1 @@
+"""The links of the chain, each an optax transformation that can be used alone."""

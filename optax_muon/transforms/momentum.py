@@ -1,0 +1,74 @@
+"""Momentum in the paper's sum form, with Nesterov's look-ahead (arXiv 2502.16982, Eq. 1).
+
+    M_t = beta M_{t-1} + g_t          U_t = g_t + beta M_t   (Nesterov)   or   U_t = M_t
+
+The direction of `U` is exactly that of the averaging form `M_t = beta M_{t-1} + (1 - beta) g_t`
+used by others, and orthogonalization keeps nothing but the direction.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_muon.transforms.dtype import at_least_float32
+
+
+class MomentumState(NamedTuple):
+    """State of `scale_by_momentum`."""
+
+    count: jax.Array
+    """Updates done: int32 `[]`, for a scheduled beta."""
+    mu: optax.Updates
+    """The momentum, shaped and sharded as the parameters."""
+
+
+def scale_by_momentum(
+    beta: optax.ScalarOrSchedule = 0.95,
+    nesterov: bool = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Replace gradients by their momentum, in float32 or wider.
+
+    Args:
+      beta: how much of the momentum survives a step, in [0, 1); a number, an array or a schedule of
+        the step. 0.95 is the paper's.
+      nesterov: whether to look one step ahead; the paper does.
+      mu_dtype: dtype that the momentum is stored in. None keeps float32, or float64 for float64
+        gradients, whatever the parameters are stored in.
+
+    Returns:
+      A transformation whose updates are not narrower than float32: `U` of the module's equation.
+
+    >>> tx = scale_by_momentum(beta=0.5)
+    >>> state = tx.init(jnp.zeros(()))
+    >>> updates, state = tx.update(jnp.ones(()), state)        # M = 1, U = 1 + 0.5 M
+    >>> float(updates)
+    1.5
+    """
+
+    def init(params: optax.Params) -> MomentumState:
+        def zeros(p: Any) -> jax.Array:
+            return jnp.zeros_like(p, dtype=mu_dtype or at_least_float32(p.dtype))
+
+        return MomentumState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
+
+    def update(
+        updates: optax.Updates, state: MomentumState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, MomentumState]:
+        del params
+        rate = beta(state.count) if callable(beta) else beta
+
+        def accumulate(g: jax.Array, m: jax.Array) -> jax.Array:
+            dtype = at_least_float32(g.dtype)
+            return jnp.asarray(rate, dtype) * m.astype(dtype) + g.astype(dtype)
+
+        mu = jax.tree.map(accumulate, updates, state.mu)
+        ahead = jax.tree.map(accumulate, updates, mu) if nesterov else mu
+        stored = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
+        return ahead, MomentumState(optax.safe_increment(state.count), stored)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,98 @@
+"""NorMuon: every output neuron moves by the same amount (Li et al., arXiv 2510.05491, Algorithm 1).
+
+    v_j <- beta2 v_j + (1 - beta2) mean_i O_ij^2        O_ij <- O_ij / (sqrt(v_j) + eps)
+
+and the matrix is put back to the Frobenius norm that it had. One number per neuron is all the
+state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_muon.matrices import paths, rules
+from optax_muon.matrices.views import Axes
+from optax_muon.transforms.dtype import at_least_float32
+
+
+class NorMuonState(NamedTuple):
+    """State of `normuon`."""
+
+    nu: dict[str, tuple[jax.Array, ...]]
+    """Mean square of every neuron, by path: one array per block, its row axes of length 1."""
+
+
+def normuon(
+    beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Any = None
+) -> optax.GradientTransformation:
+    """Normalise the rows of an orthogonal update by neuron, with memory.
+
+    Stands after `orthogonalize` and before `scale_by_shape`. A neuron is a column of the view: an
+    output of the layer.
+
+    Args:
+      beta2: how much of the mean square survives a step; 0.95 is the paper's.
+      eps: added to the root of the mean square, which is about `1 / sqrt(max(m, n))`.
+      views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view pass
+        unchanged.
+
+    >>> link = normuon()
+    >>> params = {"kernel": jnp.zeros((4, 2))}
+    >>> rows = {"kernel": jnp.ones((4, 2)) * jnp.array([[1.0, 3.0]])}
+    >>> updates, _ = link.update(rows, link.init(params))
+    >>> bool(jnp.allclose(updates["kernel"], 5.0**0.5))          # both neurons: the norm is kept
+    True
+    """
+
+    def geometries(tree: Any) -> dict[str, Any]:
+        leaves = paths.named_leaves(tree)
+        views_of = rules.assign(tree, views)
+        return {p: v.on(leaves[p].shape) for p, v in views_of.items() if v is not None}
+
+    def init(params: optax.Params) -> NorMuonState:
+        leaves = paths.named_leaves(params)
+
+        def zeros(path: str, geometry: Any) -> tuple[jax.Array, ...]:
+            parts = jax.eval_shape(geometry.parts, leaves[path])
+            return tuple(
+                jnp.zeros(
+                    [1 if axis in geometry.part_rows else n for axis, n in enumerate(part.shape)],
+                    at_least_float32(part.dtype),
+                )
+                for part in parts
+            )
+
+        return NorMuonState({p: zeros(p, g) for p, g in geometries(params).items()})
+
+    def update(
+        updates: optax.Updates, state: NorMuonState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, NorMuonState]:
+        del params
+        leaves, nu = paths.named_leaves(updates), {}
+        for path, geometry in geometries(updates).items():
+            moved = [
+                _normalise(part, old, geometry.part_rows, geometry.part_cols, beta2, eps)
+                for part, old in zip(geometry.parts(leaves[path]), state.nu[path], strict=True)
+            ]
+            leaves[path] = geometry.join([part for part, _ in moved])
+            nu[path] = tuple(mean_square for _, mean_square in moved)
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), NorMuonState(nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _normalise(
+    x: jax.Array, nu: jax.Array, rows: Axes, cols: Axes, beta2: jax.typing.ArrayLike, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """One step for a part `[heads, ...]`: the normalised part and its new mean squares."""
+    wide = x.astype(nu.dtype)
+    keep = jnp.asarray(beta2, nu.dtype)
+    nu = keep * nu + (1 - keep) * jnp.mean(jnp.square(wide), rows, keepdims=True)
+    even = wide / (jnp.sqrt(nu) + eps)
+    before, after = (jnp.sum(jnp.square(y), (*rows, *cols), keepdims=True) for y in (wide, even))
+    ratio = jnp.sqrt(before / jnp.where(after == 0, jnp.ones_like(after), after))
+    return (even * ratio).astype(x.dtype), nu

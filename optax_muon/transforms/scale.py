@@ -1,0 +1,135 @@
+"""How large an orthogonal update is: a factor from the fan in and fan out of the logical matrix.
+
+An orthogonal update of full rank has RMS `1 / sqrt(max(m, n))` (Moonlight, arXiv 2502.16982,
+Lemma 1): without a factor wide matrices would move less than narrow ones. The factor comes from the
+matrix that the layer means, after fused axes are split, never from the stored leaf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_muon.matrices import paths, rules
+from optax_muon.matrices.views import Axes, Geometry
+
+ScaleRule = Callable[[int, int], float]
+"""`(fan_in, fan_out) -> factor`, for one logical matrix."""
+
+
+def match_rms(rms: float = 0.2) -> ScaleRule:
+    """Give every update the RMS of an AdamW update: `rms sqrt(max(fan_in, fan_out))`.
+
+    The paper's choice ("Adjusted LR", Eq. 4): with it AdamW's learning rate and weight decay carry
+    over. The same for a matrix and its transpose.
+
+    Args:
+      rms: RMS of the update per unit of learning rate; AdamW's own lies between 0.2 and 0.4.
+
+    >>> match_rms(0.2)(512, 2048) == 0.2 * 2048**0.5
+    True
+    """
+    return lambda fan_in, fan_out: rms * math.sqrt(max(fan_in, fan_out))
+
+
+def keller() -> ScaleRule:
+    """`sqrt(max(1, fan_out / fan_in))`, as in the original Muon and in `optax.contrib.muon`.
+
+    >>> keller()(512, 2048)
+    2.0
+    """
+    return lambda fan_in, fan_out: math.sqrt(max(1.0, fan_out / fan_in))
+
+
+def spectral() -> ScaleRule:
+    """`sqrt(fan_out / fan_in)`: the spectral condition for feature learning (arXiv 2310.17813).
+
+    >>> spectral()(2048, 512)
+    0.5
+    """
+    return lambda fan_in, fan_out: math.sqrt(fan_out / fan_in)
+
+
+def baseline(hidden: int, rms: float = 0.2) -> ScaleRule:
+    """`rms sqrt(hidden)` whatever the shape: the paper's "Baseline" (Eq. 5), for its Table 1.
+
+    Args:
+      hidden: the model's hidden size.
+      rms: RMS of the update of a matrix whose long side is the hidden size.
+    """
+    return lambda fan_in, fan_out: rms * math.sqrt(hidden)
+
+
+def scale_by_shape(
+    rule: ScaleRule | None = None, *, views: Any = None
+) -> optax.GradientTransformation:
+    """Multiply every matrix by a factor of its shape.
+
+    Args:
+      rule: `(fan_in, fan_out) -> factor`; None is `match_rms(0.2)`.
+      views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view pass
+        unchanged.
+
+    >>> link = scale_by_shape(keller())
+    >>> updates, _ = link.update({"kernel": jnp.ones((1, 4))}, link.init(None))
+    >>> updates, _ = link.update({"kernel": jnp.ones((2, 8))}, link.init(None))
+    >>> float(updates["kernel"][0, 0])
+    2.0
+    """
+    rule = rule or match_rms()
+
+    def scale(x: jax.Array, geometry: Geometry) -> jax.Array:
+        factors = [rule(block.rows, block.cols) for block in geometry.blocks]
+        return x * jnp.asarray(geometry.spread(factors), x.dtype)
+
+    return _on_matrices(scale, views)
+
+
+def scale_by_update_norm(rms: float = 0.2, *, views: Any = None) -> optax.GradientTransformation:
+    """Give every matrix exactly this RMS: `rms O / RMS(O)`, the paper's "Update Norm" (Eq. 6).
+
+    Differs from `match_rms` where an update is not of full rank. A zero matrix stays zero.
+
+    Args:
+      rms: RMS of every matrix per unit of learning rate.
+      views: which leaves are matrices, and how; see `optax_muon.label`.
+
+    >>> link = scale_by_update_norm(0.2)
+    >>> updates, _ = link.update({"kernel": jnp.full((3, 4), 7.0)}, link.init(None))
+    >>> print(updates["kernel"][0])
+    [0.2 0.2 0.2 0.2]
+    """
+
+    def scale(x: jax.Array, geometry: Geometry) -> jax.Array:
+        axes = (*geometry.part_rows, *geometry.part_cols)
+        return geometry.join([_to_rms(part, axes, rms) for part in geometry.parts(x)])
+
+    return _on_matrices(scale, views)
+
+
+def _to_rms(x: jax.Array, axes: Axes, rms: float) -> jax.Array:
+    found = jnp.sqrt(jnp.mean(jnp.square(x), axes, keepdims=True))
+    return x * (jnp.asarray(rms, x.dtype) / jnp.where(found == 0, jnp.ones_like(found), found))
+
+
+def _on_matrices(
+    transform: Callable[[jax.Array, Geometry], jax.Array], views: Any
+) -> optax.GradientTransformation:
+    """A stateless link that changes the leaves that have a view."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        leaves = paths.named_leaves(updates)
+        for path, view in rules.assign(updates, views).items():
+            if view is not None:
+                leaves[path] = transform(leaves[path], view.on(leaves[path].shape))
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
