@@ -1,0 +1,45 @@
+"""Pure mathematics on matrices [..., m, n]: the orthogonal factor, and what measures it.
+
+`newton_schulz` is the iteration of Muon, `gram_newton_schulz` the same polynomial for elongated
+matrices, `polar_svd` the truth. Tables of coefficients are data with their sources. Nothing in
+this room knows of parameters, meshes or optimizers.
+"""
+
+from optax_muon.polar.coefficients import (
+    CUBIC,
+    DEEPSEEK_V4,
+    KELLER,
+    POLAR_EXPRESS,
+    POLAR_EXPRESS_8,
+    YOU,
+    YOU_6,
+    Coefficients,
+    Row,
+    polar_express,
+)
+from optax_muon.polar.exact import polar_svd
+from optax_muon.polar.gram import SPANS, default_restarts, gram_newton_schulz
+from optax_muon.polar.measures import orthogonality_error, stable_rank, svd_entropy, update_rms
+from optax_muon.polar.newton_schulz import newton_schulz
+
+__all__ = [
+    "CUBIC",
+    "DEEPSEEK_V4",
+    "KELLER",
+    "POLAR_EXPRESS",
+    "POLAR_EXPRESS_8",
+    "SPANS",
+    "YOU",
+    "YOU_6",
+    "Coefficients",
+    "Row",
+    "default_restarts",
+    "gram_newton_schulz",
+    "newton_schulz",
+    "orthogonality_error",
+    "polar_express",
+    "polar_svd",
+    "stable_rank",
+    "svd_entropy",
+    "update_rms",
+]

@@ -1,0 +1,42 @@
+r"""What every function here does first: check that it got matrices, and take away their scale.
+
+Gradients come in every size, and the polynomial of `newton_schulz.py` needs singular values
+between 0 and 1. The Frobenius norm bounds the largest one; dividing by the largest entry before
+squaring keeps the sum of squares inside float32 from 1e-38 to 3e38.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_muon.polar.precision import at_least_float32, finfo
+
+
+def as_matrices(x: ArrayLike) -> jax.Array:
+    """Return `x` as an array of matrices [..., m, n] of real or complex floats.
+
+    Raises:
+        TypeError: The entries are not floats.
+        ValueError: There are fewer than two axes.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(f"matrices of dtype {x.dtype} were given, floating point is accepted.")
+    if x.ndim < 2:
+        raise ValueError(f"shape {x.shape} was given, matrices [..., m, n] are accepted.")
+    return x
+
+
+def normalize(x: jax.Array, safety: float = 1.0) -> jax.Array:
+    """Divide each matrix by `safety` times its Frobenius norm, in float32 at least; 0 stays 0."""
+    x = at_least_float32(x)
+    x = x / largest_entry(x).astype(x.dtype)
+    # The largest entry is now 1, so the norm is below 1 only where the matrix is zero.
+    norm = jnp.sqrt(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True))
+    return x / (safety * jnp.maximum(norm, 1.0)).astype(x.dtype)
+
+
+def largest_entry(x: jax.Array) -> jax.Array:
+    """Return max |x| of each matrix as [..., 1, 1]; 1 where all entries are zero or subnormal."""
+    peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
+    return jnp.where(peak < finfo(x.dtype).tiny, 1.0, peak)

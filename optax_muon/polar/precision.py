@@ -1,0 +1,93 @@
+"""In which dtype the products of an iteration run, and how exactly.
+
+Muon computes in bfloat16 on accelerators (arXiv 2502.16982, section 2.2). What is low there is
+only the operands of the matrix products: sums run in float32, here called the accumulation dtype.
+The platform is that of the compiled program, not of the host that traces it, so a TPU program
+compiled on a laptop gets bfloat16. The iterations are in `newton_schulz.py` and `gram.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+finfo: Callable[[Any], Any] = jnp.finfo
+"""The limits of a dtype: `jnp.finfo` has no types of its own."""
+
+_REAL = ("bfloat16", "float16", "float32", "float64")
+_COMPLEX = ("complex64", "complex128")
+
+
+def in_compute_dtype(
+    polynomial: Callable[[jax.Array], jax.Array], x: jax.Array, dtype: DTypeLike | None
+) -> jax.Array:
+    """Apply `polynomial` to `x` in the dtype asked for, or in the one of the target platform.
+
+    Args:
+        polynomial: Takes its operands in the dtype of its argument.
+        x: In float32 at least.
+        dtype: None means bfloat16 on TPU and GPU and the dtype of `x` on CPU. Complex numbers
+            have no short form and are computed in complex64 at least on every platform.
+
+    Returns:
+        The result in the dtype of `x`.
+    """
+    if dtype is not None:
+        return polynomial(x.astype(_compute_dtype(dtype, x.dtype))).astype(x.dtype)
+    if jnp.iscomplexobj(x):
+        return polynomial(x)
+
+    def short(x: jax.Array) -> jax.Array:
+        return polynomial(x.astype(jnp.bfloat16)).astype(x.dtype)
+
+    chosen: jax.Array = jax.lax.platform_dependent(
+        x, tpu=short, cuda=short, rocm=short, default=polynomial
+    )
+    return chosen
+
+
+def _compute_dtype(dtype: DTypeLike, given: Any) -> Any:
+    """Return the dtype that serves `given` with the precision asked for."""
+    asked = jnp.dtype(dtype)
+    complex_input = jnp.issubdtype(given, jnp.complexfloating)
+    if asked.name not in _REAL + (_COMPLEX if complex_input else ()):
+        raise TypeError(f"dtype={asked.name} was given, one of {', '.join(_REAL)} is accepted.")
+    if not complex_input:
+        return asked
+    return jnp.dtype(jnp.complex128 if finfo(asked).bits == 64 else jnp.complex64)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Widen half precision to float32; leave wider numbers as they are."""
+    return x.astype(jnp.float32) if finfo(x.dtype).bits < 32 else x
+
+
+def adjoint(x: jax.Array) -> jax.Array:
+    """Conjugate and transpose the last two axes."""
+    return jnp.conj(x.mT)
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply [..., m, k] by [..., k, n], summing in float32 at least."""
+    return _contract("...mk,...kn->...mn", a, b)
+
+
+def gram_matrix(x: jax.Array) -> jax.Array:
+    """Return x x^H of [..., m, n], summed in float32 at least."""
+    return _contract("...mk,...nk->...mn", x, jnp.conj(x))
+
+
+def identity_like(gram: jax.Array) -> jax.Array:
+    """Return an identity for each square matrix of [..., m, m]."""
+    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+
+
+def _contract(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    # A TPU would round float32 operands to bfloat16; who asks for float32 means float32.
+    # bfloat16 operands are exact in one pass.
+    short = a.dtype == jnp.bfloat16
+    precision = jax.lax.Precision.DEFAULT if short else jax.lax.Precision.HIGHEST
+    wide = jnp.float32 if finfo(a.dtype).bits < 32 else a.dtype
+    return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
