@@ -37,5 +37,5 @@ $(READY): pyproject.toml
 	    "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV): jax, optax, flax and the tools. Once, a few minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,peers,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[train,peers,dev]'
 	@touch $@

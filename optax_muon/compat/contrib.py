@@ -1,0 +1,281 @@
+"""`optax.contrib.muon` on this engine: same arguments, state and numbers, one batch per shape.
+
+Momentum is an average, and Nesterov's look-ahead mixes bias-corrected terms (Dozat, 2016):
+
+    M_t = beta M_{t-1} + (1 - beta) g_t
+    U_t = beta M_t / (1 - beta^{t+1}) + (1 - beta) g_t / (1 - beta^t)
+
+then each matrix of `U` is orthogonalized (`preconditioning.py`), scaled by its shape, decayed and
+multiplied by the learning rate; leaves without dimension numbers go to AdamW. Against the paper's
+`optax_muon.muon` the early steps differ by the bias correction, and the defaults are optax's:
+every 2-D leaf is a matrix, no weight decay, Keller Jordan's scale.
+
+Numbers are those of optax 0.2.8 up to the order of floating-point sums. Its arithmetic mixes dtypes
+freely, so these links do, whatever `jax_numpy_dtype_promotion` says outside.
+"""
+
+# Annotations stay objects here: optax reads `learning_rate`'s to see that schedules are welcome.
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+from optax.contrib import MuonDimensionNumbers, MuonState
+
+from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
+from optax_muon.matrices import rules
+from optax_muon.matrices.paths import named_leaves
+from optax_muon.matrices.views import View
+from optax_muon.polar.coefficients import KELLER, YOU, Row
+from optax_muon.transforms.dtype import under_standard_promotion
+from optax_muon.transforms.orthogonalize import orthogonalize
+from optax_muon.transforms.scale import keller, match_rms, scale_by_shape
+
+Coefficients = Sequence[ArrayLike] | Sequence[Sequence[ArrayLike]] | ArrayLike
+"""One row `(a, b, c)` for every step, or `[steps, 3]`."""
+
+Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
+
+_STANDARD: Row = KELLER.rows[0]
+_PRESETS: dict[str, Coefficients] = {"standard": _STANDARD, "dion": YOU.rows}
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: Coefficients | str = _STANDARD,
+    ns_steps: int = 5,
+    beta: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Preconditioning = "frobenius",
+    adam_b1: ArrayLike = 0.9,
+    adam_b2: ArrayLike = 0.999,
+    adam_eps_root: ArrayLike = 0.0,
+    adam_weight_decay: ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: Any = None,
+    consistent_rms: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon with the signature of `optax.contrib.muon`: change the import, keep the run.
+
+    A state of either continues under the other.
+
+    Args:
+      learning_rate: a number or a schedule, in units of the scaled update.
+      ns_coeffs: one row `(a, b, c)` for all steps, an array `[steps, 3]`, or the name of a preset:
+        `"standard"` (Keller Jordan's row) or `"dion"` (five rows).
+      ns_steps: how many Newton-Schulz steps one row makes. Rows of their own count themselves, and
+        must not be more.
+      beta: decay of the momentum, in [0, 1).
+      eps: added to the norm of each matrix, and Adam's epsilon as well.
+      weight_decay: decoupled decay of the matrices, multiplied by the learning rate.
+      weight_decay_mask: a tree of booleans, a prefix of it, or a function of the parameters that
+        gives one.
+      mu_dtype: dtype of the momentum, of Adam's too; None keeps the parameters'.
+      nesterov: look one step ahead; for Adam as well, which makes it NAdam.
+      adaptive: multiply each update by its inner product with the momentum, over the whole leaf.
+      preconditioning: how matrices are scaled before the iteration, see
+        `optax_muon.compat.preconditioning`.
+      adam_b1: decay of Adam's first moment.
+      adam_b2: decay of Adam's second moment.
+      adam_eps_root: epsilon under Adam's square root.
+      adam_weight_decay: decoupled decay of the leaves that Adam updates.
+      adam_learning_rate: Adam's own learning rate; None takes `learning_rate`.
+      muon_weight_dimension_numbers: an `optax.contrib.MuonDimensionNumbers` for each matrix and
+        None for each leaf of Adam's: a tree, a prefix of it, or a function of the parameters that
+        gives one. Views of this package are understood too. None: every 2-D leaf is a matrix.
+      consistent_rms: scale by `consistent_rms sqrt(max(fan_in, fan_out))`, the paper's rule with
+        0.2; None scales by `sqrt(max(1, fan_out / fan_in))`.
+
+    Returns:
+      The transformation; its state has optax's own types.
+
+    Raises:
+      ValueError: an unknown preset or preconditioning, or coefficients that do not fit.
+
+    >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}
+    >>> state = optax.contrib.muon(0.1).init(params)
+    >>> updates, state = muon(0.1).update(params, state, params)
+    >>> jax.tree.map(jnp.shape, updates)
+    {'bias': (8,), 'kernel': (4, 8)}
+
+    Source: optax 0.2.8, `optax.contrib.muon`.
+    """
+    adam = optax.adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        b1=adam_b1,
+        b2=adam_b2,
+        eps=eps,
+        eps_root=adam_eps_root,
+        weight_decay=adam_weight_decay,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov,
+    )
+    scale_by_views = functools.partial(
+        scale_by_muon,
+        _preset(ns_coeffs) if isinstance(ns_coeffs, str) else ns_coeffs,
+        ns_steps,
+        beta,
+        eps,
+        mu_dtype,
+        nesterov=nesterov,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+    )
+    rule = keller() if consistent_rms is None else match_rms(consistent_rms)
+    dimensions = muon_weight_dimension_numbers
+    if dimensions is None:
+        dimensions = _every_matrix
+
+    def routed(params: optax.Params) -> optax.GradientTransformationExtraArgs:
+        """The optimizer for the leaves of one tree: views are settled before any link sees it."""
+        paths = named_leaves(params)  # none at all when `optax.tree.map_params` asks for a state
+        assigned = rules.assign(params, dimensions) if paths else {}
+        views = {path: view for path, view in assigned.items() if view is not None}
+        labels = ["muon" if path in views else "adam" for path in paths]
+        chain = optax.chain(
+            scale_by_views(weight_dimension_numbers=views),
+            scale_by_shape(rule, views=views),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        return optax.partition(
+            {"muon": chain, "adam": adam}, jax.tree.unflatten(jax.tree.structure(params), labels)
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return routed(updates).update(updates, state, params, **extra_args)
+
+    return under_standard_promotion(
+        optax.GradientTransformationExtraArgs(lambda params: routed(params).init(params), update)
+    )
+
+
+def scale_by_muon(
+    ns_coeffs: Coefficients = _STANDARD,
+    ns_steps: int = 5,
+    beta: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Preconditioning = "frobenius",
+    weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replace gradients by their orthogonalized momentum: the first link of `compat.muon`.
+
+    Args:
+      ns_coeffs: one row `(a, b, c)` for all steps, or an array `[steps, 3]`.
+      ns_steps: how many steps one row makes; an upper bound on the rows of an array.
+      beta: decay of the momentum, in [0, 1).
+      eps: added to the norm of each matrix.
+      mu_dtype: dtype of the momentum; None keeps the parameters'.
+      nesterov: look one step ahead.
+      adaptive: multiply each update by its inner product with the momentum, over the whole leaf.
+      preconditioning: how matrices are scaled before the iteration.
+      weight_dimension_numbers: as `muon_weight_dimension_numbers` of `muon`; None: every leaf is a
+        2-D matrix.
+
+    Returns:
+      The transformation; its state is an `optax.contrib.MuonState`.
+
+    Raises:
+      ValueError: an unknown preconditioning, or (in `init`) coefficients or steps that do not fit.
+
+    >>> tx = scale_by_muon(ns_steps=8)
+    >>> grads = {"kernel": jnp.ones((1, 4))}
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(updates["kernel"].shape, int(state.count))
+    (1, 4) 1
+
+    Source: optax 0.2.8, `optax.contrib.scale_by_muon`.
+    """
+    if preconditioning not in PRECONDITIONERS:
+        raise ValueError(
+            f"preconditioning is {preconditioning!r}; it must be one of {list(PRECONDITIONERS)}."
+        )
+    views = View(0, 1) if weight_dimension_numbers is None else weight_dimension_numbers
+
+    def init(params: optax.Params) -> MuonState:
+        mu = optax.tree.zeros_like(params, dtype=mu_dtype)
+        return MuonState(jnp.zeros([], jnp.int32), mu, _checked(ns_coeffs, ns_steps))
+
+    def update(
+        updates: optax.Updates, state: MuonState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, MuonState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+        average = _unbiased(updates, mu, beta, count, nesterov)
+        polar = functools.partial(
+            newton_schulz,
+            rows=_rows(state.ns_coeffs, ns_steps),
+            precondition=PRECONDITIONERS[preconditioning],
+            eps=eps,
+        )
+        updates, _ = orthogonalize(polar, views=views).update(average, optax.EmptyState())
+        if adaptive:
+            updates = jax.tree.map(_scaled_by_dual_norm, average, updates)
+        return updates, MuonState(count, optax.tree.cast(mu, mu_dtype), state.ns_coeffs)
+
+    return under_standard_promotion(optax.GradientTransformation(init, update))
+
+
+def _every_matrix(params: optax.Params) -> Any:
+    """Optax's default: leaves of rank two, embeddings included."""
+    return jax.tree.map(lambda p: MuonDimensionNumbers() if p.ndim == 2 else None, params)
+
+
+def _preset(name: str) -> Coefficients:
+    if name not in _PRESETS:
+        raise ValueError(f"ns_coeffs is {name!r}; the presets are {list(_PRESETS)}.")
+    return _PRESETS[name]
+
+
+def _checked(ns_coeffs: Coefficients, ns_steps: int) -> jax.Array:
+    """The coefficients as the state keeps them: `[3]` or `[steps, 3]`."""
+    if ns_steps < 1:
+        raise ValueError(f"ns_steps is {ns_steps}; it must be 1 or more.")
+    coeffs = jnp.asarray(ns_coeffs)
+    if coeffs.ndim not in (1, 2) or coeffs.shape[-1] != 3:
+        raise ValueError(f"ns_coeffs has the shape {coeffs.shape}; it must be (3,) or (steps, 3).")
+    if coeffs.ndim == 2 and coeffs.shape[0] > ns_steps:
+        raise ValueError(
+            f"ns_coeffs has {coeffs.shape[0]} rows and ns_steps is {ns_steps};"
+            f" rows are taken whole, so ns_steps must be {coeffs.shape[0]} or more."
+        )
+    return coeffs
+
+
+def _rows(ns_coeffs: jax.Array, ns_steps: int) -> jax.Array:
+    return jnp.broadcast_to(ns_coeffs, (ns_steps, 3)) if ns_coeffs.ndim == 1 else ns_coeffs
+
+
+def _unbiased(
+    updates: optax.Updates, mu: optax.Updates, beta: ArrayLike, count: jax.Array, nesterov: bool
+) -> optax.Updates:
+    """The average of the gradients so far, free of its start at zero; a step ahead by Nesterov."""
+    if not nesterov:
+        return optax.tree.bias_correction(mu, beta, count)
+    ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+    fresh = optax.tree.bias_correction(updates, beta, count)
+    return jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, fresh)
+
+
+def _scaled_by_dual_norm(average: jax.Array, polar: jax.Array) -> jax.Array:
+    """`<U, O> O`: steepest descent in the spectral norm, its length included (arXiv 2409.20325)."""
+    return jnp.sum(average.conj() * polar) * polar

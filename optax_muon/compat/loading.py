@@ -1,0 +1,97 @@
+"""Continue a run of `optax.contrib.muon` as one of `optax_muon.muon`: its state, moved over.
+
+Optax keeps the average `(1 - beta) sum_k beta^k g_{t-k}`, this package the paper's sum without the
+factor, so momenta are divided by `1 - beta`. Adam's moments and all counts are taken as they are;
+the coefficients in optax's state are left behind: here they are an option of the orthogonalizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonState
+
+from optax_muon.matrices.paths import named_leaves, path_name
+from optax_muon.transforms.momentum import MomentumState
+
+
+def from_optax(
+    state: optax.OptState,
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    beta: float = 0.95,
+) -> optax.OptState:
+    """Turn a state of `optax.contrib.muon` (or `compat.muon`) into a state of `tx`.
+
+    Args:
+      state: the state to continue from.
+      tx: the `optax_muon.muon(...)` that continues. It must send the same leaves to Muon: pass
+        `views=` what `muon_weight_dimension_numbers` was, or, where that was left out,
+        `views=lambda params: jax.tree.map(lambda p: View(0, 1) if p.ndim == 2 else None, params)`.
+      params: the parameters.
+      beta: the momentum of the run that made `state`; the default is optax's.
+
+    Returns:
+      The state `tx.init(params)` would have, with momenta, Adam's moments and counts of `state`, in
+      its own dtypes. What optax does not keep (such as NorMuon's second moment) starts afresh.
+
+    Raises:
+      ValueError: `state` has no momentum for a leaf that `tx` keeps one for.
+
+    >>> import jax.numpy as jnp
+    >>> from optax_muon.muon import muon
+    >>> params = {"kernel": jnp.ones((4, 8))}
+    >>> average = {"kernel": jnp.full((4, 8), 0.05)}
+    >>> state = optax.tree.set(optax.contrib.muon(1e-3).init(params), mu=average)
+    >>> state = from_optax(state, muon(1e-3), params)
+    >>> print(optax.tree.get(state, "MomentumState").mu["kernel"][0, :3])
+    [1. 1. 1.]
+    """
+    [theirs] = _found(state, MuonState)
+    [adam] = _found(state, optax.ScaleByAdamState)
+
+    def move(ours: Any) -> Any:
+        if isinstance(ours, MomentumState):
+            averages = _like(ours.mu, theirs.mu, "Muon")
+            return ours._replace(mu=jax.tree.map(lambda m: m / (1 - beta), averages))
+        if isinstance(ours, optax.ScaleByAdamState):
+            moments = {k: _like(getattr(ours, k), getattr(adam, k), "Adam") for k in ("mu", "nu")}
+            return ours._replace(**moments)
+        return ours
+
+    moved = jax.tree.map(move, tx.init(params), is_leaf=_holds_momentum)
+    return optax.tree.set(moved, count=theirs.count)
+
+
+def _holds_momentum(node: Any) -> bool:
+    return isinstance(node, MomentumState | optax.ScaleByAdamState)
+
+
+def _found(state: optax.OptState, kind: type) -> list[Any]:
+    """The parts of one kind in a state; a state of Muon's has exactly one."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    found = [node for node in nodes if isinstance(node, kind)]
+    if len(found) != 1:
+        raise ValueError(
+            f"The state has {len(found)} {kind.__name__}; a state of optax.contrib.muon has one."
+        )
+    return found
+
+
+def _like(ours: Any, theirs: Any, group: str) -> Any:
+    """The leaves of `theirs`, in the tree and dtypes of `ours`."""
+    leaves = named_leaves(theirs)
+
+    def take(path: Any, leaf: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if name not in leaves:
+            raise ValueError(
+                f"{name} is in the {group} group here and was not in optax's;"
+                " pass muon(views=...) the dimension numbers of that run."
+            )
+        return leaves[name].astype(leaf.dtype)
+
+    return jax.tree.map_with_path(take, ours)
