@@ -20,10 +20,12 @@ import optax
 
 from optax_muon.matrices import paths, rules
 from optax_muon.polar import newton_schulz
+from optax_muon.sharding.execute import Orthogonalizer
+from optax_muon.sharding.plan import Plan
 from optax_muon.transforms.decay import decoupled_decay
-from optax_muon.transforms.dtype import in_float32
+from optax_muon.transforms.dtype import in_float32, under_standard_promotion
 from optax_muon.transforms.momentum import scale_by_momentum
-from optax_muon.transforms.orthogonalize import Orthogonalizer, orthogonalize
+from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import ScaleRule, scale_by_shape
 
 MUON, FALLBACK = "muon", "fallback"
@@ -42,6 +44,8 @@ def muon(
     views: Any = None,
     fallback: optax.GradientTransformation | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    shardings: Any = None,
+    plan: Plan | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for its other parameters.
 
@@ -65,6 +69,9 @@ def muon(
       fallback: the optimizer of the other parameters, with its own learning rate; None is AdamW
         with this learning rate and decay, betas 0.9 and 0.95, eps 1e-8.
       mu_dtype: dtype that momenta are stored in; None is float32, whatever the parameters are.
+      shardings: how the parameters are sharded, needed on Auto mesh axes only: a tree or prefix of
+        `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable of the leaves.
+      plan: where each matrix is worked on, made with `optax_muon.plan`; None plans by itself.
 
     Returns:
       A transformation whose updates, like all of optax's, are to be added to the parameters.
@@ -94,15 +101,17 @@ def muon(
             scale=scale,
             views=views,
             mu_dtype=mu_dtype,
+            shardings=shardings,
+            plan=plan,
         ),
         decay,
         optax.scale_by_learning_rate(learning_rate),
     )
-    others = fallback or optax.chain(
-        in_float32(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype)),
-        decay,
-        optax.scale_by_learning_rate(learning_rate),
+    adam = optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype)
+    adamw = optax.chain(
+        under_standard_promotion(adam), decay, optax.scale_by_learning_rate(learning_rate)
     )
+    others = fallback or in_float32(adamw)
 
     def groups(params: optax.Params) -> Any:
         assigned = rules.assign(params, views)
@@ -110,7 +119,7 @@ def muon(
             lambda path, _: FALLBACK if assigned[paths.path_name(path)] is None else MUON, params
         )
 
-    return optax.partition({MUON: matrices, FALLBACK: others}, groups)
+    return optax.partition({MUON: in_float32(matrices), FALLBACK: others}, groups)
 
 
 def scale_by_muon(
@@ -121,6 +130,8 @@ def scale_by_muon(
     scale: ScaleRule | optax.GradientTransformation | None = None,
     views: Any = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    shardings: Any = None,
+    plan: Plan | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, then orthogonalization, then the factor of the shape; no decay, no learning rate.
 
@@ -134,6 +145,8 @@ def scale_by_muon(
       scale: as in `muon`.
       views: as in `muon`.
       mu_dtype: as in `muon`.
+      shardings: as in `muon`.
+      plan: as in `muon`.
 
     >>> import jax.numpy as jnp
     >>> tx = optax.chain(scale_by_muon(beta=0.9), optax.scale_by_learning_rate(1e-3))
@@ -148,7 +161,9 @@ def scale_by_muon(
     return in_float32(
         optax.chain(
             scale_by_momentum(beta, nesterov, mu_dtype),
-            orthogonalize(orthogonalizer or newton_schulz, views=views),
+            orthogonalize(
+                orthogonalizer or newton_schulz, views=views, shardings=shardings, plan=plan
+            ),
             sizing,
         )
     )

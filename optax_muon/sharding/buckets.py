@@ -9,13 +9,10 @@ obeys `f(X^T) = f(X)^T`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from optax_muon.matrices.views import Geometry
 
 Stacks = dict[str, tuple[jax.Array, ...]]
 """The matrices of every parameter: path to one `[b, m, n]` per block of its view."""
@@ -37,7 +34,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """All matrices of one shape and dtype: `[size, rows, cols]` with `rows <= cols`."""
+    """All matrices of one shape, dtype and sharding: `[size, rows, cols]` with `rows <= cols`."""
 
     rows: int
     """The short side."""
@@ -47,10 +44,16 @@ class Bucket:
     """Dtype of the stored matrices."""
     members: tuple[Member, ...]
     """Who brings how many, in order."""
+    rows_over: tuple[str, ...] = ()
+    """Mesh axes that the rows are cut over, major first."""
+    cols_over: tuple[str, ...] = ()
+    """Mesh axes that the columns are cut over."""
+    batch_over: tuple[str, ...] = ()
+    """Mesh axes over which the matrices themselves are dealt out: each holds others."""
 
     @property
     def size(self) -> int:
-        """How many matrices the bucket holds."""
+        """How many matrices a device sees, whole or in part."""
         return sum(member.batch for member in self.members)
 
     def pack(self, stacks: Stacks) -> jax.Array:
@@ -66,27 +69,6 @@ class Bucket:
             (m.path, m.block): _turned(part, m.tall)
             for m, part in zip(self.members, parts, strict=True)
         }
-
-
-def buckets(
-    geometries: Mapping[str, Geometry], dtypes: Mapping[str, np.dtype]
-) -> tuple[Bucket, ...]:
-    """Pool matrices by shape and dtype, in order of first appearance.
-
-    >>> from optax_muon.matrices.views import View
-    >>> up, down = View(0, 1).on((512, 2048)), View(0, 1).on((2048, 512))
-    >>> float32 = np.dtype("float32")
-    >>> [bucket] = buckets({"up": up, "down": down}, {"up": float32, "down": float32})
-    >>> (bucket.size, bucket.rows, bucket.cols)
-    (2, 512, 2048)
-    """
-    members: dict[tuple[int, int, np.dtype], list[Member]] = {}
-    for path, geometry in geometries.items():
-        for index, block in enumerate(geometry.blocks):
-            short, long = sorted((block.rows, block.cols))
-            member = Member(path, index, block.batch, tall=block.rows > block.cols)
-            members.setdefault((short, long, dtypes[path]), []).append(member)
-    return tuple(Bucket(*key, tuple(group)) for key, group in members.items())
 
 
 def _turned(matrices: jax.Array, tall: bool) -> jax.Array:

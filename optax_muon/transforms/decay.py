@@ -21,7 +21,7 @@ Decay = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class DecayState(NamedTuple):
     """State of the decay links."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
     """Updates done: int32 `[]`, for a scheduled rate."""
 
 
@@ -102,7 +102,9 @@ def _decays(params: optax.Params, mask: Any) -> Callable[[str], bool]:
     """The mask as a function of the path; a path that no entry covers decays."""
     if mask is None:
         return lambda path: True
-    entries = paths.named_leaves(mask(params) if callable(mask) else mask)
+    # A mask made from an equinox module is a tree that can be called; a function is a leaf.
+    is_function = callable(mask) and jax.tree_util.all_leaves([mask])
+    entries = paths.named_leaves(mask(params) if is_function else mask)
 
     def decays(path: str) -> bool:
         entry = paths.covering(entries, path)

@@ -20,7 +20,7 @@ from optax_muon.transforms.dtype import at_least_float32
 class MomentumState(NamedTuple):
     """State of `scale_by_momentum`."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
     """Updates done: int32 `[]`, for a scheduled beta."""
     mu: optax.Updates
     """The momentum, shaped and sharded as the parameters."""

@@ -1,41 +1,56 @@
 """The link in the middle: every matrix of the tree becomes its (approximate) polar factor.
 
 Stateless. Leaves are read through their views, matrices of one shape are pooled over all leaves,
-and the orthogonalizer sees nothing but batches `[B, m, n]` with `m <= n`.
+and the orthogonalizer sees nothing but batches of whole matrices `[B, m, n]` with `m <= n`, on
+whatever device the plan has chosen (`sharding/plan.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from optax_muon.matrices import paths, rules
-from optax_muon.polar import newton_schulz
-from optax_muon.sharding.buckets import Stacks, buckets
-
-Orthogonalizer = Callable[[jax.Array], jax.Array]
-"""Any function `[..., m, n] -> [..., m, n]`."""
+from optax_muon.polar import KELLER, newton_schulz
+from optax_muon.sharding import specs
+from optax_muon.sharding.cost import Work
+from optax_muon.sharding.execute import Orthogonalizer, execute
+from optax_muon.sharding.plan import Plan, make
 
 
 def orthogonalize(
-    orthogonalizer: Orthogonalizer = newton_schulz, *, views: Any = None
+    orthogonalizer: Orthogonalizer = newton_schulz,
+    *,
+    views: Any = None,
+    shardings: Any = None,
+    plan: Plan | None = None,
 ) -> optax.GradientTransformation:
     """Replace every matrix `U = P S Q^T` of the updates by (nearly) `P Q^T`.
 
     Args:
       orthogonalizer: a function `[..., m, n] -> [..., m, n]`; set its options with
-        `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`.
+        `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. If it takes a keyword
+        `columns`, it may be given columns that lie on several devices; else it gets whole matrices
+        only.
       views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
         pass unchanged.
+      shardings: how the updates are sharded, where their types do not say (Auto mesh axes): a tree
+        or prefix of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable.
+      plan: a plan made with `optax_muon.plan`; None makes one for these updates.
 
     Returns:
-      A stateless transformation. Updates keep their dtype.
+      A stateless transformation. Updates keep their dtype and their sharding.
 
     Raises:
-      ValueError: (in `update`) a leaf that the views leave undecided, or a view that does not fit.
+      ValueError: (in `update`) a leaf that the views leave undecided, a view or a sharding that
+        does not fit, a plan made for other parameters.
 
     >>> import jax.numpy as jnp
     >>> link = orthogonalize()
@@ -49,18 +64,38 @@ def orthogonalize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves = paths.named_leaves(updates)
-        geometries = {
-            path: view.on(leaves[path].shape)
-            for path, view in rules.assign(updates, views).items()
-            if view is not None
-        }
-        stacks: Stacks = {path: g.to_matrices(leaves[path]) for path, g in geometries.items()}
-        done: dict[tuple[str, int], jax.Array] = {}
-        for bucket in buckets(geometries, {path: leaf.dtype for path, leaf in leaves.items()}):
-            done |= bucket.unpack(orthogonalizer(bucket.pack(stacks)))
-        for path, geometry in geometries.items():
-            blocks = range(len(geometry.blocks))
-            leaves[path] = geometry.from_matrices([done[path, block] for block in blocks])
+        chosen = plan or _plan(leaves, rules.assign(updates, views), shardings, orthogonalizer)
+        leaves |= execute(chosen, leaves, orthogonalizer)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _plan(
+    leaves: Mapping[str, jax.Array],
+    views: Mapping[str, Any],
+    shardings: Any,
+    orthogonalizer: Orthogonalizer,
+) -> Plan:
+    geometries = {path: v.on(leaves[path].shape) for path, v in views.items() if v is not None}
+    where = specs.read({path: leaves[path] for path in geometries}, shardings)
+    if where.blind:
+        warnings.warn(
+            "Muon cannot see how its updates are sharded on the Auto axes of this mesh, and leaves"
+            " the communication to the compiler; pass shardings= (or use Explicit axes).",
+            stacklevel=2,
+        )
+        where = specs.Whereabouts(None, {})
+    dtypes = {path: np.dtype(leaves[path].dtype) for path in geometries}
+    return make(geometries, dtypes, where, work=work_of(orthogonalizer))
+
+
+def work_of(orthogonalizer: Orthogonalizer) -> Work:
+    """What the planner needs to know of an orthogonalizer, read from its options."""
+    options = orthogonalizer.keywords if isinstance(orthogonalizer, functools.partial) else {}
+    coefficients, dtype = options.get("coefficients", KELLER), options.get("dtype")
+    return Work(
+        steps=len(coefficients.take(options.get("steps"))),
+        dtype=None if dtype is None else np.dtype(dtype),
+        splits="columns" in inspect.signature(orthogonalizer).parameters,
+    )

@@ -1,0 +1,113 @@
+"""What a layout costs: operations, bytes and messages, and the seconds that they are worth.
+
+Only ratios decide: how many operations a chip does in the time that one byte takes to arrive, about
+a thousand on a TPU or a GPU, about forty between the devices that share a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a lot of matrices costs one device in one update."""
+
+    flops: int = 0
+    """Operations, a multiply-add counted as two."""
+    bytes: int = 0
+    """Result bytes of its collectives, as the compiled program states them."""
+    wire: int = 0
+    """Bytes that arrive from other devices."""
+    messages: int = 0
+    """Collectives, one after the other."""
+    memory: int = 0
+    """Bytes of temporary arrays at the peak."""
+
+    def __add__(self, other: Cost) -> Cost:
+        """One after the other: sums, and the larger peak."""
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.wire + other.wire,
+            self.messages + other.messages,
+            max(self.memory, other.memory),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Rates that turn a `Cost` into seconds.
+
+    >>> RATES["tpu"].seconds(Cost(flops=2 * 10**14))
+    1.0
+    """
+
+    flops: float
+    """Operations per second of a device on large products."""
+    bandwidth: float
+    """Bytes per second that arrive at a device."""
+    latency: float
+    """Seconds per collective, whatever its size."""
+
+    def seconds(self, cost: Cost) -> float:
+        """Time of a cost, nothing overlapped."""
+        return cost.flops / self.flops + cost.wire / self.bandwidth + cost.messages * self.latency
+
+
+RATES = {
+    "tpu": CostModel(flops=2e14, bandwidth=2e11, latency=2e-6),
+    "gpu": CostModel(flops=4e14, bandwidth=3e11, latency=1e-5),
+    "cpu": CostModel(flops=1e11, bandwidth=2.5e9, latency=5e-5),
+}
+"""Rates by platform; a v5p does 459 TFLOP/s and receives 600 GB/s at best, an H100 990 and 450."""
+
+DTYPES = {"tpu": jnp.bfloat16, "gpu": jnp.bfloat16, "cpu": jnp.float32}
+"""Compute dtype by platform (arXiv 2502.16982, section 2.3, computes and sends bfloat16)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The orthogonalizer as the planner counts it: the plain polynomial of odd degree 5."""
+
+    steps: int = 5
+    """Steps of the polynomial."""
+    dtype: np.dtype | None = None
+    """The compute dtype, of the operands and of what is moved; None is the platform's."""
+    splits: bool = True
+    """Whether it can work on columns that lie on several devices."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry."""
+        return 4 if self.dtype is None else self.dtype.itemsize
+
+    def at(self, platform: str) -> Work:
+        """With the compute dtype of a platform, if none is set."""
+        dtype = np.dtype(DTYPES.get(platform, jnp.float32)) if self.dtype is None else self.dtype
+        return dataclasses.replace(self, dtype=dtype)
+
+    def on(self, rows: int, cols: int, devices: int = 1) -> Cost:
+        """Cost of one matrix `[rows, cols]`, its columns spread over so many devices.
+
+        Each step is `A = X X^T`, `B = b A + c A^2`, `X = a X + B X`. Spread out, `A` is summed
+        over the devices in float32 and each device makes its rows of `A^2`, if they divide evenly.
+        """
+        shares = devices if rows % devices == 0 else 1
+        gram = rows * rows
+        flops = self.steps * (4 * gram * cols // devices + 2 * gram * rows // shares)
+        memory = rows * cols // devices * (2 * self.itemsize + 4) + gram * (2 * self.itemsize + 8)
+        if devices == 1:
+            return Cost(flops, memory=memory)
+        summed, gathered = 4 * gram, self.itemsize * gram if shares > 1 else 0
+        other = devices - 1
+        return Cost(
+            flops,
+            bytes=self.steps * (summed + gathered) + 8,
+            wire=self.steps * (2 * summed + gathered) * other // devices,
+            messages=self.steps * (1 + (shares > 1)) + 2,
+            memory=memory,
+        )

@@ -1,0 +1,186 @@
+"""The work: what the plan says, inside one `shard_map`.
+
+    shards -> stacks -> pool -> bring home -> orthogonalize -> bring back -> unpool -> shards
+
+A lot travels in one all-to-all over the tuple of its mesh axes, which moves exactly what is
+missing: a tile `[owner, k, m / r, n / c]` goes out and `[source, k, m / r, n / c]` comes in, and a
+local transpose makes `[k, m, n]` of it. Copies are not moved in: each device takes its share of
+what it has, and all gather the results.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from optax_muon.sharding.groups import Group
+from optax_muon.sharding.layouts import GATHER, SPLIT, Lot
+from optax_muon.sharding.plan import Dealt, Plan
+from optax_muon.sharding.routes import Route
+from optax_muon.sharding.shards import Leaf
+
+Orthogonalizer = Callable[..., jax.Array]
+"""`[..., m, n] -> [..., m, n]`; takes `columns=Group` where the plan splits."""
+
+
+def execute(
+    plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: Orthogonalizer
+) -> dict[str, jax.Array]:
+    """Orthogonalize the matrices of all leaves that the plan knows; the shardings stay.
+
+    Args:
+      plan: made for leaves of these shapes, dtypes and shardings.
+      leaves: path to array.
+      orthogonalizer: the function that each device applies to the whole matrices that it owns.
+
+    Returns:
+      Path to array, for the leaves of the plan.
+    """
+    if plan.mesh is None:
+        return _on_shards(plan, orthogonalizer, {p.path: leaves[p.path] for p in plan.leaves})
+    specs = {p.path: PartitionSpec(*(over or None for over in p.spec)) for p in plan.leaves}
+    work = jax.shard_map(
+        functools.partial(_on_shards, plan, orthogonalizer),
+        mesh=plan.mesh,
+        in_specs=(specs,),
+        out_specs=specs,
+        check_vma=False,  # an all-gather over copies is equal on all of them, which XLA cannot see
+    )
+    grown = {p.path: _grow(leaves[p.path], p.shape) for p in plan.leaves}
+    done = work(grown)
+    return {path: _cut_to(done[path], leaves[path].shape) for path in done}
+
+
+def _on_shards(
+    plan: Plan, orthogonalizer: Orthogonalizer, shards: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """All buckets, one after the other, on the shards of one device."""
+    stacks = {}
+    for leaf in plan.leaves:
+        payload = shards[leaf.path].astype(plan.payload(shards[leaf.path].dtype))
+        stacks[leaf.path] = leaf.geometry.to_matrices(_turn(leaf, payload))
+    done: dict[tuple[str, int], jax.Array] = {}
+    for dealt in plan.buckets:
+        pooled = dealt.bucket.pack(stacks)
+        done |= dealt.bucket.unpack(_deal(dealt, orthogonalizer, pooled))
+    joined = {}
+    for leaf in plan.leaves:
+        blocks = [done[leaf.path, index] for index in range(len(leaf.geometry.blocks))]
+        back = _turn(leaf, leaf.geometry.from_matrices(blocks), back=True)
+        joined[leaf.path] = back.astype(shards[leaf.path].dtype)
+    return joined
+
+
+def _deal(dealt: Dealt, orthogonalizer: Orthogonalizer, pooled: jax.Array) -> jax.Array:
+    """All lots of a bucket `[B, m / r, n / c]`: those done at once share their trips."""
+    at_once = [lot for lot in dealt.lots if lot.rounds == 1]
+    together = _bring_home(at_once, orthogonalizer, [_take(lot, pooled) for lot in at_once])
+    parts = {lot.start: part for lot, part in zip(at_once, together, strict=True)}
+    for lot in dealt.lots:
+        if lot.rounds > 1:
+            parts[lot.start] = _in_turns(lot, orthogonalizer, _take(lot, pooled))
+    ordered = [parts[lot.start][: lot.count] for lot in dealt.lots]
+    return ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
+
+
+def _take(lot: Lot, pooled: jax.Array) -> jax.Array:
+    """The lot's tiles, filled up with zero matrices, which stay zero."""
+    tiles = lax.slice_in_dim(pooled, lot.start, lot.start + lot.count)
+    return _grow(tiles, (lot.count + lot.padding, *tiles.shape[1:]))
+
+
+def _in_turns(lot: Lot, orthogonalizer: Orthogonalizer, tiles: jax.Array) -> jax.Array:
+    """A lot too large to be held at once."""
+    turns = tiles.reshape(lot.rounds, -1, *tiles.shape[1:])
+    done: jax.Array = lax.map(lambda some: _bring_home([lot], orthogonalizer, [some])[0], turns)
+    return done.reshape(tiles.shape)
+
+
+def _bring_home(
+    lots: Sequence[Lot], orthogonalizer: Orthogonalizer, tiles: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Lots of tiles `[k, m / r, n / c]`, to their homes, through the orthogonalizer, and back."""
+    routes = [Route(lot, x.shape) for lot, x in zip(lots, tiles, strict=True)]
+    shares = [route.my_share(x) for route, x in zip(routes, tiles, strict=True)]
+    sent = [route.address(x) for route, x in zip(routes, shares, strict=True)]
+    arrived = _exchange(routes, sent)
+    whole = [route.assemble(x) for route, x in zip(routes, arrived, strict=True)]
+    polar = [_polar(lot, orthogonalizer, x) for lot, x in zip(lots, whole, strict=True)]
+    parts = [route.take_apart(x) for route, x in zip(routes, polar, strict=True)]
+    back = _exchange(routes, parts, back=True)
+    done = [route.deliver(x) for route, x in zip(routes, back, strict=True)]
+    published = _publish(lots, done)
+    return [route.join(x) for route, x in zip(routes, published, strict=True)]
+
+
+def _polar(lot: Lot, orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
+    return orthogonalizer(x, columns=lot.columns) if lot.layout == SPLIT else orthogonalizer(x)
+
+
+def _exchange(
+    routes: Sequence[Route], arrays: Sequence[jax.Array], back: bool = False
+) -> list[jax.Array]:
+    """One all-to-all per group of devices, or the gather of Algorithm 1 and its local return."""
+    groups = [route.lot.exchange for route in routes]
+    if routes and routes[0].lot.layout == GATHER:
+        return [
+            lax.dynamic_index_in_dim(x, group.index(), keepdims=False)
+            if back
+            else group.all_gather(x)
+            for group, x in zip(groups, arrays, strict=True)
+        ]
+    return _fused(groups, arrays, Group.all_to_all, lead=1)
+
+
+def _publish(lots: Sequence[Lot], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """One all-gather per group of devices that held copies."""
+    return _fused([lot.replicas for lot in lots], arrays, Group.all_gather, lead=0)
+
+
+def _fused(
+    groups: Sequence[Group],
+    arrays: Sequence[jax.Array],
+    move: Callable[[Group, jax.Array], jax.Array],
+    lead: int,
+) -> list[jax.Array]:
+    """Move arrays that go the same way in one message; `lead` axes in front belong to the move."""
+    moved: dict[int, jax.Array] = {}
+    for group in dict.fromkeys(groups):
+        ids = [i for i, other in enumerate(groups) if other == group]
+        if len(ids) == 1 or group.size == 1:
+            moved |= {i: move(group, arrays[i]) for i in ids}
+            continue
+        flat = [arrays[i].reshape(*arrays[i].shape[:lead], -1) for i in ids]
+        cuts = np.cumsum([x.shape[-1] for x in flat])[:-1].tolist()
+        parts = jnp.split(move(group, jnp.concatenate(flat, -1)), cuts, -1)
+        for i, part in zip(ids, parts, strict=True):
+            moved[i] = part.reshape(*part.shape[:-1], *arrays[i].shape[lead:])
+    return [moved[i] for i in range(len(arrays))]
+
+
+def _turn(leaf: Leaf, x: jax.Array, back: bool = False) -> jax.Array:
+    """Make a fused axis whole and cut another in its place, or the other way round."""
+    if leaf.turn is None:
+        return x
+    axes = (leaf.turn.cut, leaf.turn.whole)
+    cut, whole = axes[::-1] if back else axes
+    turned: jax.Array = lax.all_to_all(x, leaf.turn.axes, cut, whole, tiled=True)
+    return turned
+
+
+def _grow(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Fill up with zeros at the end of every axis."""
+    if x.shape == tuple(shape):
+        return x
+    return jnp.pad(x, [(0, want - have) for want, have in zip(shape, x.shape, strict=True)])
+
+
+def _cut_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Drop what `_grow` added."""
+    return x if x.shape == tuple(shape) else x[tuple(slice(length) for length in shape)]

@@ -1,0 +1,107 @@
+"""Groups of devices that a collective runs over: whole mesh axes, or equal pieces of them.
+
+A mesh axis of 16 may be taken as 4 x 4: nine matrices on sixteen chips want eight homes of two
+chips each. A piece is `(axis, size, stride)`: the digits of the device's index along the axis. A
+group is a list of pieces, its members numbered with the last piece fastest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A digit of the index along one mesh axis: index `i` has the digit `i // stride % size`."""
+
+    axis: str
+    """Name of the mesh axis."""
+    extent: int
+    """Devices along the whole axis."""
+    size: int
+    """Values of the digit."""
+    stride: int
+    """Distance of neighbours along the axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Devices that differ in these pieces only. Its methods run inside `shard_map`."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Devices in a group."""
+        return math.prod(piece.size for piece in self.pieces)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Size of every piece."""
+        return [piece.size for piece in self.pieces]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that the pieces belong to."""
+        return tuple(dict.fromkeys(piece.axis for piece in self.pieces))
+
+    def index(self) -> jax.Array:
+        """This device's number in its group: int32 `[]`."""
+        number = jnp.zeros([], jnp.int32)
+        for piece in self.pieces:
+            digit = lax.axis_index(piece.axis) // piece.stride % piece.size
+            number = number * piece.size + digit
+        return number
+
+    def all_to_all(self, x: jax.Array) -> jax.Array:
+        """`[size, ...]`, entry `i` for member `i`, to `[size, ...]`, entry `i` from member `i`."""
+        if self.size == 1:
+            return x
+        arrived: jax.Array = lax.all_to_all(x, self.axes, 0, 0, axis_index_groups=self._members)
+        return arrived
+
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        """`[...]` to `[size, ...]`, entry `i` from member `i`."""
+        if self.size == 1:
+            return x[None]
+        gathered: jax.Array = lax.all_gather(x, self.axes, axis_index_groups=self._members)
+        return gathered
+
+    def psum(self, x: jax.Array) -> jax.Array:
+        """Sum over the members."""
+        if self.size == 1:
+            return x
+        total: jax.Array = lax.psum(x, self.axes, axis_index_groups=self._members)
+        return total
+
+    @property
+    def _members(self) -> list[list[int]] | None:
+        return _members(self.pieces)
+
+
+@functools.lru_cache(maxsize=1024)
+def _members(pieces: tuple[Piece, ...]) -> list[list[int]] | None:
+    """Linear indices over the pieces' axes, a list per group; None where a group is everything."""
+    extents = {piece.axis: piece.extent for piece in pieces}
+    axes = list(extents)
+    steps = {a: math.prod(extents[b] for b in axes[i + 1 :]) for i, a in enumerate(axes)}
+    inner = [np.arange(p.size) * p.stride * steps[p.axis] for p in pieces]
+    offsets = [sum(map(int, digits)) for digits in itertools.product(*inner)]
+    total = math.prod(extents.values())
+    if offsets == list(range(total)):
+        return None
+    taken: set[int] = set()
+    groups = []
+    for base in range(total):
+        if base not in taken:
+            groups.append([base + offset for offset in offsets])
+            taken.update(groups[-1])
+    return groups

@@ -1,0 +1,271 @@
+"""Which matrices are whole on which device: the layouts, and the search for the cheapest.
+
+Every mesh axis that a bucket's matrices are cut over, or lie in copies on, takes a role. Part of
+its devices (`home`) own different matrices; the rest (`split`) share each matrix by columns. One
+matrix a device and nothing left over is `home`; what remains of a bucket goes to fewer homes of
+several devices each. Search is exhaustive: an axis of 16 has five roles, a mesh a few hundred
+combinations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+from optax_muon.sharding.cost import Cost, CostModel, Work
+from optax_muon.sharding.groups import Group, Piece
+
+ROWS, COLS, COPIES = "rows", "cols", "copies"
+LOCAL, HOME, SPLIT, GATHER = "local", "home", "split", "gather"
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one mesh axis does for a lot of matrices."""
+
+    axis: str
+    """Name of the mesh axis."""
+    extent: int
+    """Devices along it."""
+    holds: str
+    """What its devices hold of a matrix: different `rows`, different `cols`, or `copies`."""
+    home: int
+    """How many homes it is divided into; the other factor of the extent shares each home."""
+
+    @property
+    def split(self) -> int:
+        """Devices along the axis that share a home."""
+        return self.extent // self.home
+
+    @property
+    def homes(self) -> Piece:
+        """The digit that tells the homes apart."""
+        return Piece(self.axis, self.extent, self.home, self.split)
+
+    @property
+    def sharers(self) -> Piece:
+        """The digit that tells the devices of one home apart."""
+        return Piece(self.axis, self.extent, self.split, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lot:
+    """A run of a bucket's matrices that are treated alike."""
+
+    layout: str
+    """`local`, `home`, `split` or `gather`."""
+    start: int
+    """First matrix of the bucket."""
+    count: int
+    """How many matrices, as one device counts them."""
+    padding: int
+    """Zero matrices added so that every home gets as many."""
+    roles: tuple[Role, ...]
+    """The mesh axes that take part."""
+    cost: Cost
+    """Per device and update."""
+    rounds: int = 1
+    """How many turns the lot is done in, so that temporary memory stays bounded."""
+
+    @property
+    def homes(self) -> int:
+        """How many homes there are."""
+        return math.prod(role.home for role in self.roles)
+
+    @property
+    def sharing(self) -> int:
+        """Devices that share the columns of each matrix."""
+        return math.prod(role.split for role in self.roles)
+
+    @property
+    def owned(self) -> int:
+        """Matrices that a device works on."""
+        whole = self.layout in (LOCAL, GATHER)
+        return self.count if whole else (self.count + self.padding) // self.homes
+
+    @property
+    def moved(self) -> tuple[Role, ...]:
+        """Roles of the axes that hold pieces of a matrix."""
+        return tuple(role for role in self.roles if role.holds != COPIES)
+
+    @property
+    def copies(self) -> tuple[Role, ...]:
+        """Roles of the axes that hold copies and share the work."""
+        return tuple(role for role in self.roles if role.holds == COPIES)
+
+    @property
+    def exchange(self) -> Group:
+        """Devices that bring each other's tiles together: rows always, columns to reach a home."""
+        pieces = []
+        for role in self.moved:
+            pieces.append(role.homes)
+            if role.holds == ROWS or self.layout == GATHER:
+                pieces.append(role.sharers)
+        return Group(tuple(piece for piece in pieces if piece.size > 1))
+
+    @property
+    def columns(self) -> Group:
+        """Devices that share the columns of a matrix while it is worked on."""
+        return Group(tuple(role.sharers for role in self.roles if role.split > 1))
+
+    @property
+    def replicas(self) -> Group:
+        """Devices that held copies and hand each other their results."""
+        pieces = (piece for role in self.copies for piece in (role.homes, role.sharers))
+        return Group(tuple(piece for piece in pieces if piece.size > 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The matrices of a bucket, as the search sees them."""
+
+    rows: int
+    """The short side of the whole matrix."""
+    cols: int
+    """The long side of the whole matrix."""
+    rows_over: tuple[tuple[str, int], ...]
+    """Mesh axes and sizes that the rows are cut over."""
+    cols_over: tuple[tuple[str, int], ...]
+    """Mesh axes and sizes that the columns are cut over."""
+    copies_over: tuple[tuple[str, int], ...]
+    """Mesh axes and sizes that hold copies and may share the work."""
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the tile on one device."""
+        rows, cols = (
+            math.prod(size for _, size in over) for over in (self.rows_over, self.cols_over)
+        )
+        return self.rows // rows, self.cols // cols
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Everything that a layout is chosen by."""
+
+    shape: Shape
+    work: Work
+    model: CostModel
+    layout: str | None = None
+    """A layout to insist on for all matrices; None takes the cheapest."""
+    memory: int = 2**28
+    """Bytes of temporary arrays per lot above which it is done in rounds."""
+
+    def lots(self, count: int) -> tuple[Lot, ...]:
+        """Deal out `count` matrices at the least cost."""
+        lots = self._best(count)
+        starts = itertools.accumulate((lot.count for lot in lots), initial=0)
+        return tuple(
+            dataclasses.replace(lot, start=start) for lot, start in zip(lots, starts, strict=False)
+        )
+
+    def _best(self, count: int) -> tuple[Lot, ...]:
+        return min(self._ways(count), key=self._seconds)
+
+    def _seconds(self, lots: tuple[Lot, ...]) -> float:
+        return sum(self.model.seconds(lot.cost) for lot in lots)
+
+    def _ways(self, count: int) -> list[tuple[Lot, ...]]:
+        """All ways considered: every choice of roles, its remainder padded or dealt out again."""
+        if self.layout == GATHER:
+            return [(self._gather(count),)]
+        ways: list[tuple[Lot, ...]] = []
+        for roles in _choices(self.shape, self.work.splits and self.layout != HOME):
+            homes = math.prod(role.home for role in roles)
+            whole, rest = divmod(count, homes)
+            if rest:
+                ways.append((self._lot(count, homes - rest, roles),))
+            if whole:
+                lot = self._lot(count - rest, 0, roles)
+                ways.append((lot, *_remainder(self, rest)) if rest else (lot,))
+        return ways
+
+    def _lot(self, count: int, padding: int, roles: tuple[Role, ...]) -> Lot:
+        cut = any(role.split > 1 for role in roles)
+        name = SPLIT if cut else HOME if roles else LOCAL
+        lot = Lot(name, 0, count, padding, roles, Cost())
+        one = self.work.on(self.shape.rows, self.shape.cols, lot.sharing)
+        rounds = _rounds(lot.owned, one.memory, self.memory)
+        held = lot.owned // rounds
+        rows, cols = self.shape.tile
+        moved = (count + padding) * rows * cols * self.work.itemsize
+        out = moved * (lot.replicas.size > 1)
+        through = moved // lot.replicas.size * (lot.exchange.size > 1)
+        cost = Cost(
+            flops=lot.owned * one.flops,
+            bytes=lot.owned * one.bytes + 2 * through + out,
+            wire=lot.owned * one.wire
+            + _missing(2 * through, lot.exchange)
+            + _missing(out, lot.replicas),
+            messages=rounds * (one.messages + 2 * (through > 0) + (out > 0)),
+            memory=held * one.memory + 2 * moved // rounds,
+        )
+        return dataclasses.replace(lot, cost=cost, rounds=rounds)
+
+    def _gather(self, count: int) -> Lot:
+        """The paper's Algorithm 1: every device gathers whole matrices and works on all of them."""
+        roles = tuple(Role(a, size, ROWS, 1) for a, size in self.shape.rows_over)
+        roles += tuple(Role(a, size, COLS, 1) for a, size in self.shape.cols_over)
+        lot = Lot(GATHER if roles else LOCAL, 0, count, 0, roles, Cost())
+        one = self.work.on(self.shape.rows, self.shape.cols)
+        bytes_ = count * self.shape.rows * self.shape.cols * self.work.itemsize if roles else 0
+        rounds = _rounds(count, one.memory, self.memory)
+        cost = Cost(
+            flops=count * one.flops,
+            bytes=bytes_,
+            wire=_missing(bytes_, lot.exchange),
+            messages=rounds * bool(roles),
+            memory=count // rounds * (one.memory + self.shape.rows * self.shape.cols * 4),
+        )
+        return dataclasses.replace(lot, cost=cost, rounds=rounds)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remainder(search: Search, count: int) -> tuple[Lot, ...]:
+    return search._best(count)
+
+
+def _over(shape: Shape) -> Sequence[tuple[tuple[str, int], ...]]:
+    return shape.rows_over, shape.cols_over, shape.copies_over
+
+
+@functools.lru_cache(maxsize=256)
+def _choices(shape: Shape, splits: bool) -> tuple[tuple[Role, ...], ...]:
+    """Every combination of roles that the shape allows."""
+    options: list[list[tuple[Role, ...]]] = []
+    for holds, over in zip((ROWS, COLS, COPIES), _over(shape), strict=True):
+        for axis, extent in over:
+            roles: list[tuple[Role, ...]] = [
+                (Role(axis, extent, holds, home),) for home in _divisors(extent)
+            ]
+            options.append([*roles, ()] if holds == COPIES else [*roles])
+    combined = (tuple(itertools.chain(*choice)) for choice in itertools.product(*options))
+    return tuple(roles for roles in combined if _fits(shape, roles, splits))
+
+
+def _fits(shape: Shape, roles: tuple[Role, ...], splits: bool) -> bool:
+    """Whether the columns of a tile divide among those that share them."""
+    shared = math.prod(role.split for role in roles)
+    cut = math.prod(role.split for role in roles if role.holds != COLS)
+    return shared == 1 or (splits and shape.tile[1] % cut == 0)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _missing(bytes_: int, group: Group) -> int:
+    """What a device lacks of a result that is spread evenly over a group."""
+    return bytes_ * (group.size - 1) // group.size
+
+
+def _rounds(owned: int, one: int, memory: int) -> int:
+    """The fewest equal turns that keep the temporary arrays below `memory`."""
+    return next(
+        n
+        for n in range(1, owned + 1)
+        if n == owned or (owned % n == 0 and owned // n * one <= memory)
+    )
