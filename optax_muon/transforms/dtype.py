@@ -10,12 +10,13 @@ import optax
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype itself if it is as wide as float32, else float32.
+    """Float32 for narrower floats, else the dtype itself.
 
     >>> at_least_float32(jnp.bfloat16), at_least_float32(jnp.complex64)
     (dtype('float32'), dtype('complex64'))
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32 if narrow else dtype)
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -47,6 +48,35 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformationExtraArgs(
         lambda params: inner.init(jax.tree.map(_widen, params)), update
     )
+
+
+def under_standard_promotion(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Run a transformation of another package under JAX's ordinary promotion of dtypes.
+
+    Optax's Adam raises a float to an integer count, which `jax_numpy_dtype_promotion="strict"`
+    forbids.
+
+    Args:
+      inner: any transformation.
+
+    >>> tx = under_standard_promotion(optax.scale_by_adam())
+    >>> with jax.numpy_dtype_promotion("strict"):
+    ...     updates, _ = tx.update(jnp.ones(()), tx.init(jnp.ones(())))
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _widen(x: Any) -> Any:

@@ -8,6 +8,7 @@ state.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +16,16 @@ import jax.numpy as jnp
 import optax
 
 from optax_muon.matrices import paths, rules
-from optax_muon.matrices.views import Axes
+from optax_muon.matrices.views import Axes, Geometry, Split
 from optax_muon.transforms.dtype import at_least_float32
 
 
 class NorMuonState(NamedTuple):
     """State of `normuon`."""
 
-    nu: dict[str, tuple[jax.Array, ...]]
-    """Mean square of every neuron, by path: one array per block, its row axes of length 1."""
+    nu: optax.Updates
+    """Mean square of every neuron, float32 or wider: a tree like the parameters, each of the shape
+    of its parameter with row axes of length 1 (a split row axis: one entry per matrix)."""
 
 
 def normuon(
@@ -48,41 +50,52 @@ def normuon(
     True
     """
 
-    def geometries(tree: Any) -> dict[str, Any]:
+    def geometries(tree: Any) -> dict[str, Geometry]:
         leaves = paths.named_leaves(tree)
         views_of = rules.assign(tree, views)
         return {p: v.on(leaves[p].shape) for p, v in views_of.items() if v is not None}
 
     def init(params: optax.Params) -> NorMuonState:
-        leaves = paths.named_leaves(params)
+        found = geometries(params)
 
-        def zeros(path: str, geometry: Any) -> tuple[jax.Array, ...]:
-            parts = jax.eval_shape(geometry.parts, leaves[path])
-            return tuple(
-                jnp.zeros(
-                    [1 if axis in geometry.part_rows else n for axis, n in enumerate(part.shape)],
-                    at_least_float32(part.dtype),
-                )
-                for part in parts
-            )
+        def zeros(path: Any, leaf: Any) -> jax.Array | optax.MaskedNode:
+            geometry = found.get(paths.path_name(path))
+            if geometry is None:
+                return optax.MaskedNode()
+            return jnp.zeros(_neurons(geometry).shape, at_least_float32(leaf.dtype))
 
-        return NorMuonState({p: zeros(p, g) for p, g in geometries(params).items()})
+        return NorMuonState(jax.tree.map_with_path(zeros, params))
 
     def update(
         updates: optax.Updates, state: NorMuonState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, NorMuonState]:
         del params
-        leaves, nu = paths.named_leaves(updates), {}
+        leaves, nu = paths.named_leaves(updates), paths.named_leaves(state.nu)
         for path, geometry in geometries(updates).items():
-            moved = [
-                _normalise(part, old, geometry.part_rows, geometry.part_cols, beta2, eps)
-                for part, old in zip(geometry.parts(leaves[path]), state.nu[path], strict=True)
-            ]
+            neurons, axes = _neurons(geometry), (geometry.part_rows, geometry.part_cols)
+            pairs = zip(geometry.parts(leaves[path]), neurons.parts(nu[path]), strict=True)
+            moved = [_normalise(part, old, *axes, beta2, eps) for part, old in pairs]
             leaves[path] = geometry.join([part for part, _ in moved])
-            nu[path] = tuple(mean_square for _, mean_square in moved)
-        return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), NorMuonState(nu)
+            nu[path] = neurons.join([mean_square for _, mean_square in moved])
+        return _like(updates, leaves), NorMuonState(_like(state.nu, nu))
 
     return optax.GradientTransformation(init, update)
+
+
+def _like(tree: Any, leaves: dict[str, jax.Array]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
+
+
+def _neurons(geometry: Geometry) -> Geometry:
+    """The parameter with one row: where its neurons lie, split as it is."""
+    shape, split = list(geometry.shape), geometry.split
+    for axis in geometry.row_axes:
+        shape[axis] = 1
+    if split is not None and split.axis in geometry.row_axes:
+        assert split.heads is not None
+        split = Split(split.axis, split.heads, split.heads)
+        shape[split.axis] = split.total
+    return dataclasses.replace(geometry, shape=tuple(shape), split=split)
 
 
 def _normalise(
