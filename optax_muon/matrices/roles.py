@@ -145,9 +145,9 @@ class Rule:
       reason: what they are, in a few words, for the report.
       axes: how many axes one layer's parameter may have, stacked layers and experts not counted;
         any by default.
-      when: a further condition on the leaf.
       rivals: what else it may be: each gives another reading if the leaf allows for one, and the
         leaf is then ambiguous. Your own rules need none.
+      when: a further condition on the leaf.
 
     >>> import jax
     >>> from optax_muon.matrices.rules import assign
@@ -160,8 +160,8 @@ class Rule:
     view: View | None
     reason: str
     axes: Container[int] | None = None
-    when: Callable[[Leaf], bool] | None = None
     rivals: tuple[Callable[[Leaf, Geometry], Reading | None], ...] = ()
+    when: Callable[[Leaf], bool] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "view", as_view(self.view))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from optax_muon.matrices.views import View
 __all__ = ["DEFAULT_RULES", "Rule", "assign", "label"]
 
 _LISTED = 8
+_GLOB = re.compile(r"[*?[]")
 
 
 def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
@@ -157,20 +159,22 @@ def _by_rules(tree: Any, rules: tuple[Rule, ...]) -> Callable[[Leaf], Verdict | 
 
 def _by_entries(tree: Any, entries: Mapping[str, View | None]) -> Callable[[Leaf], Verdict | None]:
     known = _known(tree)
+    fitting = {path: _fitting(entries, path) for path in known}
+    hidden = [path for path, leaf in known.items() if is_masked(leaf)]
+    used = set(itertools.chain(*fitting.values()))
     for entry in entries:
-        if not any(_fits(entry, path, leaf) for path, leaf in known.items()):
+        if entry not in used and not any(_may_hide(path, entry) for path in hidden):
             close = difflib.get_close_matches(entry, known, n=3, cutoff=0.4)
             raise ValueError(
                 f"views[{entry!r}] fits no parameter; there are {_list(close or known)}."
             )
 
     def said(leaf: Leaf) -> Verdict | None:
-        fitting = [entry for entry in entries if _covers(entry, leaf.path)]
-        if not fitting:
+        if not fitting[leaf.path]:
             return None
-        best = leaf.path if leaf.path in fitting else max(fitting, key=len)
-        equals = [entry for entry in fitting if len(entry) == len(best) and best != leaf.path]
-        if any(entries[entry] != entries[best] for entry in equals):
+        best = leaf.path if leaf.path in entries else max(fitting[leaf.path], key=len)
+        equals = [entry for entry in fitting[leaf.path] if len(entry) == len(best)]
+        if best != leaf.path and any(entries[entry] != entries[best] for entry in equals):
             raise ValueError(
                 f"{leaf.path} fits {_list(equals)} of views, which disagree; name it in full."
             )
@@ -184,15 +188,20 @@ def _known(tree: Any) -> dict[str, Any]:
     return named_leaves(tree, is_leaf=lambda node: node is None or is_masked(node))
 
 
-def _covers(entry: str, path: str) -> bool:
-    return entry in ("", path) or path.startswith(f"{entry}/") or fnmatch.fnmatchcase(path, entry)
+def _fitting(entries: Mapping[str, View | None], path: str) -> list[str]:
+    """The entries for a path: its own, those of the modules above it, and globs."""
+    above = itertools.accumulate(path.split("/"), "{}/{}".format)
+    named = dict.fromkeys(("", *above))
+    globs = (entry for entry in entries if _GLOB.search(entry) and entry not in named)
+    return [
+        *(name for name in named if name in entries),
+        *(entry for entry in globs if fnmatch.fnmatchcase(path, entry)),
+    ]
 
 
-def _fits(entry: str, path: str, leaf: Any) -> bool:
-    """Whether an entry fits a leaf, or may fit what a mask hides: it can hide a whole subtree."""
-    if not is_masked(leaf):
-        return _covers(entry, path)
-    return bool(re.search(r"[*?[]", entry)) or _covers(entry, path) or _covers(path, entry)
+def _may_hide(masked: str, entry: str) -> bool:
+    """Whether an entry may be for what a mask hides, which can be a whole subtree."""
+    return masked == "" or entry.startswith(f"{masked}/") or bool(_GLOB.search(entry))
 
 
 def _is_view(node: Any) -> bool:

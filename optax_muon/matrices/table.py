@@ -35,17 +35,20 @@ _STATE = r"a_log|dt|\w*decay\w*|(\w+_)?sinks?|time_(mix|first|maa)\w*"
 _STATE_SPACE = r"\w*(mamba|ssm|ssd|delta_?net|linear_att(n|ention))\w*"
 _DEPTHWISE = r"dw|dw_?conv\w*|\w*depthwise\w*|\w*short_conv\w*"
 _CONV = r"\w*conv\w*"
+_CONV_ANY = rf"{_CONV}(/(kernel|w|weight))?"
 _MOE = r"\w*(moe|mixture)\w*(?<!layers)(?<!blocks)"
 _EXPERTS = r"\w*experts?\w*"
 _GATE = r"gate|gating"
 _MLP = r"\w*(mlp|ffn|ffw|feed_?forward)\w*"
-_MLP_KERNELS = (
-    r"wi|w\d|fc\d*|c_fc|linear\d*|dense\d*|(gate|up|down|gate_up)(_proj)?|intermediate\w*"
+_IN_MLP = (
+    r"wi|w\d|fc\d*|c_fc|linear\d*|dense\d*|(gate|up|down|gate_up)(_proj)?|gating|intermediate\w*"
+    rf"|{_MLP}(/\w+){{0,2}}"
 )
 _ATTENTION = r"\w*att(n|ention)\w*"
 _TO_HEADS = r"(query|key|value|wq_b|wkv_b)/(kernel|w)"
 _MAYBE_TO_HEADS = r"[qkv]|kv|w([qkv]|kv)(_b)?|([qkv]|kv)_proj|to_[qkv]|(query|key|value)(_proj)?"
-_MAYBE_FROM_HEADS = rf"{_ATTENTION}/(o|wo|out|output|proj|(o|out|output|c)_proj|to_out)"
+_FROM_HEADS = rf"{_ATTENTION}/out/(kernel|w)"
+_MAYBE_FROM_HEADS = rf"o_proj|{_ATTENTION}/(o|wo|out|output|proj|(out|output|c)_proj|to_out)"
 _DENSE = (
     r"\w*proj|w\d|w[a-z]{1,3}(_[ab])?|fc\d*|c_(attn|fc)|(linear|dense)\w*|up|down|query|key|value"
 )
@@ -172,7 +175,8 @@ def _renumber(axes: Axes, numbers: dict[int, int]) -> Axes:
 
 
 _DOUBTS = (_stacked_elsewhere, _too_elongated)
-_HEAD_DOUBTS = (_stack_without_heads, *_DOUBTS)
+_HEAD_DOUBTS = (_stacked_elsewhere, _stack_without_heads, _too_elongated)
+_UNNAMED_DOUBTS = (_unnamed_stack, *_HEAD_DOUBTS)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -188,116 +192,67 @@ _NO_MATRICES = (
     Rule(rf"{_MOE}/({_GATE})(/\w+)?", None, "router", _AT_MOST_2),
     Rule(_STATE, None, "state, decay or sink"),
     Rule(r"d", None, "skip of a state space", range(2)),
-    Rule(
-        rf"{_STATE_SPACE}/in_proj\w*(/\w+)?",
-        None,
-        "fused input of a state space; a Split can part it",
-    ),
+    Rule(rf"{_STATE_SPACE}/in_proj\w*(/\w+)?", None, "fused input of a state space"),
     Rule(r"\w*", None, "vector or scalar", when=_is_vector),
 )
 
 # Flax and Haiku store H W I O, equinox O I H W.
 _CONVOLUTIONS = (
     Rule(rf"({_DEPTHWISE})(/\w+)?", None, "depthwise convolution"),
-    Rule(
-        rf"{_CONV}(/(kernel|w|weight))?",
-        None,
-        "depthwise convolution",
-        _AT_LEAST_3,
-        _has_one_input_channel,
-    ),
+    Rule(_CONV_ANY, None, "depthwise convolution", _AT_LEAST_3, when=_has_one_input_channel),
     *(
-        Rule(
-            rf"{_CONV}{end}", view(axes - 2), "convolution", (axes,), rivals=(_other_spatial_axes,)
-        )
+        Rule(names, view(axes - 2), "convolution", (axes,), (_other_spatial_axes,))
         for axes in (3, 4, 5)
-        for end, view in (("/?weight", _oihw), ("(/(kernel|w))?", _hwio))
+        for names, view in ((rf"{_CONV}/?weight", _oihw), (_of(_CONV), _hwio))
     ),
-    Rule(
-        rf"{_CONV}(/(kernel|w|weight))?", _MATRIX, "convolution", _AT_MOST_2, rivals=(_depthwise,)
-    ),
+    Rule(_CONV_ANY, _MATRIX, "convolution", _AT_MOST_2, (_depthwise,)),
 )
 
 # Each expert is a matrix of its own, and there may be more of them than they are wide.
 _EXPERT_RULES = (
-    Rule(_of(rf"{_MOE}/({_GATE})"), _MATRIX, "experts", _AT_LEAST_3, rivals=(_router,)),
-    Rule(rf"{_EXPERTS}(/\w+)*/weight", _OUT_FIRST, "expert", _AT_LEAST_2, rivals=(_too_elongated,)),
-    Rule(rf"{_EXPERTS}(/\w+)+", _MATRIX, "expert", _AT_LEAST_2, rivals=(_too_elongated,)),
-    Rule(_of(rf"{_MOE}/\w+"), _MATRIX, "expert", _AT_LEAST_3, rivals=(_too_elongated,)),
+    Rule(_of(rf"{_MOE}/({_GATE})"), _MATRIX, "expert", _AT_LEAST_3, (_router,)),
+    Rule(rf"{_EXPERTS}(/\w+)*/weight", _OUT_FIRST, "expert", _AT_LEAST_2, (_too_elongated,)),
+    Rule(rf"{_EXPERTS}(/\w+)+", _MATRIX, "expert", _AT_LEAST_2, (_too_elongated,)),
+    Rule(_of(rf"{_MOE}/\w+"), _MATRIX, "expert", _AT_LEAST_3, (_too_elongated,)),
 )
 
 # `mlp/gate` is half of a gated MLP, or a router where the mixture of experts is called `mlp`.
 _GATES = (
-    Rule(_of(_GATE), _MATRIX, "gate as wide as its input", _AT_MOST_2, _widens, _DOUBTS),
-    Rule(
-        rf"({_GATE})/weight", _OUT_FIRST, "gate as wide as its input", _AT_MOST_2, _widens, _DOUBTS
-    ),
-    Rule(
-        rf"({_GATE})(/\w+)?",
-        None,
-        "router: a gate that narrows",
-        _AT_MOST_2,
-        _narrows_like_a_router,
-    ),
-    Rule(rf"({_GATE})(/\w+)?", _MATRIX, "gate", _AT_MOST_2, rivals=(_router,)),
+    Rule(_of(_GATE), _MATRIX, "gate of an MLP", _AT_MOST_2, _DOUBTS, _widens),
+    Rule(rf"({_GATE})/weight", _OUT_FIRST, "gate of an MLP", _AT_MOST_2, _DOUBTS, _widens),
+    Rule(rf"({_GATE})(/\w+)?", None, "router", _AT_MOST_2, when=_narrows_like_a_router),
+    Rule(rf"({_GATE})(/\w+)?", _MATRIX, "gate of an MLP", _AT_MOST_2, (_router,)),
 )
 
 # Heads as an axis: [d, h, k] and [h, k, d] of Flax, [h, d, k] of Gemma.
 _HEAD_RULES = (
-    Rule(_TO_HEADS, _INTO_HEADS, "into heads", _AT_LEAST_3, rivals=_HEAD_DOUBTS),
-    Rule(
-        rf"{_ATTENTION}/out/(kernel|w)",
-        _OUT_OF_HEADS,
-        "out of heads",
-        _AT_LEAST_3,
-        rivals=_HEAD_DOUBTS,
-    ),
-    Rule(
-        _of(_MAYBE_TO_HEADS),
-        _INTO_HEADS,
-        "into heads",
-        _AT_LEAST_3,
-        rivals=(_unnamed_stack, *_HEAD_DOUBTS),
-    ),
-    Rule(
-        _of(_MAYBE_FROM_HEADS),
-        _OUT_OF_HEADS,
-        "out of heads",
-        _AT_LEAST_3,
-        rivals=(_unnamed_stack, *_HEAD_DOUBTS),
-    ),
-    Rule(
-        _of(r"\w*qkv"), View(-4, (-2, -1)), "q, k and v into heads", (4,), _has_three_parts, _DOUBTS
-    ),
-    Rule(_of(r"q_einsum"), View(-2, (-3, -1)), "into heads", (3,), rivals=_DOUBTS),
-    Rule(_of(r"q?kv_einsum"), View(-2, (-3, -1)), "into heads", (4,), rivals=_DOUBTS),
-    Rule(_of(r"attn_vec_einsum"), _OUT_OF_HEADS, "out of heads", (3,), rivals=_DOUBTS),
-    Rule(_of(r"gating_einsum"), _MATRIX, "gate and up", (3,), rivals=_DOUBTS),
+    Rule(_TO_HEADS, _INTO_HEADS, "into heads", _AT_LEAST_3, _HEAD_DOUBTS),
+    Rule(_FROM_HEADS, _OUT_OF_HEADS, "out of heads", _AT_LEAST_3, _HEAD_DOUBTS),
+    Rule(_of(_MAYBE_TO_HEADS), _INTO_HEADS, "into heads", _AT_LEAST_3, _UNNAMED_DOUBTS),
+    Rule(_of(_MAYBE_FROM_HEADS), _OUT_OF_HEADS, "out of heads", _AT_LEAST_3, _UNNAMED_DOUBTS),
+    Rule(_of(r"\w*qkv"), View(-4, (-2, -1)), "q, k, v into heads", (4,), _DOUBTS, _has_three_parts),
+    Rule(_of(r"q_einsum"), View(-2, (-3, -1)), "into heads", (3,), _DOUBTS),
+    Rule(_of(r"q?kv_einsum"), View(-2, (-3, -1)), "into heads", (4,), _DOUBTS),
+    Rule(_of(r"attn_vec_einsum"), _OUT_OF_HEADS, "out of heads", (3,), _DOUBTS),
+    Rule(_of(r"gating_einsum"), _MATRIX, "gate and up", (3,), _DOUBTS),
 )
 
 _MATRICES = (
-    Rule(
-        rf"({_MLP_KERNELS}|{_MLP}(/\w+){{0,2}})/weight",
-        _OUT_FIRST,
-        "matrix",
-        _AT_LEAST_3,
-        None,
-        _DOUBTS,
-    ),
-    Rule(
-        _of(rf"{_MLP_KERNELS}|{_MLP}(/\w+){{0,2}}"), _MATRIX, "matrix", _AT_LEAST_3, None, _DOUBTS
-    ),
-    Rule(rf"\w*kernel|({_DENSE})(/w)?", _MATRIX, "matrix", _AT_MOST_2, None, _DOUBTS),
-    Rule(rf"({_DENSE})/weight", _OUT_FIRST, "matrix", _AT_MOST_2, None, _DOUBTS),
-    Rule(r"\w*weight|weight_\w+", _OUT_FIRST, "matrix", (2,), None, _DOUBTS),
-    Rule(r"w", _MATRIX, "matrix", (2,), None, _DOUBTS),
+    Rule(rf"({_IN_MLP})/weight", _OUT_FIRST, "matrix", _AT_LEAST_3, _DOUBTS),
+    Rule(_of(_IN_MLP), _MATRIX, "matrix", _AT_LEAST_3, _DOUBTS),
+    Rule(rf"\w*kernel|({_DENSE})(/w)?", _MATRIX, "matrix", _AT_MOST_2, _DOUBTS),
+    Rule(rf"({_DENSE})/weight", _OUT_FIRST, "matrix", _AT_MOST_2, _DOUBTS),
+    Rule(r"\w*weight|weight_\w+", _OUT_FIRST, "matrix", (2,), _DOUBTS),
+    Rule(r"w", _MATRIX, "matrix", (2,), _DOUBTS),
 )
 
 _UNKNOWN = (
-    Rule(r"b\d*", _MATRIX, "", _AT_MOST_2, rivals=(_vectors,)),
-    Rule(_of(r"\w*general|\w*einsum|[qkv]{2,3}"), _MATRIX, "", _AT_LEAST_3, rivals=(_one_matrix,)),
-    Rule(r"\w*", _MATRIX, "two axes and no other role in its name", (2,), None, _DOUBTS),
-    Rule(r".*", _MATRIX, "", _AT_MOST_2, rivals=(_vectors,)),
+    Rule(r"b\d*", _MATRIX, "", _AT_MOST_2, (_vectors,)),
+    Rule(_of(r"\w*general|\w*einsum|[qkv]{2,3}"), _MATRIX, "", _AT_LEAST_3, (_one_matrix,)),
+    Rule(r".*", _MATRIX, "two axes and no other role in its name", (2,), _DOUBTS),
+    Rule(r".*weight", _OUT_FIRST, "", _AT_MOST_2, (_vectors,)),
+    Rule(r".*weight", _OUT_FIRST, "", rivals=(_no_matrices,)),
+    Rule(r".*", _MATRIX, "", _AT_MOST_2, (_vectors,)),
     Rule(r".*", _MATRIX, "", rivals=(_no_matrices,)),
 )
 
