@@ -22,6 +22,8 @@ class Cost:
     """Result bytes of its collectives, as the compiled program states them."""
     wire: int = 0
     """Bytes that arrive from other devices."""
+    least: int = 0
+    """Bytes that have to arrive: each trip brings what a device lacks, nothing padded or summed."""
     messages: int = 0
     """Collectives, one after the other."""
     memory: int = 0
@@ -33,6 +35,7 @@ class Cost:
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.wire + other.wire,
+            self.least + other.least,
             self.messages + other.messages,
             max(self.memory, other.memory),
         )

@@ -191,16 +191,15 @@ class Search:
         rounds = _rounds(lot.owned, one.memory, self.memory)
         held = lot.owned // rounds
         rows, cols = self.shape.tile
-        moved = (count + padding) * rows * cols * self.work.itemsize
-        out = moved * (lot.replicas.size > 1)
-        through = moved // lot.replicas.size * (lot.exchange.size > 1)
+        moved, least = (n * rows * cols * self.work.itemsize for n in (count + padding, count))
+        trips = 2 * (lot.exchange.size > 1)
+        shared = lot.replicas.size > 1
         cost = Cost(
             flops=lot.owned * one.flops,
-            bytes=lot.owned * one.bytes + 2 * through + out,
-            wire=lot.owned * one.wire
-            + _missing(2 * through, lot.exchange)
-            + _missing(out, lot.replicas),
-            messages=rounds * (one.messages + 2 * (through > 0) + (out > 0)),
+            bytes=lot.owned * one.bytes + trips * moved // lot.replicas.size + shared * moved,
+            wire=lot.owned * one.wire + _arriving(lot, trips, moved),
+            least=_arriving(lot, trips, least),
+            messages=rounds * (one.messages + trips + shared),
             memory=held * one.memory + 2 * moved // rounds,
         )
         return dataclasses.replace(lot, cost=cost, rounds=rounds)
@@ -217,6 +216,7 @@ class Search:
             flops=count * one.flops,
             bytes=bytes_,
             wire=_missing(bytes_, lot.exchange),
+            least=_missing(bytes_, lot.exchange),
             messages=rounds * bool(roles),
             memory=count // rounds * (one.memory + self.shape.rows * self.shape.cols * 4),
         )
@@ -255,6 +255,12 @@ def _fits(shape: Shape, roles: tuple[Role, ...], splits: bool) -> bool:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _arriving(lot: Lot, trips: int, bytes_: int) -> int:
+    """What arrives of so many bytes of tiles: shares in and out, and the results of copies."""
+    share = trips * bytes_ // lot.replicas.size
+    return _missing(share, lot.exchange) + _missing(bytes_, lot.replicas)
 
 
 def _missing(bytes_: int, group: Group) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from optax_muon.matrices import paths, rules
 from optax_muon.matrices.views import Block, Geometry
+from optax_muon.sharding import report
 from optax_muon.sharding.buckets import Bucket, Member
 from optax_muon.sharding.cost import RATES, Cost, CostModel, Work
 from optax_muon.sharding.layouts import GATHER, HOME, Lot, Search, Shape
@@ -30,7 +31,15 @@ class Dealt:
     """A bucket and how its matrices are dealt out."""
 
     bucket: Bucket
+    """The matrices, as one device sees them."""
     lots: tuple[Lot, ...]
+    """What is done with them."""
+    copies: int
+    """Buckets of other matrices like this one, on other devices (experts, say)."""
+    whole: Cost
+    """Of one matrix on one device."""
+    seconds: Mapping[str, float]
+    """Modelled time of this choice (`chosen`), and of `home` and `gather` for all matrices."""
 
     @property
     def cost(self) -> Cost:
@@ -55,7 +64,26 @@ class Plan:
     def cost(self) -> Cost:
         """Of one update, per device."""
         turned = sum(2 * leaf.turned for leaf in self.leaves) * self.work.itemsize
-        return sum((dealt.cost for dealt in self.buckets), Cost(bytes=turned))
+        return sum((dealt.cost for dealt in self.buckets), Cost(bytes=turned, wire=turned))
+
+    @property
+    def even_flops(self) -> float:
+        """Operations per device if the work of all matrices were spread evenly over all devices."""
+        whole = sum(d.bucket.size * d.copies * d.whole.flops for d in self.buckets)
+        return whole / self.devices
+
+    @property
+    def devices(self) -> int:
+        """Devices that share the work: those of the mesh, or of one of its slices."""
+        slow = slow_axes(self.mesh)
+        return math.prod(n for axis, n in axis_sizes(self.mesh).items() if axis not in slow)
+
+    def __str__(self) -> str:
+        return report.table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain numbers, strings and lists."""
+        return report.as_dict(self)
 
     def payload(self, dtype: np.dtype) -> np.dtype:
         """Dtype that matrices travel in: the compute dtype, if it is narrower than their own."""
@@ -164,7 +192,17 @@ def _deal(
         for axes in (bucket.rows_over, bucket.cols_over, copies)
     )
     shape = Shape(bucket.rows, bucket.cols, rows, cols, copies_over)
-    return Dealt(bucket, Search(shape, work, model, layout, memory).lots(bucket.size))
+    ways = {
+        name: Search(shape, work, model, way, memory).lots(bucket.size)
+        for name, way in (("chosen", layout), (HOME, HOME), (GATHER, GATHER))
+    }
+    return Dealt(
+        bucket,
+        lots=ways["chosen"],
+        copies=math.prod(sizes[axis] for axis in bucket.batch_over),
+        whole=work.on(bucket.rows, bucket.cols),
+        seconds={n: sum(model.seconds(lot.cost) for lot in lots) for n, lots in ways.items()},
+    )
 
 
 def pool(
