@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_muon.polar.normalize import as_matrices, normalize
-from optax_muon.polar.precision import finfo, product
+from optax_muon.polar.precision import product
 
 __all__ = ["polar_svd"]
 
@@ -42,6 +42,6 @@ def polar_svd(x: ArrayLike, /) -> jax.Array:
     """
     x = as_matrices(x)
     u, sigma, vh = jnp.linalg.svd(normalize(x), full_matrices=False)
-    null = max(x.shape[-2:]) * finfo(sigma.dtype).eps * jnp.max(sigma, -1, keepdims=True)
+    null = max(x.shape[-2:]) * jnp.finfo(sigma.dtype).eps * jnp.max(sigma, -1, keepdims=True)
     kept = (sigma > null).astype(u.dtype)
     return product(u * kept[..., None, :], vh).astype(x.dtype)

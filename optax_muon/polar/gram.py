@@ -20,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_muon.polar.coefficients import KELLER, Coefficients, Row
 from optax_muon.polar.newton_schulz import on_short_side, quadratic
-from optax_muon.polar.precision import adjoint, finfo, gram_matrix, identity_like, product
+from optax_muon.polar.precision import adjoint, gram_matrix, identity_like, product
 
 __all__ = ["SPANS", "default_restarts", "gram_newton_schulz"]
 
@@ -53,7 +54,7 @@ def default_restarts(steps: int, dtype: DTypeLike) -> tuple[int, ...]:
     Returns:
         Indices of steps, counted from 0, increasing.
     """
-    span = SPANS[finfo(dtype).dtype.name]
+    span = SPANS[jnp.finfo(dtype).dtype.name]
     return tuple(range(span, steps, span))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_muon.polar.precision import at_least_float32, finfo
+from optax_muon.polar.precision import at_least_float32
 
 
 def as_matrices(x: ArrayLike) -> jax.Array:
@@ -39,4 +39,4 @@ def normalize(x: jax.Array, safety: float = 1.0) -> jax.Array:
 def largest_entry(x: jax.Array) -> jax.Array:
     """Return max |x| of each matrix as [..., 1, 1]; 1 where all entries are zero or subnormal."""
     peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
-    return jnp.where(peak < finfo(x.dtype).tiny, 1.0, peak)
+    return jnp.where(peak < jnp.finfo(x.dtype).tiny, 1.0, peak)

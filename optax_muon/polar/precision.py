@@ -13,9 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-finfo: Callable[[Any], Any] = jnp.finfo
-"""The limits of a dtype: `jnp.finfo` has no types of its own."""
-
 _REAL = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 
@@ -56,12 +53,12 @@ def _compute_dtype(dtype: DTypeLike, given: Any) -> Any:
         raise TypeError(f"dtype={asked.name} was given, one of {', '.join(_REAL)} is accepted.")
     if not complex_input:
         return asked
-    return jnp.dtype(jnp.complex128 if finfo(asked).bits == 64 else jnp.complex64)
+    return jnp.dtype(jnp.complex128 if jnp.finfo(asked).bits == 64 else jnp.complex64)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Widen half precision to float32; leave wider numbers as they are."""
-    return x.astype(jnp.float32) if finfo(x.dtype).bits < 32 else x
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def adjoint(x: jax.Array) -> jax.Array:
@@ -89,5 +86,5 @@ def _contract(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # bfloat16 operands are exact in one pass.
     short = a.dtype == jnp.bfloat16
     precision = jax.lax.Precision.DEFAULT if short else jax.lax.Precision.HIGHEST
-    wide = jnp.float32 if finfo(a.dtype).bits < 32 else a.dtype
+    wide = jnp.float32 if jnp.finfo(a.dtype).bits < 32 else a.dtype
     return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
