@@ -61,7 +61,15 @@ def case(request):
 
 
 def _entries(shape):
-    return jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def _there(geometry, x):
+    return jax.jit(geometry.to_matrices)(x)
+
+
+def _back(geometry, matrices):
+    return jax.jit(geometry.from_matrices)(matrices)
 
 
 def test_blocks_are_the_expected_stacks(case):
@@ -72,37 +80,36 @@ def test_blocks_are_the_expected_stacks(case):
 def test_from_matrices_undoes_to_matrices(case):
     shape, view, blocks = case
     geometry, x = view.on(shape), _entries(shape)
-    matrices = geometry.to_matrices(x)
+    matrices = _there(geometry, x)
     assert [matrix.shape for matrix in matrices] == blocks
-    np.testing.assert_array_equal(geometry.from_matrices(matrices), x)
+    np.testing.assert_array_equal(_back(geometry, matrices), x)
 
 
 def test_to_matrices_undoes_from_matrices(case):
     shape, view, blocks = case
     geometry = view.on(shape)
     matrices = [_entries(block) + 1000 * i for i, block in enumerate(blocks)]
-    for back, matrix in zip(
-        geometry.to_matrices(geometry.from_matrices(matrices)), matrices, strict=True
-    ):
-        np.testing.assert_array_equal(back, matrix)
+    there = _there(geometry, _back(geometry, matrices))
+    for found, matrix in zip(there, matrices, strict=True):
+        np.testing.assert_array_equal(found, matrix)
 
 
-def test_matrices_keep_the_dtype_and_trace_under_jit(case):
+def test_matrices_keep_the_dtype(case):
     shape, view, _ = case
-    geometry, x = view.on(shape), _entries(shape).astype(jnp.bfloat16)
-    there_and_back = jax.jit(lambda x: geometry.from_matrices(geometry.to_matrices(x)))
-    assert there_and_back(x).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(there_and_back(x), x)
+    geometry = view.on(shape)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    matrices = jax.eval_shape(geometry.to_matrices, x)
+    assert {matrix.dtype for matrix in matrices} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.eval_shape(geometry.from_matrices, matrices) == x
 
 
 def test_a_factor_per_block_spreads_over_the_entries_of_that_block(case):
     shape, view, blocks = case
-    geometry, x = view.on(shape), jnp.ones(shape)
+    geometry = view.on(shape)
     factors = [float(i + 2) for i in range(len(blocks))]
-    spread = geometry.spread(factors)
-    scaled = x * (spread if isinstance(spread, float) else jnp.asarray(spread))
-    for factor, matrix in zip(factors, geometry.to_matrices(scaled), strict=True):
-        np.testing.assert_array_equal(matrix, jnp.full_like(matrix, factor))
+    scaled = np.ones(shape, np.float32) * geometry.spread(factors)
+    for factor, matrix in zip(factors, _there(geometry, scaled), strict=True):
+        np.testing.assert_array_equal(matrix, np.full(matrix.shape, factor))
 
 
 def test_equal_factors_stay_one_number():
@@ -110,7 +117,7 @@ def test_equal_factors_stay_one_number():
     assert geometry.spread([0.5, 0.5, 0.5]) == 0.5
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(16))
 def test_any_view_of_any_shape_comes_back(seed):
     rng = np.random.default_rng(seed)
     rank = int(rng.integers(2, 6))
@@ -125,30 +132,30 @@ def test_any_view_of_any_shape_comes_back(seed):
     split = Split(fused, tuple(int(size) for size in sizes), tuple(heads), groups)
     view = View(axes[:n_rows], axes[n_rows : n_rows + n_cols], split)
     geometry, x = view.on(shape), _entries(shape)
-    matrices = geometry.to_matrices(x)
+    matrices = _there(geometry, x)
     assert sum(matrix.size for matrix in matrices) == x.size
-    np.testing.assert_array_equal(geometry.from_matrices(matrices), x)
+    np.testing.assert_array_equal(_back(geometry, matrices), x)
 
 
 def test_a_convolution_is_read_as_its_rows_written_out():
-    x = np.asarray(_entries((3, 2, 4, 5)))
-    (matrix,) = View((0, 1, 2), 3).on(x.shape).to_matrices(jnp.asarray(x))
+    x = _entries((3, 2, 4, 5))
+    (matrix,) = _there(View((0, 1, 2), 3).on(x.shape), x)
     written_out = [x[h, w, i] for h in range(3) for w in range(2) for i in range(4)]
     np.testing.assert_array_equal(matrix[0], np.stack(written_out))
 
 
 def test_parts_of_a_fused_axis_are_its_slices_and_heads_are_batch():
-    x = np.asarray(_entries((6, 12)))
+    x = _entries((6, 12))
     split = Split.qkv(1, heads=4, kv_heads=1, head_dim=2, per_head=True)
-    q, k, v = View(0, 1, split).on(x.shape).to_matrices(jnp.asarray(x))
+    q, k, v = _there(View(0, 1, split).on(x.shape), x)
     np.testing.assert_array_equal(q, np.stack([x[:, 2 * h : 2 * h + 2] for h in range(4)]))
     np.testing.assert_array_equal(k[0], x[:, 8:10])
     np.testing.assert_array_equal(v[0], x[:, 10:12])
 
 
 def test_a_part_of_interleaved_groups_gathers_the_groups():
-    x = np.asarray(_entries((6, 24)))
-    q, k, v = View(0, 1, Split(1, (8, 2, 2), groups=2)).on(x.shape).to_matrices(jnp.asarray(x))
+    x = _entries((6, 24))
+    q, k, v = _there(View(0, 1, Split(1, (8, 2, 2), groups=2)).on(x.shape), x)
     np.testing.assert_array_equal(q[0], np.concatenate([x[:, 0:8], x[:, 12:20]], axis=1))
     np.testing.assert_array_equal(k[0], np.concatenate([x[:, 8:10], x[:, 20:22]], axis=1))
     np.testing.assert_array_equal(v[0], np.concatenate([x[:, 10:12], x[:, 22:24]], axis=1))
