@@ -217,6 +217,23 @@ def test_masking_leaves_does_not_change_the_decision_for_the_others(views, keep)
     assert seen == [kept]
 
 
+@pytest.mark.parametrize("box", [nn.Partitioned, nnx.Param])
+def test_masked_boxes_keep_their_paths(box):
+    def boxed(value):
+        return (
+            nn.Partitioned(value, names=("a", "b")) if box is nn.Partitioned else nnx.Param(value)
+        )
+
+    tree = {
+        "mixer": {"w": boxed(jnp.zeros((8, 4, 16)))},
+        "up": {"kernel": boxed(jnp.zeros((8, 4)))},
+    }
+    views = {"mixer/w": MIXER}
+    masked = jax.tree.map(lambda x: optax.MaskedNode() if x.ndim == 3 else x, tree)
+    assert assign(tree, views) == {"mixer/w": MIXER, "up/kernel": View(-2, -1)}
+    assert assign(masked, views) == {"up/kernel": View(-2, -1)}
+
+
 def test_a_mask_over_a_whole_module_hides_what_its_entries_are_for():
     tree = {"layers": optax.MaskedNode(), "up": {"kernel": leaf(8, 4)}}
     entries = {"layers/mixer/kernel": View(1, 2), "layers/*/w": None}
@@ -320,6 +337,11 @@ def test_the_report_shows_every_leaf_its_matrices_its_optimizer_and_why():
             "adamw      2       608         28.4%",
         ]
     )
+
+
+def test_the_report_says_where_a_split_may_be_wanted():
+    tree = {"attn": {"qkv": {"kernel": leaf(8, 24)}, "out_proj": {"kernel": leaf(8, 8)}}}
+    assert [row.reason for row in label(tree).rows] == ["matrix", "fused matrices, taken whole"]
 
 
 def test_rows_carry_the_same_decision_as_assign():

@@ -49,6 +49,7 @@ _TO_HEADS = r"(query|key|value|wq_b|wkv_b)/(kernel|w)"
 _MAYBE_TO_HEADS = r"[qkv]|kv|w([qkv]|kv)(_b)?|([qkv]|kv)_proj|to_[qkv]|(query|key|value)(_proj)?"
 _FROM_HEADS = rf"{_ATTENTION}/out/(kernel|w)"
 _MAYBE_FROM_HEADS = rf"o_proj|{_ATTENTION}/(o|wo|out|output|proj|(out|output|c)_proj|to_out)"
+_FUSED = r"\w*qkv(_proj)?|c_attn|query_key_value|gate_up(_proj)?"
 _DENSE = (
     r"\w*proj|w\d|w[a-z]{1,3}(_[ab])?|fc\d*|c_(attn|fc)|(linear|dense)\w*|up|down|query|key|value"
 )
@@ -240,6 +241,8 @@ _HEAD_RULES = (
 _MATRICES = (
     Rule(rf"({_IN_MLP})/weight", _OUT_FIRST, "matrix", _AT_LEAST_3, _DOUBTS),
     Rule(_of(_IN_MLP), _MATRIX, "matrix", _AT_LEAST_3, _DOUBTS),
+    Rule(_of(_FUSED), _MATRIX, "fused matrices, taken whole", _AT_MOST_2, _DOUBTS),
+    Rule(rf"({_FUSED})/weight", _OUT_FIRST, "fused matrices, taken whole", _AT_MOST_2, _DOUBTS),
     Rule(rf"\w*kernel|({_DENSE})(/w)?", _MATRIX, "matrix", _AT_MOST_2, _DOUBTS),
     Rule(rf"({_DENSE})/weight", _OUT_FIRST, "matrix", _AT_MOST_2, _DOUBTS),
     Rule(r"\w*weight|weight_\w+", _OUT_FIRST, "matrix", (2,), _DOUBTS),
