@@ -26,6 +26,7 @@ from optax_muon.transforms.decay import decoupled_decay
 from optax_muon.transforms.dtype import in_float32, under_standard_promotion
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.orthogonalize import orthogonalize
+from optax_muon.transforms.placement import beside
 from optax_muon.transforms.scale import ScaleRule, scale_by_shape
 
 MUON, FALLBACK = "muon", "fallback"
@@ -109,7 +110,9 @@ def muon(
     )
     adam = optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype)
     adamw = optax.chain(
-        under_standard_promotion(adam), decay, optax.scale_by_learning_rate(learning_rate)
+        beside(lambda state: state.mu, under_standard_promotion(adam)),
+        decay,
+        optax.scale_by_learning_rate(learning_rate),
     )
     others = fallback or in_float32(adamw)
 
@@ -158,12 +161,9 @@ def scale_by_muon(
         if isinstance(scale, optax.GradientTransformation)
         else scale_by_shape(scale, views=views)
     )
-    return in_float32(
-        optax.chain(
-            scale_by_momentum(beta, nesterov, mu_dtype),
-            orthogonalize(
-                orthogonalizer or newton_schulz, views=views, shardings=shardings, plan=plan
-            ),
-            sizing,
-        )
+    links = optax.chain(
+        scale_by_momentum(beta, nesterov, mu_dtype),
+        orthogonalize(orthogonalizer or newton_schulz, views=views, shardings=shardings, plan=plan),
+        sizing,
     )
+    return in_float32(beside(lambda state: state[0].mu, links))

@@ -1,0 +1,107 @@
+"""How an optimizer's state lies on a mesh: as the parameters do, or cut further (ZeRO-1).
+
+A momentum has the shape of its parameter and takes its sharding; counts are replicated. The plan
+never enters the state, so a checkpoint of it restores on any mesh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_muon.matrices import paths
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    shardings: Any,
+    *,
+    zero1: str | Sequence[str] = (),
+) -> Any:
+    """Shardings of `tx.init(params)`, for `jit(tx.init, out_shardings=...)` and for orbax.
+
+    Args:
+      tx: the optimizer, wrapped and chained as it is used.
+      params: arrays or `ShapeDtypeStruct`s.
+      shardings: a tree, or prefix of one, of `NamedSharding`: those of the parameters.
+      zero1: mesh axes that hold copies of parameters, and are to hold parts of their momenta: the
+        paper's ZeRO-1 (arXiv 2502.16982, section 2.3). See `zero1_shardings`.
+
+    Returns:
+      A tree of `NamedSharding` with the structure of the state.
+
+    Raises:
+      ValueError: a parameter without a sharding.
+
+    >>> import jax.numpy as jnp, optax_muon
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> params = {"kernel": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
+    >>> tx = optax_muon.scale_by_muon()
+    >>> shardings = NamedSharding(mesh, PartitionSpec("data"))
+    >>> optax.tree.get(state_shardings(tx, params, shardings), "mu")["kernel"].spec
+    P('data',)
+    """
+    leaves = paths.named_leaves(params)
+    by_path = zero1_shardings(params, shardings, axes=zero1)
+    replicated = NamedSharding(next(iter(by_path.values())).mesh, PartitionSpec())
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = paths.path_name(path)
+        owners = [p for p in leaves if name == p or name.endswith(f"/{p}")]
+        owner = max(owners, key=len, default=None)
+        if owner is None or leaves[owner].shape != leaf.shape:
+            return replicated
+        return by_path[owner]
+
+    return jax.tree.map_with_path(sharding, jax.eval_shape(tx.init, params))
+
+
+def zero1_shardings(
+    params: optax.Params, shardings: Any, *, axes: str | Sequence[str]
+) -> dict[str, NamedSharding]:
+    """Cut every parameter further, over mesh axes that hold copies of it.
+
+    The first axis of a parameter that divides is cut: of stacked layers or experts the stack, so
+    that matrices stay whole. A parameter that does not divide keeps its copies.
+
+    Args:
+      params: arrays or `ShapeDtypeStruct`s.
+      shardings: a tree, or prefix of one, of `NamedSharding`.
+      axes: one mesh axis, or several.
+
+    Returns:
+      Path to sharding: what `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
+    """
+    entries = paths.named_leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
+    found: dict[str, NamedSharding] = {}
+    for path, leaf in paths.named_leaves(params).items():
+        entry = paths.covering(entries, path)
+        if entry is None or not isinstance(entries[entry], NamedSharding):
+            raise ValueError(
+                f"shardings has no NamedSharding for {path!r}; give every parameter one."
+            )
+        names = (axes,) if isinstance(axes, str) else tuple(axes)
+        found[path] = _cut_further(leaf.shape, entries[entry], names)
+    return found
+
+
+def _cut_further(
+    shape: Sequence[int], sharding: NamedSharding, axes: Sequence[str]
+) -> NamedSharding:
+    sizes: Mapping[str, int] = sharding.mesh.shape
+    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    over = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    new = tuple(axis for axis in axes if all(axis not in entry for entry in over))
+    ways = math.prod(sizes[axis] for axis in new)
+    for axis, length in enumerate(shape):
+        shard = length // math.prod(sizes[name] for name in over[axis])
+        if new and shard % ways == 0:
+            over[axis] = (*over[axis], *new)
+            return NamedSharding(sharding.mesh, PartitionSpec(*(entry or None for entry in over)))
+    return sharding
