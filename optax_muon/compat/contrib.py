@@ -221,10 +221,9 @@ def scale_by_muon(
         count = optax.safe_increment(state.count)
         mu = optax.tree.update_moment(updates, state.mu, beta, 1)
         average = _unbiased(updates, mu, beta, count, nesterov)
-        polar = functools.partial(
-            newton_schulz,
+        polar = jax.tree_util.Partial(
+            functools.partial(newton_schulz, precondition=PRECONDITIONERS[preconditioning]),
             rows=_rows(state.ns_coeffs, ns_steps),
-            precondition=PRECONDITIONERS[preconditioning],
             eps=eps,
         )
         updates, _ = orthogonalize(polar, views=views).update(average, optax.EmptyState())
