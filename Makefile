@@ -25,7 +25,7 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@set -e; for script in benchmarks/[!_]*.py; do \
+	@set -e; for script in $(wildcard benchmarks/[!_]*.py); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
