@@ -62,7 +62,7 @@ class Split:
         object.__setattr__(self, "heads", heads)
         if len(heads) != len(self.sizes):
             raise ValueError(
-                f"Split has {len(self.sizes)} sizes and {len(heads)} head counts; give one per part."
+                f"Split has {len(self.sizes)} sizes but {len(heads)} head counts; give one each."
             )
         if not self.sizes or min(self.sizes) < 1 or min(heads) < 1 or self.groups < 1:
             raise ValueError(f"Split sizes, heads and groups must be positive, got {self}.")
