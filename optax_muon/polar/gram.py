@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_muon.polar.coefficients import KELLER, Coefficients, Row
+from optax_muon.polar.columns import WHOLE, Columns
 from optax_muon.polar.newton_schulz import on_short_side, quadratic
 from optax_muon.polar.precision import adjoint, gram_matrix, identity_like, product
 
@@ -66,6 +67,7 @@ def gram_newton_schulz(
     steps: int | None = None,
     dtype: DTypeLike | None = None,
     restarts: Sequence[int] | None = None,
+    columns: Columns = WHOLE,
 ) -> jax.Array:
     r"""Compute what `newton_schulz` computes, for less where one side is 1.5 times the other.
 
@@ -85,6 +87,8 @@ def gram_newton_schulz(
         dtype: What the operands of the products are rounded to, as for `newton_schulz`.
         restarts: Steps, counted from 0, before which the Gram matrix is formed anew. None takes
             `default_restarts`. Fewer are cheaper and can diverge in half precision.
+        columns: The devices that hold the columns of these matrices, as for `newton_schulz`. They
+            are asked for one sum per Gram matrix: 1 + restarts.
 
     Returns:
         Matrices of the shape and dtype of `x`.
@@ -98,7 +102,9 @@ def gram_newton_schulz(
     rows = coefficients.take(steps)
     if restarts is not None:
         restarts = _checked(restarts, len(rows))
-    return on_short_side(lambda x: _polynomial(x, rows, restarts), x, coefficients.safety, dtype)
+    return on_short_side(
+        lambda x: _polynomial(x, rows, restarts, columns), x, coefficients.safety, dtype, columns
+    )
 
 
 def _checked(restarts: Sequence[int], steps: int) -> tuple[int, ...]:
@@ -111,13 +117,16 @@ def _checked(restarts: Sequence[int], steps: int) -> tuple[int, ...]:
     return bounds[1:-1]
 
 
-def _polynomial(x: jax.Array, rows: tuple[Row, ...], restarts: Sequence[int] | None) -> jax.Array:
+def _polynomial(
+    x: jax.Array, rows: tuple[Row, ...], restarts: Sequence[int] | None, columns: Columns
+) -> jax.Array:
     if restarts is None:
         restarts = default_restarts(len(rows), x.dtype)
     y = x
     for start, stop in itertools.pairwise((0, *restarts, len(rows))):
         operand = y.astype(x.dtype)
-        factor = _factor(gram_matrix(operand), rows[start:stop], x.dtype)
+        gram = columns.psum(gram_matrix(operand))
+        factor = _factor(gram, rows[start:stop], x.dtype)
         y = product(factor.astype(x.dtype), operand)
     return y
 
@@ -125,12 +134,12 @@ def _polynomial(x: jax.Array, rows: tuple[Row, ...], restarts: Sequence[int] | N
 def _factor(gram: jax.Array, rows: tuple[Row, ...], dtype: DTypeLike) -> jax.Array:
     """Return Q such that Q X is what the steps make of X, from R = X X^H."""
     a, b, c = rows[0]
-    z = quadratic(gram, b, c, dtype)
+    z = quadratic(gram, gram, b, c, dtype)
     factor = a * identity_like(gram) + z
     for following in rows[1:]:
         gram = _times(_times(gram, a, z, dtype), a, z, dtype)
         a, b, c = following
-        z = quadratic(gram, b, c, dtype)
+        z = quadratic(gram, gram, b, c, dtype)
         factor = _times(factor, a, z, dtype)
     return factor
 

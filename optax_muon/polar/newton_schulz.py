@@ -20,6 +20,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_muon.polar.coefficients import KELLER, Coefficients, Row
+from optax_muon.polar.columns import WHOLE, Columns, all_rows, my_rows
 from optax_muon.polar.normalize import as_matrices, normalize
 from optax_muon.polar.precision import adjoint, gram_matrix, in_compute_dtype, product
 
@@ -33,6 +34,7 @@ def newton_schulz(
     *,
     steps: int | None = None,
     dtype: DTypeLike | None = None,
+    columns: Columns = WHOLE,
 ) -> jax.Array:
     r"""Send every singular value of each matrix near 1, and keep the singular vectors.
 
@@ -57,6 +59,8 @@ def newton_schulz(
         dtype: What the operands of the products are rounded to. None is bfloat16 on TPU and
             GPU, as in the paper, and on CPU the input's dtype, float32 at least. Sums run in
             float32 at least. An explicit float32 is true float32 on every platform.
+        columns: The devices that hold the columns of these matrices, each its own; `x` is then
+            [..., m, n / size] of matrices with m <= n. By default all columns are here.
 
     Returns:
         Matrices of the shape and dtype of `x`.
@@ -68,7 +72,9 @@ def newton_schulz(
     Source: arXiv 2502.16982, section 2.1, Eq. 2.
     """
     rows = coefficients.take(steps)
-    return on_short_side(lambda x: _polynomial(x, rows), x, coefficients.safety, dtype)
+    return on_short_side(
+        lambda x: _polynomial(x, rows, columns), x, coefficients.safety, dtype, columns
+    )
 
 
 def on_short_side(
@@ -76,34 +82,36 @@ def on_short_side(
     x: ArrayLike,
     safety: float,
     dtype: DTypeLike | None,
+    columns: Columns,
 ) -> jax.Array:
     """Apply `polynomial` to wide matrices of norm 1 / safety, in the compute dtype."""
     x = as_matrices(x)
-    tall = x.shape[-2] > x.shape[-1]
-    unit = normalize(adjoint(x) if tall else x, safety)
+    tall = columns.size == 1 and x.shape[-2] > x.shape[-1]
+    unit = normalize(adjoint(x) if tall else x, safety, columns)
     y = in_compute_dtype(polynomial, unit, dtype).astype(x.dtype)
     return adjoint(y) if tall else y
 
 
-def _polynomial(x: jax.Array, rows: tuple[Row, ...]) -> jax.Array:
+def _polynomial(x: jax.Array, rows: tuple[Row, ...], columns: Columns) -> jax.Array:
     y = x
     for row in rows:
         # Rounding the whole of X between steps perturbs the input of the next one, which contracts
         # it; keeping a X in float32 does not, and is 4 times less accurate in POLAR_EXPRESS_8.
-        y = _step(y.astype(x.dtype), row)
+        y = _step(y.astype(x.dtype), row, columns)
     return y
 
 
-def _step(x: jax.Array, row: Row) -> jax.Array:
+def _step(x: jax.Array, row: Row, columns: Columns) -> jax.Array:
     """Return a X + (b A + c A^2) X, A = X X^H, in the accumulation dtype."""
     a, b, c = row
-    update = quadratic(gram_matrix(x), b, c, x.dtype)
-    return a * x.astype(update.dtype) + product(update.astype(x.dtype), x)
+    gram = columns.psum(gram_matrix(x))
+    share = quadratic(my_rows(gram, columns), gram, b, c, x.dtype)
+    moved = product(all_rows(share.astype(x.dtype), columns), x)
+    return a * x.astype(moved.dtype) + moved
 
 
-def quadratic(gram: jax.Array, b: float, c: float, dtype: DTypeLike) -> jax.Array:
-    """Return b A + c A^2, with the operands of A^2 in `dtype`; a cubic (c = 0) needs no product."""
+def quadratic(rows: jax.Array, gram: jax.Array, b: float, c: float, dtype: DTypeLike) -> jax.Array:
+    """Return some rows of b A + c A^2, the operands of A^2 in `dtype`; c = 0 needs no product."""
     if c == 0:
-        return b * gram
-    operand = gram.astype(dtype)
-    return b * gram + c * product(operand, operand)
+        return b * rows
+    return b * rows + c * product(rows.astype(dtype), gram.astype(dtype))

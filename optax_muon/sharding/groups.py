@@ -34,19 +34,20 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Devices that differ in these pieces only. Its methods run inside `shard_map`."""
+    """Devices that differ in these pieces only. Its methods run inside `shard_map`.
+
+    Pieces of size 1 are dropped and neighbouring digits of an axis are one: equal groups are `==`.
+    """
 
     pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pieces", _fewest(self.pieces))
 
     @property
     def size(self) -> int:
         """Devices in a group."""
         return math.prod(piece.size for piece in self.pieces)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Size of every piece."""
-        return [piece.size for piece in self.pieces]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -82,9 +83,29 @@ class Group:
         total: jax.Array = lax.psum(x, self.axes, axis_index_groups=self._members)
         return total
 
+    def pmax(self, x: jax.Array) -> jax.Array:
+        """Largest over the members."""
+        if self.size == 1:
+            return x
+        largest: jax.Array = lax.pmax(x, self.axes, axis_index_groups=self._members)
+        return largest
+
     @property
     def _members(self) -> list[list[int]] | None:
         return _members(self.pieces)
+
+
+def _fewest(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    kept: list[Piece] = []
+    for piece in pieces:
+        if piece.size == 1:
+            continue
+        last = kept[-1] if kept else None
+        if last and last.axis == piece.axis and last.stride == piece.size * piece.stride:
+            kept[-1] = dataclasses.replace(piece, size=last.size * piece.size)
+        else:
+            kept.append(piece)
+    return tuple(kept)
 
 
 @functools.lru_cache(maxsize=1024)

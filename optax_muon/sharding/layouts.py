@@ -104,18 +104,18 @@ class Lot:
             pieces.append(role.homes)
             if role.holds == ROWS or self.layout == GATHER:
                 pieces.append(role.sharers)
-        return Group(tuple(piece for piece in pieces if piece.size > 1))
+        return Group(tuple(pieces))
 
     @property
     def columns(self) -> Group:
         """Devices that share the columns of a matrix while it is worked on."""
-        return Group(tuple(role.sharers for role in self.roles if role.split > 1))
+        return Group(tuple(role.sharers for role in self.roles))
 
     @property
     def replicas(self) -> Group:
         """Devices that held copies and hand each other their results."""
         pieces = (piece for role in self.copies for piece in (role.homes, role.sharers))
-        return Group(tuple(piece for piece in pieces if piece.size > 1))
+        return Group(tuple(pieces))
 
 
 @dataclasses.dataclass(frozen=True)
