@@ -108,9 +108,11 @@ def test_thirty_steps_are_the_papers_equations(nesterov):
 
 def test_without_views_roles_decide_as_written_out():
     shapes = {path: shape for path, shape in SHAPES.items() if path != "stacked/kernel"}
-    params, (gradient,) = gaussian(0, shapes, 0.1), gradients(1, shapes)
-    by_role = updated(muon(0.02), gradient, params)
-    by_hand = updated(muon(0.02, views=views_of(shapes)), gradient, params)
+    gradient = gaussian(0, shapes)
+    # The factor tells rows from columns, the sign is cheap.
+    options = {"orthogonalizer": jnp.sign, "scale": keller()}
+    by_role = updated(muon(0.02, **options), gradient)
+    by_hand = updated(muon(0.02, **options, views=views_of(shapes)), gradient)
     jax.tree.map(np.testing.assert_array_equal, by_role, by_hand)
 
 
@@ -146,21 +148,23 @@ def no_decay_of_vectors(params):
     ids=["tree", "part of a tree", "one for all", "callable"],
 )
 def test_weight_decay_mask_chooses_what_decays(mask, decayed):
-    params, steps = gaussian(0, FEW, 0.1), gradients(3, FEW)
-    truth = reference.train(params, steps, matrices_of(FEW), lr=0.05, decay=0.5, decayed=decayed)
-    tx = muon(0.05, weight_decay=0.5, weight_decay_mask=mask, views=views_of(FEW))
-    in_lockstep(tx, params, steps, truth)
+    params, zeros = gaussian(0, FEW), {p: np.zeros(shape, np.float32) for p, shape in FEW.items()}
+    options = {"weight_decay": 0.5, "orthogonalizer": jnp.sign, "views": views_of(FEW)}
+    truth = reference.train(params, [zeros], matrices_of(FEW), lr=0.1, decay=0.5, decayed=decayed)
+    in_lockstep(muon(0.1, weight_decay_mask=mask, **options), params, [zeros], truth)
 
 
 def test_weight_decay_mask_may_be_a_prefix_of_nested_parameters():
-    params = {"block": {"a": jnp.ones((4, 4)), "b": jnp.ones(3)}, "head": jnp.ones((4, 4))}
-    views = {"block": {"a": View(0, 1), "b": None}, "head": View(0, 1)}
-    mask = {"block": False, "head": True}
-    tx = muon(0.1, weight_decay=0.5, weight_decay_mask=mask, views=views)
+    params = {
+        "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(3)},
+        "kernel": jnp.ones((4, 4)),
+    }
+    mask = {"block": False, "kernel": True}
+    tx = muon(0.1, weight_decay=0.5, weight_decay_mask=mask, orthogonalizer=jnp.sign)
     (found,) = trained(tx, params, [jax.tree.map(jnp.zeros_like, params)])
-    np.testing.assert_array_equal(found["block"]["a"], 1.0)
-    np.testing.assert_array_equal(found["block"]["b"], 1.0)
-    np.testing.assert_allclose(found["head"], 0.95, rtol=1e-6)
+    np.testing.assert_array_equal(found["block"]["kernel"], 1.0)
+    np.testing.assert_array_equal(found["block"]["bias"], 1.0)
+    np.testing.assert_allclose(found["kernel"], 0.95, rtol=1e-6)
 
 
 def test_weight_decay_may_be_a_link():
@@ -231,8 +235,6 @@ def test_every_update_points_where_torchs_does(nesterov):
         ((64, 256), 0.17, 0.21),
         ((256, 64), 0.17, 0.21),
         ((3, 96, 128), 0.17, 0.21),
-        ((128, 512), 0.17, 0.21),
-        ((256, 256), 0.17, 0.21),
         ((8, 512), 0.2 * 0.682, 0.2 * 1.134),
         ((512, 16), 0.2 * 0.682, 0.2 * 1.134),
     ],
@@ -252,24 +254,23 @@ def test_an_update_of_lower_rank_is_smaller_as_lemma_1_says(shape, rank):
     update = updated(tx, gradient)
     expected = 0.2 * (rank / min(shape)) ** 0.5
     assert reference.rms(update["kernel"]) == pytest.approx(expected, rel=1e-4)
-    bare = scale_by_muon(
-        orthogonalizer=polar_svd, scale=lambda fan_in, fan_out: 1.0, views=View(0, 1)
-    )
-    update = updated(bare, gradient)
-    expected = (rank / (shape[0] * shape[1])) ** 0.5
-    assert reference.rms(update["kernel"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_the_factor_lemma_1_is_literal():
+    rng = np.random.default_rng(0)
+    low = rng.normal(size=(12, 5)) @ rng.normal(size=(5, 30))
+    tx = scale_by_muon(orthogonalizer=polar_svd, scale=lambda m, n: 1.0, views=View(0, 1))
+    update = updated(tx, {"kernel": low.astype(np.float32)})["kernel"]
+    assert reference.rms(update) == pytest.approx((5 / (12 * 30)) ** 0.5, rel=1e-4)
 
 
 def test_scale_may_be_a_rule_or_a_link():
     gradient = gaussian(0, {"kernel": (8, 32)})
-
-    def found(scale):
-        tx = muon(1.0, weight_decay=0.0, scale=scale, views=View(0, 1))
-        return reference.rms(updated(tx, gradient)["kernel"])
-
-    assert found(None) == found(match_rms(0.2))
-    assert found(keller()) == pytest.approx(found(match_rms(1.0)) * 2.0 / 32**0.5, rel=1e-6)
-    assert found(scale_by_update_norm(0.3)) == pytest.approx(0.3, rel=1e-6)
+    options = {"weight_decay": 0.0, "orthogonalizer": jnp.sign, "views": View(0, 1)}
+    links = [None, match_rms(0.1), keller(), scale_by_update_norm(0.3)]
+    for scale, expected in zip(links, [0.2 * 32**0.5, 0.1 * 32**0.5, 2.0, 0.3], strict=True):
+        found = updated(muon(1.0, scale=scale, **options), gradient)["kernel"]
+        np.testing.assert_allclose(found, -expected * np.sign(gradient["kernel"]), rtol=1e-6)
 
 
 def test_the_orthogonalizer_is_any_function_of_stacks():
@@ -318,6 +319,21 @@ def test_a_zero_gradient_moves_nothing(dtype):
     for found in trained(tx, zeros, [zeros, zeros]):
         for path, update in found.items():
             np.testing.assert_array_equal(update.astype("float32"), 0.0, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_updates_of_narrow_parameters_are_rounded_once(dtype):
+    params, gradient = (
+        jax.tree.map(lambda x: jnp.asarray(x, dtype), gaussian(s, FEW)) for s in (0, 1)
+    )
+    found = updated(muon(0.02, views=views_of(FEW)), gradient, params)
+    [after] = reference.train(params, [gradient], matrices_of(FEW), lr=0.02)
+    for path, expected in after.items():
+        update = expected - np.asarray(params[path], np.float64)
+        half_a_digit = float(jnp.finfo(dtype).eps) / 2
+        np.testing.assert_allclose(
+            np.asarray(found[path], np.float64), update, rtol=1.01 * half_a_digit, atol=2e-7
+        )
 
 
 def test_a_zero_matrix_in_a_stack_does_not_disturb_the_others():

@@ -328,7 +328,7 @@ def test_normuon_evens_out_the_neurons():
 def test_normuon_remembers_one_number_per_neuron_and_keeps_zero_zero():
     zeros = {path: jnp.zeros(shape) for path, shape in SHAPES.items()}
     link = normuon(views=VIEWS)
-    found, state = link.update(zeros, link.init(zeros))
+    found, state = jax.jit(link.update)(zeros, link.init(zeros))
     assert_close(found, zeros, rtol=0)
     sizes = {
         "conv": 9,
