@@ -17,6 +17,7 @@ is `optax.contrib.muon` on this engine.
 """
 
 from optax_muon import compat
+from optax_muon.checkpoint import state_shardings, zero1_shardings
 from optax_muon.matrices.rules import Rule, label
 from optax_muon.matrices.views import Split, View
 from optax_muon.muon import muon, scale_by_muon
@@ -83,4 +84,6 @@ __all__ = [
     "scale_by_shape",
     "scale_by_update_norm",
     "spectral",
+    "state_shardings",
+    "zero1_shardings",
 ]
