@@ -320,8 +320,10 @@ def test_normuon_keeps_the_norm_of_every_matrix():
 
 def test_normuon_evens_out_the_neurons():
     updates = {"kernel": np.ones((6, 4), np.float32) * np.geomspace(1, 100, 4, dtype=np.float32)}
-    found = applied(normuon(views=View(0, 1)), updates)["kernel"]
-    norms = np.linalg.norm(found, axis=0)
+    link = normuon(0.9, views=View(0, 1))
+    found, state = link.update(updates, link.init(updates))
+    np.testing.assert_allclose(state.nu["kernel"], 0.1 * updates["kernel"][:1] ** 2, rtol=1e-5)
+    norms = np.linalg.norm(found["kernel"], axis=0)
     np.testing.assert_allclose(norms, norms[0], rtol=1e-4)
 
 
