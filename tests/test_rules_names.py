@@ -138,6 +138,7 @@ layers/0/lora/b                                        8,4096         1 x (8 x 4
 layers/ls1/gamma                                       12,512         adamw
 res_scale                                              12,512         adamw
 AdaLN_0/Dense_0/kernel                                 512,3072       1 x (512 x 3072)
+Dense_0/kernel                                         2,512          1 x (2 x 512)
 LayerNormMLP_0/scale                                   512            adamw
 LayerNormMLP_0/wi_kernel                               512,2048       1 x (512 x 2048)
 value/kernel                                           512,1          adamw
@@ -174,7 +175,7 @@ Conv_0/kernel                       3,3,3,8,16  one matrix of 216 x 16 | 3 matri
 layers/conv/kernel                  3,3,8,16    3 matrices of 24 x 16 | one matrix of 72 x 16
 conv/weight                         5,8,4,3     one matrix of 96 x 5 | 5 matrices of 12 x 8
 conv1d/kernel                       4,1024      one matrix of 4 x 1024 | a depthwise convolution
-Dense_0/kernel                      2,512       one matrix of 2 x 512 | too elongated for Muon
+coordinates                         2,512       one matrix of 2 x 512 | too elongated for Muon
 """
 
 

@@ -243,8 +243,9 @@ _MATRICES = (
     Rule(_of(_IN_MLP), _MATRIX, "matrix", _AT_LEAST_3, _DOUBTS),
     Rule(_of(_FUSED), _MATRIX, "fused matrices, taken whole", _AT_MOST_2, _DOUBTS),
     Rule(rf"({_FUSED})/weight", _OUT_FIRST, "fused matrices, taken whole", _AT_MOST_2, _DOUBTS),
-    Rule(rf"\w*kernel|({_DENSE})(/w)?", _MATRIX, "matrix", _AT_MOST_2, _DOUBTS),
-    Rule(rf"({_DENSE})/weight", _OUT_FIRST, "matrix", _AT_MOST_2, _DOUBTS),
+    # A kernel of two axes is a matrix however long: two coordinates into a width of 512.
+    Rule(rf"\w*kernel|({_DENSE})(/w)?", _MATRIX, "matrix", _AT_MOST_2, (_stacked_elsewhere,)),
+    Rule(rf"({_DENSE})/weight", _OUT_FIRST, "matrix", _AT_MOST_2, (_stacked_elsewhere,)),
     Rule(r"\w*weight|weight_\w+", _OUT_FIRST, "matrix", (2,), _DOUBTS),
     Rule(r"w", _MATRIX, "matrix", (2,), _DOUBTS),
 )
