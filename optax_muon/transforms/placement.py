@@ -23,7 +23,7 @@ def beside(
       inner: the transformation.
 
     >>> import jax.numpy as jnp
-    >>> tx = beside(lambda state: state.mu, optax.scale_by_adam())
+    >>> tx = beside(lambda state: state.trace, optax.trace(0.9))
     >>> updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
     """
     inner = optax.with_extra_args_support(inner)
