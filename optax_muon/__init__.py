@@ -35,7 +35,7 @@ from optax_muon.polar import (
     polar_express,
     polar_svd,
 )
-from optax_muon.sharding.plan import plan
+from optax_muon.sharding.planner import plan
 from optax_muon.transforms.decay import cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon

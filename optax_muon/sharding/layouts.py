@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from optax_muon.sharding.cost import Cost, CostModel, Work
 from optax_muon.sharding.groups import Group, Piece
@@ -69,6 +70,20 @@ class Lot:
     """Per device and update."""
     rounds: int = 1
     """How many turns the lot is done in, so that temporary memory stays bounded."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain numbers, strings and lists."""
+        return {
+            "layout": self.layout,
+            "start": self.start,
+            "count": self.count,
+            "padding": self.padding,
+            "owned": self.owned,
+            "rounds": self.rounds,
+            "homes": {role.axis: role.home for role in self.roles},
+            "shared_by": {role.axis: role.split for role in self.roles},
+            **dataclasses.asdict(self.cost),
+        }
 
     @property
     def homes(self) -> int:

@@ -22,7 +22,8 @@ from optax_muon.polar import KELLER, newton_schulz
 from optax_muon.sharding import specs
 from optax_muon.sharding.cost import Work
 from optax_muon.sharding.execute import Orthogonalizer, execute
-from optax_muon.sharding.plan import Plan, make
+from optax_muon.sharding.plan import Plan
+from optax_muon.sharding.planner import make
 
 
 def orthogonalize(
