@@ -24,6 +24,7 @@ from optax_muon.sharding.layouts import GATHER, SPLIT, Lot
 from optax_muon.sharding.plan import Dealt, Plan
 from optax_muon.sharding.routes import Route
 from optax_muon.sharding.shards import Leaf
+from optax_muon.sharding.specs import AnyMesh, Spec, explicit, on_explicit
 
 Orthogonalizer = Callable[..., jax.Array]
 """`[..., m, n] -> [..., m, n]`; takes `columns=Group` where the plan splits."""
@@ -41,10 +42,15 @@ def execute(
 
     Returns:
       Path to array, for the leaves of the plan.
+
+    Raises:
+      ValueError: a leaf is sharded otherwise than planned, where shardings are types.
     """
     if plan.mesh is None:
         return _on_shards(plan, orthogonalizer, {p.path: leaves[p.path] for p in plan.leaves})
-    specs = {p.path: PartitionSpec(*(over or None for over in p.spec)) for p in plan.leaves}
+    for leaf in plan.leaves:
+        _check_sharding(leaf, leaves[leaf.path], plan.mesh)
+    specs = {leaf.path: _spec(leaf.spec) for leaf in plan.leaves}
     work = jax.shard_map(
         functools.partial(_on_shards, plan, orthogonalizer),
         mesh=plan.mesh,
@@ -55,6 +61,20 @@ def execute(
     grown = {p.path: _grow(leaves[p.path], p.shape) for p in plan.leaves}
     done = work(grown)
     return {path: _cut_to(done[path], leaves[path].shape) for path in done}
+
+
+def _check_sharding(leaf: Leaf, x: jax.Array, mesh: AnyMesh) -> None:
+    """Where axes are Explicit, the array has to lie as planned; elsewhere the compiler moves it."""
+    here, there = explicit(x, mesh), on_explicit(leaf.spec, mesh)
+    if here != there:
+        raise ValueError(
+            f"{leaf.path} is sharded {_spec(here)} on the Explicit axes of the mesh, and the plan"
+            f" was made for {_spec(there)}; make a plan of these parameters, or reshard them."
+        )
+
+
+def _spec(spec: Spec) -> PartitionSpec:
+    return PartitionSpec(*(over or None for over in spec))
 
 
 def _on_shards(

@@ -172,6 +172,8 @@ class Search:
     def lots(self, count: int) -> tuple[Lot, ...]:
         """Deal out `count` matrices at the least cost."""
         lots = self._best(count)
+        if self.layout is None:
+            lots = min(lots, (self._gather(count),), key=self._seconds)
         starts = itertools.accumulate((lot.count for lot in lots), initial=0)
         return tuple(
             dataclasses.replace(lot, start=start) for lot, start in zip(lots, starts, strict=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from optax_muon.matrices.views import Geometry
 from optax_muon.sharding import report
 from optax_muon.sharding.buckets import Bucket
 from optax_muon.sharding.cost import Cost, Work
@@ -83,6 +84,16 @@ class Plan:
         return whole / self.devices
 
     @property
+    def against_adamw(self) -> float:
+        """Bytes that a step of training communicates, over those with distributed AdamW.
+
+        Per parameter, AdamW scatters 4 bytes of gradient and gathers 4 of parameter; Muon moves
+        what the plan says on top (arXiv 2502.16982, section 2.3).
+        """
+        sizes = (d.bucket.size * d.copies * d.bucket.rows * d.bucket.cols for d in self.buckets)
+        return 1 + self.cost.bytes / max(8 * sum(sizes), 1)
+
+    @property
     def devices(self) -> int:
         """Devices that share the work: those of the mesh, or of one of its slices."""
         slow = slow_axes(self.mesh)
@@ -99,14 +110,40 @@ class Plan:
             "dtype": str(self.work.dtype),
             "steps": self.work.steps,
             "even_flops": self.even_flops,
+            "against_adamw": self.against_adamw,
             **dataclasses.asdict(self.cost),
             "buckets": [dealt.to_dict() for dealt in self.buckets],
         }
 
+    def check(self, geometries: Mapping[str, Geometry]) -> None:
+        """See that the plan was made for these matrices.
+
+        Raises:
+          ValueError: a parameter with other matrices than planned.
+        """
+        planned = {leaf.path: leaf.whole for leaf in self.leaves}
+        for path in {**planned, **geometries}:
+            here, there = _words(geometries.get(path)), _words(planned.get(path))
+            if here != there:
+                raise ValueError(
+                    f"{path} has {here}, and the plan was made for {there}; make the plan of these"
+                    " parameters, with these views."
+                )
+
     def payload(self, dtype: np.dtype) -> np.dtype:
-        """Dtype that matrices travel in: the compute dtype, if it is narrower than their own."""
+        """Dtype that matrices travel in: the compute dtype, where it is half of their own."""
         payload = self.work.dtype
-        if self.mesh is None or payload is None or payload.itemsize >= dtype.itemsize:
+        if self.mesh is None or payload is None or dtype.kind == "c":
+            return dtype
+        if payload.itemsize >= min(dtype.itemsize, 4):  # who stores 64 bits means them
             return dtype
         # float16 would lose small gradients before they are normalised.
         return np.dtype(np.float32) if payload == np.float16 else payload
+
+
+def _words(geometry: Geometry | None) -> str:
+    """Matrices as an error message names them."""
+    if geometry is None:
+        return "no matrices"
+    blocks = " + ".join(f"{b.batch} x ({b.rows} x {b.cols})" for b in geometry.blocks)
+    return f"the shape {geometry.shape} read as {blocks}"

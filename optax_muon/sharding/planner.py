@@ -19,7 +19,15 @@ from optax_muon.sharding.cost import RATES, CostModel, Work
 from optax_muon.sharding.layouts import GATHER, HOME, Search, Shape
 from optax_muon.sharding.plan import Dealt, Plan
 from optax_muon.sharding.shards import Leaf, leaf_on
-from optax_muon.sharding.specs import AnyMesh, Whereabouts, axis_sizes, platform, read, slow_axes
+from optax_muon.sharding.specs import (
+    AnyMesh,
+    Whereabouts,
+    axis_sizes,
+    check_names,
+    platform,
+    read,
+    slow_axes,
+)
 
 
 def plan(
@@ -48,6 +56,7 @@ def plan(
 
     Raises:
       ValueError: shardings that do not fit the parameters or the mesh, an unknown layout.
+      TypeError: shardings of another kind.
 
     >>> import jax, jax.numpy as jnp
     >>> from optax_muon import View
@@ -65,6 +74,7 @@ def plan(
         for p, view in rules.assign(params, views).items()
         if view is not None
     }
+    check_names(leaves, shardings)
     where = read({p: leaves[p] for p in geometries}, shardings, mesh)
     dtypes = {p: np.dtype(leaves[p].dtype) for p in geometries}
     return make(geometries, dtypes, where, layout=layout, work=work, model=model, memory=memory)

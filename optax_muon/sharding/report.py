@@ -69,6 +69,7 @@ def _totals(plan: Entry) -> Iterable[str]:
         f" ({plan['bytes'] / 2**20:.1f} MiB of results of collectives)"
     )
     yield f"           {plan['memory'] / 2**20:.0f} MiB of temporary arrays at the peak"
+    yield f"a step communicates {plan['against_adamw']:.3f} of what it does with distributed AdamW"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -41,6 +41,8 @@ class Leaf:
     """Mesh axes that each of its axes is cut over."""
     shape: tuple[int, ...]
     """Its shape, grown by zeros to divide evenly among the devices."""
+    whole: Geometry
+    """Its view, bound to the shape that it has."""
     geometry: Geometry
     """Its view, bound to the shape of the shard that one device works on."""
     batch_over: tuple[str, ...]
@@ -84,6 +86,7 @@ def leaf_on(path: str, geometry: Geometry, spec: Spec, sizes: Mapping[str, int])
         path=path,
         spec=spec,
         shape=shape,
+        whole=geometry,
         geometry=dataclasses.replace(geometry, shape=shard, split=split),
         batch_over=tuple(sorted((*batch_over, *dealt), key=list(sizes).index)),
         rows_over=rows_over,

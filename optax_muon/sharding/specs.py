@@ -7,13 +7,22 @@ compiler: there the shardings come from the user, or from concrete arrays.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from optax_muon.matrices import paths
 
@@ -59,6 +68,39 @@ def read(
         path: _spec(path, leaf, given.get(path, found[path]), mesh) for path, leaf in leaves.items()
     }
     return Whereabouts(mesh, specs, blind=shardings is None and _is_blind(leaves, mesh))
+
+
+def check_names(leaves: Mapping[str, Any], shardings: Any) -> None:
+    """See that `shardings`, unless it is a callable, has entries for these leaves only.
+
+    Raises:
+      ValueError: an entry is for no leaf.
+    """
+    if callable(shardings):
+        return
+    above = (itertools.accumulate(path.split("/"), "{}/{}".format) for path in leaves)
+    known = {"", *itertools.chain(*above)}
+    for entry in paths.named_leaves(shardings, is_leaf=_is_sharding):
+        if entry not in known:
+            close = difflib.get_close_matches(entry, leaves, n=3, cutoff=0) or ["no leaves"]
+            raise ValueError(
+                f"shardings has an entry {entry!r} that is no parameter; there are"
+                f" {', '.join(map(repr, close))}."
+            )
+
+
+def explicit(leaf: Any, mesh: AnyMesh) -> Spec:
+    """The spec that an array's type has on the Explicit axes of a mesh; nothing of Auto axes."""
+    sharding = _typed(leaf)
+    spec = _spec("", leaf, sharding, sharding.mesh) if sharding else ((),) * len(leaf.shape)
+    return on_explicit(spec, mesh)
+
+
+def on_explicit(spec: Spec, mesh: AnyMesh) -> Spec:
+    """What a spec says of the Explicit axes of a mesh."""
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    kept = {axis for axis, kind in axes if kind == AxisType.Explicit}
+    return tuple(tuple(axis for axis in over if axis in kept) for over in spec)
 
 
 def axis_sizes(mesh: AnyMesh | None) -> dict[str, int]:
@@ -109,11 +151,16 @@ def _given(leaves: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
             raise ValueError(
                 f"shardings says nothing of {path!r}; give it a NamedSharding or PartitionSpec."
             )
+        if not _is_sharding(entries[entry]):
+            raise TypeError(
+                f"shardings gives {path!r} a {type(entries[entry]).__name__}; give it a"
+                " NamedSharding or PartitionSpec."
+            )
     return {path: entries[entry] for path, entry in covers.items() if entry is not None}
 
 
 def _is_sharding(x: Any) -> bool:
-    return x is None or isinstance(x, NamedSharding | PartitionSpec)
+    return x is None or isinstance(x, NamedSharding | PartitionSpec | SingleDeviceSharding)
 
 
 def _of_type(entries: Mapping[str, Any], kind: type) -> dict[str, Any]:
@@ -123,14 +170,16 @@ def _of_type(entries: Mapping[str, Any], kind: type) -> dict[str, Any]:
 def _one_mesh(named: Mapping[str, NamedSharding], mesh: AnyMesh | None) -> AnyMesh | None:
     """The one mesh that all leaves share."""
     meshes = {path: sharding.mesh for path, sharding in named.items()}
+    if mesh is not None:
+        meshes = {"the argument mesh": mesh, **meshes}
     for path, other in meshes.items():
         first, reference = next(iter(meshes.items()))
         if axis_sizes(other) != axis_sizes(reference):
             raise ValueError(
-                f"{path} lies on the mesh {axis_sizes(other)} and {first} on"
+                f"{path} lies on the mesh {axis_sizes(other)}, and {first} is on"
                 f" {axis_sizes(reference)}; put all parameters on one mesh."
             )
-    found = mesh or next(iter(meshes.values()), None) or jax.sharding.get_abstract_mesh()
+    found = next(iter(meshes.values()), None) or jax.sharding.get_abstract_mesh()
     return None if math.prod(found.axis_sizes) <= 1 else found
 
 
@@ -145,7 +194,8 @@ def _off_mesh(given: Mapping[str, Any]) -> Whereabouts:
 
 
 def _spec(path: str, leaf: Any, sharding: Any, mesh: AnyMesh) -> Spec:
-    spec = getattr(sharding, "spec", sharding) or PartitionSpec()
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    spec = spec if isinstance(spec, PartitionSpec) else PartitionSpec()
     if len(spec) > len(leaf.shape):
         raise ValueError(
             f"{path} of shape {tuple(leaf.shape)} has {len(leaf.shape)} axes and its spec {spec}"

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from optax_muon.matrices import paths, rules
+from optax_muon.matrices.views import Geometry
 from optax_muon.polar import KELLER, newton_schulz
 from optax_muon.sharding import specs
 from optax_muon.sharding.cost import Work
@@ -65,7 +66,11 @@ def orthogonalize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves = paths.named_leaves(updates)
-        chosen = plan or _plan(leaves, rules.assign(updates, views), shardings, orthogonalizer)
+        assigned = rules.assign(updates, views)
+        geometries = {p: v.on(leaves[p].shape) for p, v in assigned.items() if v is not None}
+        if plan is not None:
+            plan.check(geometries)
+        chosen = plan or _plan(leaves, geometries, shardings, orthogonalizer)
         leaves |= execute(chosen, leaves, orthogonalizer)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
 
@@ -74,11 +79,10 @@ def orthogonalize(
 
 def _plan(
     leaves: Mapping[str, jax.Array],
-    views: Mapping[str, Any],
+    geometries: Mapping[str, Geometry],
     shardings: Any,
     orthogonalizer: Orthogonalizer,
 ) -> Plan:
-    geometries = {path: v.on(leaves[path].shape) for path, v in views.items() if v is not None}
     where = specs.read({path: leaves[path] for path in geometries}, shardings)
     if where.blind:
         warnings.warn(
