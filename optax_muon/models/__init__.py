@@ -1,0 +1,1 @@
+"""The experiment `optax-muon train`: a Llama on real text under AdamW and Muon (extra `train`)."""

@@ -1,0 +1,88 @@
+"""The optimizers that are compared, as data: AdamW, Muon at AdamW's numbers, Muon at its own.
+
+All see the same batches, the same linear warm-up and cosine decay to a tenth, and the same clipping
+of the gradient's global norm; only the transformation and its two tuned numbers differ. The paper
+("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2) claims that the numbers tuned
+for AdamW can be reused for Muon: the second contestant. What Muon can do when it is tuned with the
+same budget is the third. `presets.py` owns the numbers, `sweep.py` finds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import optax
+
+import optax_muon
+from optax_muon.models.presets import Tuning
+
+WARM_UP = 0.1
+FINAL_LR = 0.1
+CLIP_NORM = 1.0
+
+
+def _adamw(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    return optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay)
+
+
+def _muon(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    return optax_muon.muon(schedule, weight_decay=weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[optax.Schedule, float], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One optimizer and the numbers it runs at.
+
+    Attributes:
+        name: in `metrics.jsonl` and of the folder of its checkpoints.
+        title: in tables and pictures.
+        optimizer: a key of `OPTIMIZERS`.
+        tuning: peak learning rate and weight decay.
+    """
+
+    name: str
+    title: str
+    optimizer: str
+    tuning: Tuning
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """Learning rate by step: linear warm-up over the first tenth, cosine to a tenth."""
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.tuning.lr,
+            warmup_steps=max(1, round(WARM_UP * steps)),
+            decay_steps=steps,
+            end_value=FINAL_LR * self.tuning.lr,
+        )
+
+
+@functools.cache  # `train.py` compiles a step per transformation, so the same one stays one object
+def transformation(contestant: Contestant, steps: int) -> optax.GradientTransformation:
+    """The contestant's optax chain for a run of `steps` steps."""
+    optimizer = OPTIMIZERS[contestant.optimizer]
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM),
+        optimizer(contestant.schedule(steps), contestant.tuning.weight_decay),
+    )
+
+
+def lineup(adamw: Tuning, muon: Tuning) -> tuple[Contestant, ...]:
+    """The contestants, AdamW first; Muon's own numbers are left out where they are AdamW's.
+
+    >>> [c.name for c in lineup(Tuning(1e-3, 0.1), Tuning(2e-3, 0.1))]
+    ['adamw', 'muon-carried', 'muon-tuned']
+    """
+    contestants = (
+        Contestant("adamw", "AdamW", "adamw", adamw),
+        Contestant("muon-carried", "Muon, AdamW's lr", "muon", adamw),
+        Contestant("muon-tuned", "Muon, own lr", "muon", muon),
+    )
+    return contestants if muon != adamw else contestants[:2]

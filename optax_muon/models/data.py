@@ -1,0 +1,147 @@
+"""The text: files to bytes, a held-out part, and batches that are a function of seed and step.
+
+By default the sources of Python's own standard library, which every machine has (about 9 MB). A
+file is held out by a hash of its path inside the corpus, so every machine holds out the same ones.
+Tokens are bytes; a zero byte, which no text contains, stands before each file.
+
+A batch depends on `(seed, step)` and on nothing else, so every optimizer sees the same data in the
+same order and a resumed run goes on where it stopped without any saved state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from optax_muon.models.stops import UsageError
+
+# Tests and installed packages differ from machine to machine; `encodings` and `pydoc_data` are
+# generated tables, not text that somebody wrote.
+NOT_TEXT = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "pydoc_data"}
+)
+HELD_OUT = 1 / 20
+FEWEST_FILES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text as bytes, in two parts that share nothing.
+
+    Attributes:
+        train: uint8 `[train bytes]`.
+        held_out: uint8 `[held-out bytes]`, never trained on.
+        origin: where the text is from and how it was split, for people.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    origin: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of both parts: equal on two machines exactly if their texts are."""
+        return hashlib.sha256(self.train.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
+
+
+def load(pattern: str | None, context: int) -> Corpus:
+    """Read the corpus.
+
+    Args:
+        pattern: a file, a folder, or a glob (`**` goes into folders); None is the standard library.
+        context: tokens of one sequence; each part must hold at least one and its next token.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        UsageError: when no file matches or there is too little text.
+
+    >>> corpus = load(None, context=128)
+    >>> corpus.train.dtype, len(corpus.train) > 10 * len(corpus.held_out) > 0
+    (dtype('uint8'), True)
+    """
+    root, files = _standard_library() if pattern is None else _matches(pattern)
+    texts = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+    train, held_out, how = _split(texts)
+    for part, tokens in (("training", train), ("held-out", held_out)):
+        if len(tokens) <= context:
+            raise UsageError(
+                f"the text is too short for one sequence: {len(tokens)} bytes in the {part} part, "
+                f"at least {context + 1} are needed (context {context} + 1)"
+            )
+    return Corpus(train, held_out, f"{_title(pattern)}: {len(files)} files, {how}")
+
+
+def batch(tokens: np.ndarray, seed: int, step: int, size: int, context: int) -> np.ndarray:
+    """Windows at random places, int32 `[size, context + 1]`, a pure function of its arguments.
+
+    >>> tokens = np.arange(100, dtype=np.uint8)
+    >>> batch(tokens, seed=0, step=3, size=2, context=4).shape
+    (2, 5)
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed, step]))
+    return _windows(tokens, random.integers(0, len(tokens) - context, size), context)
+
+
+def held_out_batch(tokens: np.ndarray, size: int, context: int) -> np.ndarray:
+    """At most `size` windows spread evenly, int32 `[<= size, context + 1]`; no two overlap."""
+    count = min(size, len(tokens) // (context + 1))
+    starts = np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
+    return _windows(tokens, starts, context)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the file of this path inside the corpus is held out, by a hash of the path."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+
+
+def _split(texts: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Hold out whole files, or with few files the end of each."""
+    names = sorted(texts)
+    if len(names) >= FEWEST_FILES:
+        train = [texts[name] for name in names if not is_held_out(name)]
+        held_out = [texts[name] for name in names if is_held_out(name)]
+        return _join(train), _join(held_out), f"{len(held_out)} of them held out"
+    cuts = {name: round(len(text) * (1 - HELD_OUT)) for name, text in texts.items()}
+    train = [texts[name][: cuts[name]] for name in names]
+    held_out = [texts[name][cuts[name] :] for name in names]
+    return _join(train), _join(held_out), f"the last {HELD_OUT:.0%} of each held out"
+
+
+def _join(texts: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(b"\0" + text for text in texts), np.uint8)
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
+    return tokens[starts[:, None] + np.arange(context + 1)].astype(np.int32)
+
+
+def _standard_library() -> tuple[Path, list[Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path for path in root.rglob("*.py") if path.is_file())
+    return root, [path for path in files if not NOT_TEXT & set(path.relative_to(root).parts)]
+
+
+def _matches(pattern: str) -> tuple[Path, list[Path]]:
+    pattern = os.path.expanduser(pattern)
+    pattern = os.path.join(pattern, "**") if os.path.isdir(pattern) else pattern
+    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in files if path.is_file()]
+    if not files:
+        raise UsageError(f"no file matches {pattern!r}; --data takes a file, a folder or a glob")
+    return Path(os.path.commonpath([path.parent for path in files])), files
+
+
+def _title(pattern: str | None) -> str:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return f"Python {version} standard library" if pattern is None else pattern

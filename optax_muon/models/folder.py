@@ -1,0 +1,197 @@
+"""A run's folder: what it holds, who may write into it, and how a run goes on in it.
+
+What a run leaves behind:
+
+    runs/NAME/config.json      what was asked for; a resumed run must ask for the same
+    runs/NAME/metrics.jsonl    a line per contestant and step
+    runs/NAME/checkpoints/     per contestant: parameters and optimizer state, by orbax
+    runs/NAME/loss.png         the held-out curves
+    runs/NAME/summary.md       the outcome (`report.py`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import optax
+import orbax.checkpoint as ocp
+
+from optax_muon.models.stops import UsageError
+from optax_muon.models.train import Record, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The paths inside `runs/NAME`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """What was asked for."""
+        return self.path / "config.json"
+
+    @property
+    def journal(self) -> Journal:
+        """A line per contestant and step."""
+        return Journal(self.path / "metrics.jsonl")
+
+    def checkpoints(self, contestant: str) -> Path:
+        """The folder of one contestant's checkpoints."""
+        return self.path / "checkpoints" / contestant
+
+    def claim(self, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Make the folder this run's own, or refuse.
+
+        Args:
+            config: what is asked for, as JSON can hold it.
+            resume: go on with the run that is there; its config must be the same.
+            overwrite: delete the run that is there.
+
+        Raises:
+            UsageError: when the folder holds a run and neither is asked for, when there is nothing
+                to resume, or when the run there has another config.
+        """
+        if resume:
+            return self._same_config(config)
+        if self.path.exists():
+            self._clear(overwrite)
+        self.path.mkdir(parents=True)
+        self.config.write_text(json.dumps(config, indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """The config of the run that is here.
+
+        Raises:
+            UsageError: when there is none.
+        """
+        if not self.config.exists():
+            raise UsageError(f"there is no run in {self.path}")
+        config: dict[str, Any] = json.loads(self.config.read_text())
+        return config
+
+    def params(self, contestant: str) -> optax.Params:
+        """The newest saved parameters of one contestant, as float32 arrays on the default device.
+
+        Raises:
+            UsageError: when it has no checkpoint.
+        """
+        path = self.checkpoints(contestant)
+        if not path.exists():
+            raise UsageError(f"{self.path} has no checkpoint of {contestant!r}")
+        with Checkpoints(path) as checkpoints:
+            return checkpoints.params()
+
+    def _same_config(self, config: dict[str, Any]) -> None:
+        there, here = dict(_flat(self.read_config())), dict(_flat(json.loads(json.dumps(config))))
+        for key in there | here:
+            if there.get(key) != here.get(key):
+                raise UsageError(
+                    f"{self.path} was made with another config: {key} is {there.get(key)} there "
+                    f"and {here.get(key)} here; ask for the same, or give another --name"
+                )
+
+    def _clear(self, overwrite: bool) -> None:
+        if not overwrite:
+            raise UsageError(
+                f"{self.path} exists; --resume goes on with it, --overwrite deletes it, "
+                "--name makes another"
+            )
+        self.read_config()  # nothing but a run is ever deleted
+        shutil.rmtree(self.path)
+
+
+class Journal:
+    """`metrics.jsonl`: one JSON object per contestant and step, written as it happens."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, contestant: str, record: Record) -> None:
+        """Add a step."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"run": contestant, **dataclasses.asdict(record)}) + "\n")
+
+    def read(self, contestant: str) -> list[Record]:
+        """The steps of one contestant, in order."""
+        rows = (json.loads(line) for line in self._lines())
+        return [
+            Record(**{key: value for key, value in row.items() if key != "run"})
+            for row in rows
+            if row["run"] == contestant
+        ]
+
+    def forget(self, contestant: str, after: int) -> None:
+        """Drop the steps of a contestant past its checkpoint: they are about to be done again."""
+        kept = [line for line in self._lines() if not _is_past(json.loads(line), contestant, after)]
+        draft = self.path.with_suffix(".draft")
+        draft.write_text("".join(kept))
+        draft.replace(self.path)
+
+    def _lines(self) -> list[str]:
+        """Whole lines only: a killed process may have left half a one."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class Checkpoints:
+    """The saved states of one contestant, by step; the newest two are kept."""
+
+    def __init__(self, path: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(path.absolute(), options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int:
+        """The newest saved step; 0 when there is none."""
+        return self._manager.latest_step() or 0
+
+    def save(self, step: int, state: State) -> None:
+        """Save the state after `step` steps, if it is not saved yet."""
+        if step != self.latest:
+            save = ocp.args.StandardSave
+            items = {name: save(item) for name, item in state._asdict().items()}
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, like: State) -> State:
+        """The newest state, with the structure, dtypes and shardings of `like`."""
+        restore = ocp.args.StandardRestore
+        items = {name: restore(item) for name, item in like._asdict().items()}
+        saved = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
+        return State(**{name: saved[name] for name in items})
+
+    def params(self) -> optax.Params:
+        """The newest parameters alone."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore())
+        return self._manager.restore(self.latest, args=args)["params"]
+
+
+def _is_past(row: dict[str, Any], contestant: str, step: int) -> bool:
+    return bool(row["run"] == contestant and row["step"] > step)
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested JSON with dotted names."""
+    if not isinstance(tree, dict | list):
+        yield prefix, tree
+        return
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,258 @@
+"""The outcome of a run: numbers from `metrics.jsonl`, as a table, a Markdown file and a picture.
+
+The question is the paper's: after which part of AdamW's training has Muon reached AdamW's final
+loss (arXiv 2502.16982, section 3.2: about 52% of the FLOPs on the scaling law)? Here both runs have
+schedules of the same length. AdamW's final loss comes at the end of its cosine, where a decayed
+learning rate has just bought it a last gain; Muon is credited with the first point of its own
+held-out curve at or below it, still in the middle of its schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import optax
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.table import Table
+
+from optax_muon.models.contestants import Contestant, transformation
+from optax_muon.models.flops import step_flops
+from optax_muon.models.folder import Folder
+from optax_muon.models.run import Run
+from optax_muon.models.train import Record, Setup, State, init, update
+
+COLUMNS = ("optimizer", "lr", "decay", "loss", "reached", "steps", "FLOPs", "step", "share")
+COLORS = {"adamw": "#6b7280", "muon-carried": "#2b8cbe", "muon-tuned": "#d95f0e"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one contestant came to.
+
+    Attributes:
+        contestant: the optimizer and its numbers.
+        records: its steps.
+        flops: operations of one step, the optimizer's with the model's.
+        update_seconds: median wall time of the optimizer's update alone.
+    """
+
+    contestant: Contestant
+    records: Sequence[Record]
+    flops: int
+    update_seconds: float
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """Steps and held-out losses."""
+        return [(r.step, r.val_loss) for r in self.records if r.val_loss is not None]
+
+    @property
+    def val_loss(self) -> float:
+        """Held-out loss after the last step, nats per token."""
+        return self.curve[-1][1]
+
+    @property
+    def step_seconds(self) -> float:
+        """Median wall time of a step; the median leaves compilation out."""
+        return statistics.median(record.seconds for record in self.records)
+
+    @property
+    def share(self) -> float:
+        """Part of a step's time that the optimizer takes."""
+        return self.update_seconds / self.step_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A contestant beside AdamW."""
+
+    outcome: Outcome
+    adamw: Outcome
+
+    @property
+    def reached(self) -> float | None:
+        """Step at which it reached AdamW's final held-out loss; None if it never did."""
+        return crossing(self.outcome.curve, self.adamw.val_loss)
+
+    @property
+    def steps(self) -> float | None:
+        """That step as a fraction of AdamW's steps."""
+        return None if self.reached is None else self.reached / self.adamw.records[-1].step
+
+    @property
+    def flops(self) -> float | None:
+        """The operations up to that step as a fraction of all of AdamW's."""
+        return None if self.steps is None else self.steps * self.outcome.flops / self.adamw.flops
+
+    @property
+    def cells(self) -> list[str]:
+        """A row under `COLUMNS`."""
+        one, tuning = self.outcome, self.outcome.contestant.tuning
+        reached = "never" if self.reached is None else f"{self.reached:.0f}"
+        return [
+            one.contestant.title,
+            f"{tuning.lr:g}",
+            f"{tuning.weight_decay:g}",
+            f"{one.val_loss:.4f}",
+            reached,
+            _percent(self.steps),
+            _percent(self.flops),
+            f"{one.step_seconds * 1e3:.0f} ms",
+            _percent(one.share),
+        ]
+
+
+def crossing(curve: Sequence[tuple[int, float]], level: float) -> float | None:
+    """First step at which a curve is at or below `level`, linear between its points.
+
+    >>> crossing([(10, 4.0), (20, 2.0), (30, 1.0)], level=3.0)
+    15.0
+    >>> crossing([(10, 4.0), (20, 2.0)], level=1.0) is None
+    True
+    """
+    if curve[0][1] <= level:
+        return float(curve[0][0])
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if low <= level:
+            return before + (after - before) * (high - level) / (high - low)
+    return None
+
+
+def compare(run: Run, folder: Folder) -> list[Comparison]:
+    """Every contestant beside AdamW, which is the first."""
+    outcomes = [_outcome(run, contestant, folder) for contestant in run.contestants]
+    return [Comparison(outcome, outcomes[0]) for outcome in outcomes]
+
+
+def update_seconds(tx: optax.GradientTransformation, state: State, repeats: int = 11) -> float:
+    """Median wall time of the compiled update alone; gradients' values do not matter to it."""
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state = _update(tx, state, grads)
+        jax.tree.map(lambda leaf: leaf.block_until_ready(), state)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one compiles
+
+
+def publish(run: Run, origin: str, folder: Folder) -> None:
+    """Write `summary.md` and `loss.png`, and print the table."""
+    comparisons = compare(run, folder)
+    heading = describe(run.preset, run.setup)
+    (folder.path / "summary.md").write_text(markdown(run, origin, comparisons))
+    plot(comparisons, heading, folder.path / "loss.png")
+    table = Table(*COLUMNS, title=heading)
+    for each in comparisons:
+        table.add_row(*each.cells)
+    console = Console()
+    console.print(table)
+    console.print(f"\n{explain(run.setup)}\n\nAll of it is in {folder.path}/", highlight=False)
+
+
+def markdown(run: Run, origin: str, comparisons: Sequence[Comparison]) -> str:
+    """The table, what it means, and where it was measured."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(each.cells for each in comparisons)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    parts = [
+        f"# {describe(run.preset, run.setup)}",
+        f"{origin}.",
+        table,
+        explain(run.setup),
+        "![loss](loss.png)",
+        machine(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe(preset: str, setup: Setup) -> str:
+    """An experiment in a line."""
+    model = setup.model
+    return (
+        f"{preset}: Llama of width {model.width}, depth {model.depth}; "
+        f"{setup.steps} steps of {setup.batch} x {model.context} bytes, seed {setup.seed}"
+    )
+
+
+def explain(setup: Setup) -> str:
+    """How to read the table."""
+    return (
+        "loss: final, on text held out of training, nats per byte. reached: the step at which a "
+        "run had AdamW's final loss, and that as a part of AdamW's steps and of its FLOPs (the "
+        "model's and Newton-Schulz's). AdamW's final loss comes at the end of its schedule; a Muon "
+        "run is taken in the middle of its own, of the same length, linearly between evaluations "
+        f"{setup.eval_every} steps apart. step: median time. share: the optimizer's part of it, "
+        "the median time of its update alone, on this machine."
+    )
+
+
+def machine() -> str:
+    """Device, cores and versions that the numbers were measured with."""
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")
+    )
+    device = jax.devices()[0].device_kind
+    return (
+        f"Measured on {device} ({platform.machine()}, {os.cpu_count()} cores) with "
+        f"Python {platform.python_version()}, {versions}."
+    )
+
+
+def plot(comparisons: Sequence[Comparison], title: str, path: Path) -> None:
+    """Held-out curves, AdamW's final loss, and where each Muon run crosses it."""
+    figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot(
+        title=title, xlabel="step", ylabel="held-out loss, nats per byte (log scale)", yscale="log"
+    )
+    axes.axhline(comparisons[0].adamw.val_loss, color=COLORS["adamw"], linestyle=":", linewidth=1)
+    for each in comparisons:
+        _draw(axes, each)
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _draw(axes: Axes, each: Comparison) -> None:
+    """One curve, and for Muon the point where it crosses AdamW's final loss."""
+    contestant, color = each.outcome.contestant, COLORS[each.outcome.contestant.name]
+    label = f"{contestant.title} ({contestant.tuning.lr:g}): {each.outcome.val_loss:.3f}"
+    axes.plot(*zip(*each.outcome.curve, strict=True), color=color, linewidth=2, label=label)
+    if each.outcome is not each.adamw and each.reached is not None:
+        axes.plot(each.reached, each.adamw.val_loss, "o", color=color)
+        axes.annotate(
+            f"{each.steps:.0%} of AdamW's steps",
+            (each.reached, each.adamw.val_loss),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="right",
+            color=color,
+        )
+
+
+_update = jax.jit(update, static_argnums=0, donate_argnums=1)
+
+
+def _outcome(run: Run, contestant: Contestant, folder: Folder) -> Outcome:
+    tx = transformation(contestant, run.setup.steps)
+    state = init(run.setup, tx)
+    flops = step_flops(run.setup, contestant, state.params)
+    records = folder.journal.read(contestant.name)
+    return Outcome(contestant, records, flops, update_seconds(tx, state))
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.0%}"

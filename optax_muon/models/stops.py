@@ -1,0 +1,23 @@
+"""The ways a command ends early: each is one line for the user and an exit code (`cli.py`)."""
+
+
+class Stop(Exception):
+    """Ends the command: the message is printed on one line of stderr."""
+
+    exit_code = 1
+
+
+class UsageError(Stop):
+    """What was asked for cannot be done; the message says what would be accepted."""
+
+    exit_code = 2
+
+
+class Diverged(Stop):
+    """A loss is no longer finite."""
+
+
+class Interrupted(Stop):
+    """The user pressed Ctrl-C; the code is the shell's own for SIGINT, 128 + 2."""
+
+    exit_code = 130

@@ -1,0 +1,139 @@
+"""The sweep that tunes AdamW and Muon with the same budget: learning rate times weight decay.
+
+Every point of the two grids is one whole training run from the same initial parameters on the same
+batches, and counts by its final held-out loss. The grids must be equally long, so neither optimizer
+is searched harder. Each finished point is a line of `sweep.csv` at once; the same command goes on
+after the last one. The result belongs into the preset's row in `presets.py`; how it is shown is in
+`sweep_report.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from optax_muon.models.contestants import Contestant, transformation
+from optax_muon.models.data import Corpus
+from optax_muon.models.presets import Tuning
+from optax_muon.models.progress import Progress
+from optax_muon.models.run import Interrupt
+from optax_muon.models.stops import Diverged, Interrupted, UsageError
+from optax_muon.models.train import Setup, init, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of the sweep.
+
+    Attributes:
+        optimizer: a key of `contestants.OPTIMIZERS`.
+        lr: peak learning rate.
+        weight_decay: decoupled, per unit of learning rate.
+        val_loss: final held-out loss, nats per token; NaN where the run diverged, or is not run.
+    """
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    val_loss: float = math.nan
+
+    @property
+    def contestant(self) -> Contestant:
+        """The optimizer at these numbers."""
+        title = f"{self.optimizer} lr {self.lr:g} decay {self.weight_decay:g}"
+        return Contestant(title, title, self.optimizer, Tuning(self.lr, self.weight_decay))
+
+
+class Table:
+    """The finished points, in a CSV file that grows by a line per run."""
+
+    FIELDS = tuple(field.name for field in dataclasses.fields(Point))
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[Point]:
+        """All finished points, in the order they were run."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [
+                Point(row["optimizer"], *(float(row[name]) for name in self.FIELDS[1:]))
+                for row in csv.DictReader(file)
+            ]
+
+    def append(self, point: Point) -> None:
+        """Add one finished point."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows(([self.FIELDS] if new else []) + [dataclasses.astuple(point)])
+
+
+def grid(lrs: Mapping[str, Sequence[float]], decays: Sequence[float]) -> list[Point]:
+    """All points, without losses.
+
+    Args:
+        lrs: of each optimizer, equally many.
+        decays: weight decays, the same for all.
+
+    Raises:
+        UsageError: when the optimizers' budgets differ.
+
+    >>> [p.lr for p in grid({"adamw": (1e-3, 2e-3), "muon": (2e-3, 4e-3)}, (0.1,))]
+    [0.001, 0.002, 0.002, 0.004]
+    """
+    if len({len(values) for values in lrs.values()}) > 1:
+        counts = ", ".join(f"{len(values)} for {name}" for name, values in lrs.items())
+        raise UsageError(f"the optimizers get the same budget, but learning rates are {counts}")
+    return [
+        Point(name, lr, decay)
+        for name, values in lrs.items()
+        for decay, lr in itertools.product(decays, values)
+    ]
+
+
+def best(points: Iterable[Point], optimizer: str) -> Point:
+    """The optimizer's point of the lowest loss; diverged ones do not count.
+
+    >>> best([Point("muon", 1.0, 0.1, 2.5), Point("muon", 2.0, 0.1, 2.4)], "muon").lr
+    2.0
+    """
+    mine = [p for p in points if p.optimizer == optimizer and math.isfinite(p.val_loss)]
+    return min(mine, key=lambda point: point.val_loss)
+
+
+def run_all(setup: Setup, corpus: Corpus, points: Sequence[Point], table: Table) -> None:
+    """Run every point that the table does not hold yet.
+
+    Raises:
+        Interrupted: on Ctrl-C; the finished points are in the table.
+    """
+    finished = {point.contestant.title for point in table.read()}
+    missing = [point for point in points if point.contestant.title not in finished]
+    titles = [point.contestant.title for point in missing]
+    with Interrupt() as interrupt, Progress(titles, setup) as progress:
+        for point in missing:
+            table.append(_run(setup, corpus, point, progress, interrupt))
+
+
+def _run(
+    setup: Setup, corpus: Corpus, point: Point, progress: Progress, interrupt: Interrupt
+) -> Point:
+    """The point with its loss."""
+    contestant = point.contestant
+    progress.begin(contestant.title, done=0)
+    state = init(setup, transformation(contestant, setup.steps))
+    try:
+        for record, _ in train(setup, contestant, corpus, state):
+            progress.step(contestant.title, record)
+            if interrupt.pressed:
+                raise Interrupted("stopped; the finished points are saved")
+    except Diverged:
+        return point
+    assert record.val_loss is not None  # the last step is always evaluated
+    return dataclasses.replace(point, val_loss=record.val_loss)
