@@ -1,0 +1,103 @@
+"""The collectives of a compiled program, read from its HLO text.
+
+A collective inside a loop counts as often as the loop turns. Asynchronous forms (`all-gather-start`
+and `all-gather-done`) count once, with the result of the latter.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = (
+    *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
+    *("ragged-all-to-all", "reduce-scatter"),
+)
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", re.MULTILINE)
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LISTED = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program."""
+
+    kind: str
+    """Its name in HLO, without `-start`."""
+    bytes: int
+    """Bytes of its result on one device, all entries of a tuple together."""
+    times: int
+    """How often the program runs it."""
+    groups: tuple[tuple[int, ...], ...]
+    """Who takes part with whom, as positions in the mesh; empty if the text does not list them."""
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a compiled program, given its text."""
+    starts = list(_COMPUTATION.finditer(text))
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    bodies = {m[2]: text[m.end() : end] for m, end in zip(starts, ends, strict=True)}
+    entry = next(match[2] for match in starts if match[1])
+    return list(_walk(bodies, entry, 1))
+
+
+def counts(text: str) -> dict[str, int]:
+    """How many collectives of each kind a program runs."""
+    total: collections.Counter[str] = collections.Counter()
+    for each in collectives(text):
+        total[each.kind] += each.times
+    return dict(total)
+
+
+def moved(text: str) -> int:
+    """Result bytes of all collectives that one device runs."""
+    return sum(each.bytes * each.times for each in collectives(text))
+
+
+def _walk(bodies: dict[str, str], name: str, times: int) -> Iterator[Collective]:
+    for result, operation, rest in _INSTRUCTION.findall(bodies[name]):
+        kind = operation.removesuffix("-done")
+        if kind in KINDS:
+            yield Collective(kind, _size(result), times, _groups(rest))
+        if operation in ("async-update", "async-done"):
+            continue
+        turns = _TURNS.search(rest) if operation == "while" else None
+        inside = times * (int(turns[1]) if turns else 1)
+        called = _CALLED.findall(rest)
+        for branches in _BRANCHES.findall(rest):
+            called += [branch.strip(" %") for branch in branches.split(",")]
+        for other in called:
+            yield from _walk(bodies, other, inside)
+
+
+def _size(result: str) -> int:
+    arrays = _ARRAY.findall(result)
+    return sum(_itemsize(kind) * math.prod(_numbers(lengths)) for kind, lengths in arrays)
+
+
+def _itemsize(kind: str) -> int:
+    return _BYTES[kind] if kind in _BYTES else int(re.sub(r"\D", "", kind)) // 8
+
+
+def _groups(rest: str) -> tuple[tuple[int, ...], ...]:
+    if listed := _LISTED.search(rest):
+        return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([0-9,]*)\}", listed[1]))
+    if iota := _IOTA.search(rest):
+        shape, extents, order = (_numbers(part or "") for part in iota.groups())
+        devices = np.arange(math.prod(extents)).reshape(extents)
+        return tuple(map(tuple, devices.transpose(order or None).reshape(shape).tolist()))
+    return ()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]

@@ -1,0 +1,145 @@
+"""What the plan promises, the compiled program keeps: collectives, bytes, operations, numbers."""
+
+import math
+
+import meshes
+import pytest
+from collectives import collectives, counts, moved
+from meshes import TABLE
+
+KINDS = ("explicit", "auto")
+
+ONLY = {
+    "rows": {"all-to-all": 2},
+    "columns": {"all-to-all": 2},
+    "half of each, half of them tall": {"all-to-all": 4},
+    "two axes": {"all-to-all": 2},
+    "stack by rows": {"all-to-all": 2},
+    "stack by both": {"all-to-all": 2},
+    "stack by layer": {},
+    "replicas": {"all-to-all": 2, "all-gather": 1},
+    "experts": {"all-to-all": 2},
+    "qkv whole": {"all-to-all": 2},
+    "qkv per head": {"all-to-all": 2},
+}
+"""All collectives of the program, where each matrix is whole on one device: in, and out."""
+
+HEAVY = ("stack by rows", "stack by both", "nine", "twelve copies", "experts", "three")
+"""Rows of more than a hundred GFLOP."""
+
+
+def rows(names):
+    """Test parameters for rows of the table, the heavy ones marked."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in HEAVY else []) for n in names]
+
+
+def whole_matrices(case, kind):
+    """Bytes that have to arrive at a device, counted from the layout alone, in float32.
+
+    A device owns `count / devices` matrices, has a tile of each, lacks the rest; back home it lacks
+    the tiles of all matrices but those it owns.
+    """
+    planned = case.plan(kind)
+    total = 0.0
+    for dealt in planned.buckets:
+        bucket, sizes = dealt.bucket, dict(case.mesh)
+        pieces = math.prod(sizes[axis] for axis in (*bucket.rows_over, *bucket.cols_over))
+        shared = planned.devices / dealt.copies
+        owned = bucket.size / shared
+        lacks = owned * (1 - 1 / pieces) + (bucket.size / pieces - owned / pieces)
+        total += lacks * bucket.rows * bucket.cols * 4
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", rows(TABLE))
+class TestTable:
+    def test_the_updates_are_those_of_one_device(self, name, kind):
+        case = TABLE[name]
+        layouts = {lot.layout for dealt in case.plan(kind).buckets for lot in dealt.lots}
+        # Whole matrices see the same products in another order; shared ones sum in pieces.
+        tolerance = 1e-4 if "split" in layouts else 1e-5
+        error = meshes.error(meshes.run(case, kind).matrices, meshes.alone_of(case))
+        assert error <= tolerance
+
+    def test_the_updates_lie_as_the_gradients_do(self, name, kind):
+        case = TABLE[name]
+        found = {path: x.sharding for path, x in meshes.run(case, kind).updates.items()}
+        assert found == case.shardings(kind)
+
+    def test_the_program_moves_the_bytes_that_the_plan_states(self, name, kind):
+        case = TABLE[name]
+        assert moved(meshes.run(case, kind).text) == pytest.approx(
+            case.plan(kind).cost.bytes, rel=0.02
+        )
+
+    def test_the_program_does_the_operations_that_the_plan_states(self, name, kind):
+        case = TABLE[name]
+        # XLA counts norms and sums as well, one to two percent at these sizes.
+        assert meshes.run(case, kind).flops == pytest.approx(case.plan(kind).cost.flops, rel=0.05)
+
+    def test_devices_share_the_operations_evenly(self, name, kind):
+        case = TABLE[name]
+        assert meshes.run(case, kind).flops <= 1.15 * case.plan(kind).even_flops
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", rows(ONLY))
+def test_the_program_has_the_promised_collectives_and_no_other(name, kind):
+    assert counts(meshes.run(TABLE[name], kind).text) == ONLY[name]
+
+
+@pytest.mark.parametrize("name", rows(ONLY))
+def test_what_arrives_is_what_was_missing(name):
+    cost = TABLE[name].plan().cost
+    bound = whole_matrices(TABLE[name], "explicit")
+    assert cost.least == pytest.approx(bound, rel=1e-6)
+    assert cost.wire <= 1.1 * bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_axes_are_one_hop(kind):
+    found = collectives(meshes.run(TABLE["two axes"], kind).text)
+    assert [len(each.groups[0]) for each in found] == [8, 8]
+    assert sum(each.bytes for each in found) == 2 * 16 * 256 * 512 * 4 // 8  # 2.1 MB
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_do_not_travel_between_devices_that_have_other_heads(kind):
+    found = collectives(meshes.run(TABLE["qkv per head"], kind).text)
+    # Device 2 i + j has part i of the rows and half j of the heads.
+    assert [each.groups for each in found] == [((0, 2, 4, 6), (1, 3, 5, 7))] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+def test_copies_are_worked_on_once_and_gathered_once(kind):
+    found = collectives(meshes.run(TABLE["twelve copies"], kind).text)
+    gathered = [each.bytes for each in found if each.kind == "all-gather"]
+    assert gathered.count(12 * 512 * 2048 * 4) == 1
+    gram = 512 * 512 * 4
+    assert all(size <= 2 * gram for size in gathered if size != 12 * 512 * 2048 * 4)
+    assert {each.kind for each in found} == {"all-gather", "all-reduce"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+def test_few_matrices_are_shared_by_columns_and_never_gathered_whole(kind):
+    case = TABLE["three"]
+    found = collectives(meshes.run(case, kind).text)
+    lots = [lot for dealt in case.plan(kind).buckets for lot in dealt.lots]
+    assert {lot.layout for lot in lots} == {"split"}
+    assert sum(each.times for each in found if each.kind == "all-to-all") == 2
+    gram = 1024 * 1024 * 4
+    assert max(each.bytes for each in found if each.kind == "all-gather") <= gram
+    seconds = case.plan(kind).buckets[0].seconds
+    assert seconds["chosen"] < min(seconds["home"], seconds["gather"])
+
+
+@pytest.mark.slow
+def test_the_ninth_matrix_is_shared():
+    [dealt] = TABLE["nine"].plan().buckets
+    assert [(lot.layout, lot.count, lot.sharing) for lot in dealt.lots] == [
+        ("home", 8, 1),
+        ("split", 1, 8),
+    ]
