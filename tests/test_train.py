@@ -308,6 +308,8 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path, text, capsys):
         (["--save-every", "15"], "--save-every 15 must be a multiple of --eval-every 10"),
         (["--steps", "0"], "--steps is 0, it must be at least 1"),
         (["--batch", "-2"], "--batch is -2, it must be at least 1"),
+        (["--seed", "-1"], "--seed is -1, it must be at least 0"),
+        (["--muon-lr", "0"], "lr is 0.0 and decay 0.1; lr must be positive"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, reason, text, tmp_path, capsys):
@@ -318,7 +320,8 @@ def test_options_that_make_no_sense_are_refused(options, reason, text, tmp_path,
 def test_a_sample_of_nothing_is_refused(finished, tmp_path, capsys):
     where = ["--runs", str(finished.path.parent), "--run", "whole"]
     assert "no run in" in refused(capsys, "sample", "--runs", str(tmp_path), "--run", "none")
-    assert "no checkpoint of 'sgd'" in refused(capsys, "sample", *where, "--contestant", "sgd")
+    assert "no checkpoint of sgd" in refused(capsys, "sample", *where, "--contestant", "sgd")
+    assert "--length is 0, it must be at least 1" in refused(capsys, "sample", "--length", "0")
 
 
 def test_without_the_extra_the_command_says_what_to_install(capsys, monkeypatch):

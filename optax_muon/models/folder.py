@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,17 +76,18 @@ class Folder:
         config: dict[str, Any] = json.loads(self.config.read_text())
         return config
 
-    def params(self, contestant: str) -> optax.Params:
-        """The newest saved parameters of one contestant, as float32 arrays on the default device.
+    def newest_params(self, contestants: Sequence[str]) -> optax.Params:
+        """The newest saved parameters of the last of these contestants that has any.
 
         Raises:
-            UsageError: when it has no checkpoint.
+            UsageError: when none has.
         """
-        path = self.checkpoints(contestant)
-        if not path.exists():
-            raise UsageError(f"{self.path} has no checkpoint of {contestant!r}")
-        with Checkpoints(path) as checkpoints:
-            return checkpoints.params()
+        for path in map(self.checkpoints, reversed(contestants)):
+            if path.exists():
+                with Checkpoints(path) as checkpoints:
+                    if checkpoints.latest:
+                        return checkpoints.params()
+        raise UsageError(f"{self.path} has no checkpoint of {' or '.join(contestants)}")
 
     def _same_config(self, config: dict[str, Any]) -> None:
         there, here = dict(_flat(self.read_config())), dict(_flat(json.loads(json.dumps(config))))

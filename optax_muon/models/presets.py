@@ -20,6 +20,14 @@ class Tuning:
     lr: float
     weight_decay: float
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that no optimizer can run at."""
+        if not (self.lr > 0 and self.weight_decay >= 0):
+            raise UsageError(
+                f"lr is {self.lr} and decay {self.weight_decay}; lr must be positive and decay "
+                "not negative"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:

@@ -159,7 +159,8 @@ def publish(run: Run, origin: str, folder: Folder) -> None:
         table.add_row(*each.cells)
     console = Console()
     console.print(table)
-    console.print(f"\n{explain(run.setup)}\n\nAll of it is in {folder.path}/", highlight=False)
+    console.print(f"\n{explain(run.setup)}\n", highlight=False, markup=False)
+    console.out(f"All of it is in {folder.path}", highlight=False)
 
 
 def markdown(run: Run, origin: str, comparisons: Sequence[Comparison]) -> str:

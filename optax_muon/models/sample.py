@@ -27,8 +27,8 @@ def continuation(
     Args:
         model: the Llama.
         params: its parameters.
-        prompt: what is there already; the model sees its last `context` bytes. An empty one is the
-            beginning of a file.
+        prompt: what is there already; the model sees its last `context` bytes. An empty one means
+            the beginning of a file.
         length: bytes to write.
         temperature: divides the logits; 0 takes the likeliest byte.
         seed: of the draws.
@@ -37,7 +37,7 @@ def continuation(
         The new bytes, without the prompt.
     """
     context = model.config.context
-    seen = (b"\0" + prompt)[-context:]
+    seen = prompt[-context:] or b"\0"
     window = jnp.zeros([context], jnp.int32).at[: len(seen)].set(jnp.array(list(seen), jnp.int32))
     count = jnp.asarray(len(seen), jnp.int32)
     keys = jax.random.split(jax.random.key(seed), length)

@@ -97,14 +97,14 @@ def grid(lrs: Mapping[str, Sequence[float]], decays: Sequence[float]) -> list[Po
     ]
 
 
-def best(points: Iterable[Point], optimizer: str) -> Point:
-    """The optimizer's point of the lowest loss; diverged ones do not count.
+def best(points: Iterable[Point], optimizer: str) -> Point | None:
+    """The optimizer's point of the lowest loss; None when all have diverged.
 
     >>> best([Point("muon", 1.0, 0.1, 2.5), Point("muon", 2.0, 0.1, 2.4)], "muon").lr
     2.0
     """
     mine = [p for p in points if p.optimizer == optimizer and math.isfinite(p.val_loss)]
-    return min(mine, key=lambda point: point.val_loss)
+    return min(mine, key=lambda point: point.val_loss, default=None)
 
 
 def run_all(setup: Setup, corpus: Corpus, points: Sequence[Point], table: Table) -> None:

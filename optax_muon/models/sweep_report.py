@@ -24,7 +24,7 @@ def publish(points: Sequence[Point], heading: str, folder: Path) -> None:
 
 def markdown(points: Sequence[Point], heading: str) -> str:
     """The table, the best points and the machine."""
-    winners = [best(points, name) for name in TITLES]
+    winners = [point for name in TITLES if (point := best(points, name))]
     lines = [
         f"# Sweep: {heading}",
         "",
