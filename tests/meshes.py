@@ -63,9 +63,9 @@ def case(mesh: dict[str, int], leaves: dict[str, tuple], **options: Any) -> Case
     return Case(tuple(mesh.items()), rows, tuple(options.items()))
 
 
-def layers(count: int, shape: tuple[int, ...], spec: P, view: View = View(0, 1)) -> dict:
-    """So many parameters alike."""
-    return {f"{i}/kernel": (shape, spec, view) for i in range(count)}
+def layers(count: int, shape: tuple[int, ...], spec: P, view: View | None = None) -> dict:
+    """So many parameters alike, whole matrices unless a view says otherwise."""
+    return {f"{i}/kernel": (shape, spec, view or View(0, 1)) for i in range(count)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,10 @@ from collectives import Collective, collectives, counts, moved
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+BOTH = P("a", "b")
 
-def text_of(work, *, x=P("a", "b"), out=P("a", "b")):
+
+def text_of(work, *, x=BOTH, out=BOTH):
     """The compiled program of `work` on shards of float32 [8, 8] on a 4 x 2 mesh."""
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     sharding = jax.sharding.NamedSharding(mesh, x)
