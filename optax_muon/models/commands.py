@@ -1,7 +1,8 @@
-"""The three commands as data, their options as fields; tyro makes the command line of them.
+"""The four commands as data, their options as fields; tyro makes the command line of them.
 
 `train` runs the experiment (`run.py`, `report.py`), `sweep` finds its learning rates (`sweep.py`),
-`sample` lets a trained model write (`sample.py`).
+`sample` lets a trained model write (`sample.py`), `plan` prints where Muon works on the matrices of
+a published model (`plan_command.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from optax_muon.models import data, report, sweep, sweep_report
 from optax_muon.models.contestants import lineup
 from optax_muon.models.folder import Folder
 from optax_muon.models.llama import Llama, LlamaConfig
+from optax_muon.models.plan_command import PlanModel
 from optax_muon.models.presets import Preset, Tuning, preset
 from optax_muon.models.run import Run, train_all
 from optax_muon.models.sample import continuation
@@ -216,4 +218,5 @@ COMMANDS = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[PlanModel, tyro.conf.subcommand("plan")]
 )
