@@ -145,11 +145,11 @@ class Sweep(Experiment):
 
     out: Path = Path("runs/sweep")
     """Folder of the result."""
-    adamw_lr: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+    adamw_lr: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
     """Peak learning rates to try with AdamW."""
-    muon_lr: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+    muon_lr: tuple[float, ...] = (6e-3, 1.2e-2, 2.4e-2)
     """Peak learning rates to try with Muon, as many as with AdamW."""
-    decay: tuple[float, ...] = (0.1, 0.3)
+    decay: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Weight decays to try with each."""
 
     def __call__(self) -> None:

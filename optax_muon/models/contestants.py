@@ -82,7 +82,7 @@ def lineup(adamw: Tuning, muon: Tuning) -> tuple[Contestant, ...]:
     """
     contestants = (
         Contestant("adamw", "AdamW", "adamw", adamw),
-        Contestant("muon-carried", "Muon, AdamW's lr", "muon", adamw),
+        Contestant("muon-carried", "Muon, AdamW lr", "muon", adamw),
         Contestant("muon-tuned", "Muon, own lr", "muon", muon),
     )
     return contestants if muon != adamw else contestants[:2]

@@ -65,8 +65,8 @@ PRESETS = {
         LlamaConfig(width=128, depth=3, heads=4, kv_heads=2, mlp=344, context=128),
         batch=16,
         steps=400,
-        adamw=Tuning(6e-3, 0.1),
-        muon=Tuning(1.2e-2, 0.1),
+        adamw=Tuning(6e-3, 0.3),
+        muon=Tuning(1.2e-2, 0.3),
         source="the sweep in benchmarks/results/sweep",
     ),
     "medium": Preset(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import optax
 from matplotlib.axes import Axes
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -154,7 +155,7 @@ def publish(run: Run, origin: str, folder: Folder) -> None:
     heading = describe(run.preset, run.setup)
     (folder.path / "summary.md").write_text(markdown(run, origin, comparisons))
     plot(comparisons, heading, folder.path / "loss.png")
-    table = Table(*COLUMNS, title=heading)
+    table = Table(*COLUMNS, title=heading, box=box.SIMPLE, collapse_padding=True)
     for each in comparisons:
         table.add_row(*each.cells)
     console = Console()
@@ -217,31 +218,41 @@ def plot(comparisons: Sequence[Comparison], title: str, path: Path) -> None:
     axes = figure.add_subplot(
         title=title, xlabel="step", ylabel="held-out loss, nats per byte (log scale)", yscale="log"
     )
-    axes.axhline(comparisons[0].adamw.val_loss, color=COLORS["adamw"], linestyle=":", linewidth=1)
-    for each in comparisons:
-        _draw(axes, each)
+    level = comparisons[0].adamw.val_loss
+    axes.axhline(level, color=COLORS["adamw"], linestyle=":", linewidth=1)
+    for row, each in enumerate(comparisons):
+        _draw_curve(axes, each)
+        if row > 0 and each.reached is not None:
+            _mark_crossing(axes, each, each.reached, drop=14 * row)
+    left = axes.get_yaxis_transform()
+    axes.text(0.01, level, "AdamW's final loss", color=COLORS["adamw"], va="bottom", transform=left)
     axes.yaxis.set_major_formatter("{x:.2g}")
     axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, title="final held-out loss")
     figure.savefig(path)
 
 
-def _draw(axes: Axes, each: Comparison) -> None:
-    """One curve, and for Muon the point where it crosses AdamW's final loss."""
+def _draw_curve(axes: Axes, each: Comparison) -> None:
     contestant, color = each.outcome.contestant, COLORS[each.outcome.contestant.name]
-    label = f"{contestant.title} ({contestant.tuning.lr:g}): {each.outcome.val_loss:.3f}"
+    label = f"{each.outcome.val_loss:.3f}  {contestant.title} ({contestant.tuning.lr:g})"
     axes.plot(*zip(*each.outcome.curve, strict=True), color=color, linewidth=2, label=label)
-    if each.outcome is not each.adamw and each.reached is not None:
-        axes.plot(each.reached, each.adamw.val_loss, "o", color=color)
-        axes.annotate(
-            f"{each.steps:.0%} of AdamW's steps",
-            (each.reached, each.adamw.val_loss),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="right",
-            color=color,
-        )
+
+
+def _mark_crossing(axes: Axes, each: Comparison, step: float, drop: float) -> None:
+    """A dot where a curve meets AdamW's final loss, its share of the steps `drop` points below."""
+    color = COLORS[each.outcome.contestant.name]
+    place = (step, each.adamw.val_loss)
+    axes.plot(*place, "o", color=color)
+    axes.annotate(
+        f"{_percent(each.steps)} of AdamW's steps",
+        place,
+        xytext=(-2, -drop),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=color,
+    )
 
 
 _update = jax.jit(update, static_argnums=0, donate_argnums=1)
