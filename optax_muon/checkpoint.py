@@ -36,8 +36,11 @@ def state_shardings(
     Returns:
       A tree of `NamedSharding` with the structure of the state.
 
+    On Auto mesh axes give the training step these shardings as `out_shardings` too: what comes out
+    of a program is the compiler's to lay out there.
+
     Raises:
-      ValueError: a parameter without a sharding.
+      ValueError: a parameter without a sharding, or an axis that its mesh lacks.
 
     >>> import jax.numpy as jnp, optax_muon
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -77,6 +80,9 @@ def zero1_shardings(
 
     Returns:
       Path to sharding: what `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
+
+    Raises:
+      ValueError: a parameter without a sharding, or an axis that its mesh lacks.
     """
     entries = paths.named_leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
     found: dict[str, NamedSharding] = {}
@@ -87,6 +93,13 @@ def zero1_shardings(
                 f"shardings has no NamedSharding for {path!r}; give every parameter one."
             )
         names = (axes,) if isinstance(axes, str) else tuple(axes)
+        mesh = entries[entry].mesh
+        for name in names:
+            if name not in mesh.axis_names:
+                raise ValueError(
+                    f"There is no axis {name!r} to cut {path} over; its mesh has"
+                    f" {', '.join(mesh.axis_names)}."
+                )
         found[path] = _cut_further(leaf.shape, entries[entry], names)
     return found
 
