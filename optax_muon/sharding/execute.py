@@ -140,7 +140,12 @@ def _bring_home(
 
 
 def _polar(lot: Lot, orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
-    return orthogonalizer(x, columns=lot.columns) if lot.layout == SPLIT else orthogonalizer(x)
+    # Unfenced, XLA moves the orthogonalizer's casts across the transposes of the trips, and these
+    # then transpose float32.
+    x = lax.optimization_barrier(x)
+    polar = orthogonalizer(x, columns=lot.columns) if lot.layout == SPLIT else orthogonalizer(x)
+    done: jax.Array = lax.optimization_barrier(polar)
+    return done
 
 
 def _exchange(
