@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as Dims
 
 from optax_muon import compat
@@ -252,3 +254,29 @@ def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tx = compat.muon(0.1, **options)
         tx.update(params, tx.init(params), params)
+
+
+MESHES = {
+    "fsdp": ((8,), ("fsdp",), {"a": P("fsdp"), "b": P(None, "fsdp"), "c": P("fsdp"), "bias": P()}),
+    "fsdp_tp": (
+        (4, 2),
+        ("fsdp", "tp"),
+        {"a": P("fsdp", "tp"), "b": P("tp"), "c": P("tp", "fsdp"), "bias": P("fsdp")},
+    ),
+}
+
+
+@pytest.mark.parametrize(("sizes", "names", "specs"), MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("options", [{}, {"preconditioning": "aol", "adaptive": True}])
+def test_explicit_meshes_where_optax_does_not_trace_give_its_numbers(sizes, names, specs, options):
+    params = random_tree({"a": (16, 32), "b": (16, 32), "c": (32, 8), "bias": (8,)}, 0)
+    ours, theirs = compat.muon(0.1, **options), optax.contrib.muon(0.1, **options)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = jax.jit(theirs.update)(params, theirs.init(params), params)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Explicit,) * len(names))
+    with jax.set_mesh(mesh):
+        placed = {k: jax.device_put(p, NamedSharding(mesh, specs[k])) for k, p in params.items()}
+        state = jax.jit(ours.init)(placed)
+        updates, after = jax.jit(ours.update)(placed, state, placed)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert_close(jax.device_get(updates), jax.device_get(expected))

@@ -38,7 +38,8 @@ def execute(
     Args:
       plan: made for leaves of these shapes, dtypes and shardings.
       leaves: path to array.
-      orthogonalizer: the function that each device applies to the whole matrices that it owns.
+      orthogonalizer: the function that each device applies to the whole matrices that it owns; a
+        `jax.tree_util.Partial` where it has arrays of its own, so that they reach every device.
 
     Returns:
       Path to array, for the leaves of the plan.
@@ -51,15 +52,17 @@ def execute(
     for leaf in plan.leaves:
         _check_sharding(leaf, leaves[leaf.path], plan.mesh)
     specs = {leaf.path: _spec(leaf.spec) for leaf in plan.leaves}
+    if not isinstance(orthogonalizer, jax.tree_util.Partial):
+        orthogonalizer = jax.tree_util.Partial(orthogonalizer)
     work = jax.shard_map(
-        functools.partial(_on_shards, plan, orthogonalizer),
+        functools.partial(_on_shards, plan),
         mesh=plan.mesh,
-        in_specs=(specs,),
+        in_specs=(PartitionSpec(), specs),
         out_specs=specs,
         check_vma=False,  # an all-gather over copies is equal on all of them, which XLA cannot see
     )
     grown = {p.path: _grow(leaves[p.path], p.shape) for p in plan.leaves}
-    done = work(grown)
+    done = work(orthogonalizer, grown)
     return {path: _cut_to(done[path], leaves[path].shape) for path in done}
 
 
@@ -93,7 +96,7 @@ def _on_shards(
     for leaf in plan.leaves:
         blocks = [done[leaf.path, index] for index in range(len(leaf.geometry.blocks))]
         back = _turn(leaf, leaf.geometry.from_matrices(blocks), back=True)
-        joined[leaf.path] = back.astype(shards[leaf.path].dtype)
+        joined[leaf.path] = lax.optimization_barrier(back).astype(shards[leaf.path].dtype)
     return joined
 
 
