@@ -96,6 +96,7 @@ def _on_shards(
     for leaf in plan.leaves:
         blocks = [done[leaf.path, index] for index in range(len(leaf.geometry.blocks))]
         back = _turn(leaf, leaf.geometry.from_matrices(blocks), back=True)
+        # Unfenced, XLA casts first and then turns, and holds another float32 copy.
         joined[leaf.path] = lax.optimization_barrier(back).astype(shards[leaf.path].dtype)
     return joined
 

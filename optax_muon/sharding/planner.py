@@ -110,7 +110,8 @@ def make(
         layout=layout,
         memory=memory,
     )
-    pooled = pool(leaves, dtypes, sizes, memory // work.itemsize)
+    # In, out, and out in float32 where it is turned back: four times what is pooled is held.
+    pooled = pool(leaves, dtypes, sizes, memory // (4 * work.itemsize))
     return Plan(where.mesh, leaves, tuple(deal(bucket) for bucket in pooled), work)
 
 
@@ -149,15 +150,15 @@ def pool(
 ) -> tuple[Bucket, ...]:
     """Pool matrices by shape, dtype and sharding, in order of first appearance.
 
-    A block that alone has more than `entries` numbers on a device, and matrices for every device,
-    is a bucket of its own: pooling would only copy it.
+    A block that alone has more than `entries` numbers on a device, and as many matrices for every
+    device, is a bucket of its own: pooling would only copy it.
     """
     members: dict[tuple[Any, ...], list[Member]] = {}
-    devices = math.prod(sizes.values())
     for leaf in leaves:
         for index, block in enumerate(leaf.geometry.blocks):
             tall, sides = _sides(leaf, block, sizes)
-            big = math.prod(block.shape) > entries and block.batch >= devices
+            sharing = math.prod(n for axis, n in sizes.items() if axis not in leaf.batch_over)
+            big = math.prod(block.shape) > entries and block.batch % sharing == 0
             key = (dtypes[leaf.path], *sides, leaf.batch_over, (leaf.path, index) if big else None)
             members.setdefault(key, []).append(Member(leaf.path, index, block.batch, tall))
     return tuple(
