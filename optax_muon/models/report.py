@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import optax
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -111,7 +112,7 @@ class Comparison:
             _percent(self.steps),
             _percent(self.flops),
             f"{one.step_seconds * 1e3:.0f} ms",
-            _percent(one.share),
+            f"{one.share:.1%}",
         ]
 
 
@@ -226,8 +227,9 @@ def plot(comparisons: Sequence[Comparison], title: str, path: Path) -> None:
             _mark_crossing(axes, each, each.reached, drop=14 * row)
     left = axes.get_yaxis_transform()
     axes.text(0.01, level, "AdamW's final loss", color=COLORS["adamw"], va="bottom", transform=left)
-    axes.yaxis.set_major_formatter("{x:.2g}")
-    axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title="final held-out loss")
     figure.savefig(path)

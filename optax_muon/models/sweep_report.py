@@ -36,7 +36,7 @@ def markdown(points: Sequence[Point], heading: str) -> str:
         "",
         *(f"Best {TITLES[p.optimizer]}: lr {p.lr:g}, decay {p.weight_decay:g}." for p in winners),
         "",
-        machine(),
+        f"Made by `optax-muon sweep`. {machine()}",
         "",
     ]
     return "\n".join(lines)
