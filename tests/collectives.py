@@ -25,6 +25,8 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
@@ -73,13 +75,21 @@ def _walk(bodies: dict[str, str], name: str, times: int) -> Iterator[Collective]
             yield Collective(kind, _size(result), times, _groups(rest))
         if operation in ("async-update", "async-done"):
             continue
-        turns = _TURNS.search(rest) if operation == "while" else None
-        inside = times * (int(turns[1]) if turns else 1)
+        inside = times * (_turns(bodies, rest) if operation == "while" else 1)
         called = _CALLED.findall(rest)
         for branches in _BRANCHES.findall(rest):
             called += [branch.strip(" %") for branch in branches.split(",")]
         for other in called:
             yield from _walk(bodies, other, inside)
+
+
+def _turns(bodies: dict[str, str], rest: str) -> int:
+    """Turns of a loop: as noted, or the only bound of its condition, where TPU programs keep it."""
+    if noted := _TURNS.search(rest):
+        return int(noted[1])
+    condition = _CONDITION.search(rest)
+    bounds = _BOUND.findall(bodies[condition[1]]) if condition else []
+    return int(bounds[0]) if len(bounds) == 1 else 1
 
 
 def _size(result: str) -> int:
