@@ -1,14 +1,19 @@
 """`optax-muon sweep`: equal budgets, one line per finished run, going on where it stopped."""
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
 
 from optax_muon.models import sweep, sweep_report
 from optax_muon.models.cli import main
+from optax_muon.models.presets import PRESETS, Tuning
 from optax_muon.models.sweep import Point, Table
 
+COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "sweep"
 POINTS = [
     Point("adamw", 1e-3, 0.1, 2.5),
     Point("adamw", 2e-3, 0.1, 2.25),
@@ -58,6 +63,7 @@ def test_unequal_budgets_are_refused(capsys):
     assert "same budget, but learning rates are 1 for adamw, 2 for muon" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_with_the_points_that_are_missing(folder, capsys):
     first = run(folder, "--adamw-lr", "1e30", "--muon-lr", "1e-3", "--decay", "0.1")
     both = ["--adamw-lr", "1e30", "1e-3", "--muon-lr", "1e-3", "4e-3", "--decay", "0.1"]
@@ -97,3 +103,24 @@ def test_the_report_marks_the_best_of_each_and_names_the_machine():
 def test_an_optimizer_that_always_diverged_has_no_best_point():
     assert sweep.best([Point("adamw", 1.0, 0.1)], "adamw") is None
     assert "Best Muon" not in sweep_report.markdown(POINTS[:2], "tiny")
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="results are not part of a source archive")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_small_preset_runs_at_the_committed_sweeps_best_inside_its_grid(optimizer):
+    points = [p for p in Table(COMMITTED / "sweep.csv").read() if p.optimizer == optimizer]
+    winner = sweep.best(points, optimizer)
+    small = PRESETS["small"]
+    assert getattr(small, optimizer) == Tuning(winner.lr, winner.weight_decay)
+    assert min(p.lr for p in points) < winner.lr < max(p.lr for p in points)
+    decays = [p.weight_decay for p in points]
+    assert min(decays) < winner.weight_decay < max(decays)
+    setup = json.loads((COMMITTED / "config.json").read_text())["setup"]
+    assert setup["model"] == dataclasses.asdict(small.model)
+    assert (setup["batch"], setup["steps"]) == (small.batch, small.steps)
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="results are not part of a source archive")
+def test_the_committed_sweep_gave_both_optimizers_the_same_budget():
+    names = [point.optimizer for point in Table(COMMITTED / "sweep.csv").read()]
+    assert names.count("adamw") == names.count("muon") == len(names) / 2

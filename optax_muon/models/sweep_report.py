@@ -34,7 +34,7 @@ def markdown(points: Sequence[Point], heading: str) -> str:
         "| --- | --- | --- | --- |",
         *(_row(point, point in winners) for point in points),
         "",
-        *(f"Best {TITLES[p.optimizer]}: lr {p.lr:g}, decay {p.weight_decay:g}." for p in winners),
+        *(f"- Best {TITLES[p.optimizer]}: lr {p.lr:g}, decay {p.weight_decay:g}." for p in winners),
         "",
         f"Made by `optax-muon sweep`. {machine()}",
         "",
