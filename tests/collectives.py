@@ -27,6 +27,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
@@ -52,7 +53,7 @@ def collectives(text: str) -> list[Collective]:
     ends = [match.start() for match in starts[1:]] + [len(text)]
     bodies = {m[2]: text[m.end() : end] for m, end in zip(starts, ends, strict=True)}
     entry = next(match[2] for match in starts if match[1])
-    return list(_walk(bodies, entry, 1))
+    return list(_walk(bodies, entry, 1, set()))
 
 
 def counts(text: str) -> dict[str, int]:
@@ -68,9 +69,18 @@ def moved(text: str) -> int:
     return sum(each.bytes * each.times for each in collectives(text))
 
 
-def _walk(bodies: dict[str, str], name: str, times: int) -> Iterator[Collective]:
+def _walk(bodies: dict[str, str], name: str, times: int, seen: set[str]) -> Iterator[Collective]:
+    """The collectives of a computation and of those that it calls; `seen` are the chains met.
+
+    A TPU program may hide a collective behind several products, and names it in each.
+    """
     for result, operation, rest in _INSTRUCTION.findall(bodies[name]):
         kind = operation.removesuffix("-done")
+        chain = _CHAIN.search(rest) if kind in KINDS else None
+        if chain and chain[1] in seen:
+            continue
+        if chain:
+            seen.add(chain[1])
         if kind in KINDS:
             yield Collective(kind, _size(result), times, _groups(rest))
         if operation in ("async-update", "async-done"):
@@ -80,7 +90,7 @@ def _walk(bodies: dict[str, str], name: str, times: int) -> Iterator[Collective]
         for branches in _BRANCHES.findall(rest):
             called += [branch.strip(" %") for branch in branches.split(",")]
         for other in called:
-            yield from _walk(bodies, other, inside)
+            yield from _walk(bodies, other, inside, seen)
 
 
 def _turns(bodies: dict[str, str], rest: str) -> int:
