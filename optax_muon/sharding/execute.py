@@ -87,6 +87,8 @@ def _on_shards(
     stacks = {}
     for leaf in plan.leaves:
         payload = shards[leaf.path].astype(plan.payload(shards[leaf.path].dtype))
+        # Unfenced, XLA pools as it casts, and can no longer write the momentum where it was.
+        payload = lax.optimization_barrier(payload)
         stacks[leaf.path] = leaf.geometry.to_matrices(_turn(leaf, payload))
     done: dict[tuple[str, int], jax.Array] = {}
     for dealt in plan.buckets:
