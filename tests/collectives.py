@@ -30,6 +30,7 @@ _BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 
 
@@ -118,7 +119,18 @@ def _groups(rest: str) -> tuple[tuple[int, ...], ...]:
         shape, extents, order = (_numbers(part or "") for part in iota.groups())
         devices = np.arange(math.prod(extents)).reshape(extents)
         return tuple(map(tuple, devices.transpose(order or None).reshape(shape).tolist()))
+    if named := _NAMED.search(rest):
+        mesh = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return _along(mesh, re.findall(r"'(\w+)'", named[2]))
     return ()
+
+
+def _along(mesh: dict[str, int], axes: list[str]) -> tuple[tuple[int, ...], ...]:
+    """Groups of devices that differ along these axes of a mesh only."""
+    devices = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
+    last = [list(mesh).index(axis) for axis in axes]
+    groups = np.moveaxis(devices, last, range(-len(last), 0))
+    return tuple(map(tuple, groups.reshape(-1, math.prod(mesh[axis] for axis in axes)).tolist()))
 
 
 def _numbers(text: str) -> list[int]:

@@ -44,4 +44,7 @@ def beside(
 def _lay_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """Give `x` the sharding of `other`, where shardings are part of the type."""
     here, there = jax.typeof(x).sharding, jax.typeof(other).sharding
-    return x if here.spec == there.spec else jax.reshard(x, there)
+    # From jax 0.12 on, zeros made inside a program know no mesh unless there is an ambient one.
+    if there.mesh.empty or here.spec == there.spec:
+        return x
+    return jax.reshard(x, there)
