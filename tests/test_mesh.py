@@ -5,6 +5,7 @@ import math
 import meshes
 import pytest
 from collectives import collectives, counts, moved
+from jax.sharding import PartitionSpec as P
 from meshes import TABLE
 
 KINDS = ("explicit", "auto")
@@ -143,3 +144,11 @@ def test_the_ninth_matrix_is_shared():
         ("home", 8, 1),
         ("split", 1, 8),
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spec_may_name_an_axis_of_one_device(kind):
+    case = meshes.case({"fsdp": 8, "tp": 1}, meshes.layers(8, (64, 128), P("fsdp", "tp")))
+    found = meshes.run(case, kind)
+    assert meshes.error(found.matrices, meshes.alone_of(case)) <= 1e-5
+    assert {path: x.sharding for path, x in found.updates.items()} == case.shardings(kind)

@@ -38,7 +38,7 @@ class Leaf:
     path: str
     """The parameter."""
     spec: Spec
-    """Mesh axes that each of its axes is cut over."""
+    """Mesh axes that its axes are cut over, those of one device too, which types name."""
     shape: tuple[int, ...]
     """Its shape, grown by zeros to divide evenly among the devices."""
     whole: Geometry
@@ -66,6 +66,8 @@ def leaf_on(path: str, geometry: Geometry, spec: Spec, sizes: Mapping[str, int])
     Raises:
       ValueError: a fused axis is cut across its parts, and no other axis can be cut in its place.
     """
+    lies = spec
+    spec = tuple(tuple(axis for axis in over if sizes[axis] > 1) for over in spec)
     ways = [math.prod(sizes[axis] for axis in over) for over in spec]
     shape = tuple(-(-n // k) * k for n, k in zip(geometry.shape, ways, strict=True))
     shard = tuple(n // k for n, k in zip(shape, ways, strict=True))
@@ -84,7 +86,7 @@ def leaf_on(path: str, geometry: Geometry, spec: Spec, sizes: Mapping[str, int])
     )
     return Leaf(
         path=path,
-        spec=spec,
+        spec=lies,
         shape=shape,
         whole=geometry,
         geometry=dataclasses.replace(geometry, shape=shard, split=split),

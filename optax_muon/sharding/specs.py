@@ -211,8 +211,7 @@ def _spec(path: str, leaf: Any, sharding: Any, mesh: AnyMesh) -> Spec:
             )
     if len(set(flat)) < len(flat):
         raise ValueError(f"{path}: its spec {spec} uses a mesh axis twice.")
-    cut = [tuple(name for name in entry if sizes[name] > 1) for entry in axes]
-    return (*cut, *((),) * (len(leaf.shape) - len(cut)))
+    return (*axes, *((),) * (len(leaf.shape) - len(axes)))
 
 
 def _is_blind(leaves: Mapping[str, Any], mesh: AnyMesh) -> bool:
