@@ -1,0 +1,363 @@
+"""Compile a whole Muon update for TPU pods that nobody here has, and read what the program does.
+
+libtpu compiles for any TPU on any computer: the collectives, their bytes and dtypes, the temporary
+memory and the operations of a device stand in the compiled program. Nothing runs, so no time of a
+step is known. The update is the optimizer's and `apply_updates`, on float32 parameters, gradients
+and momenta, parameters and state donated. optax-muon on Explicit mesh axes, and optax.contrib.muon,
+which does not trace there, on Auto axes with the same shardings.
+
+    pip install -e '.[tpu]' && python benchmarks/tpu_ahead_of_time.py
+
+Every row is a process of its own with a time limit, and rows that stand in the table are kept:
+delete a line of results/tpu_ahead_of_time.csv to measure it again.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import _trees
+import jax
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+import optax_muon
+from optax_muon.matrices import paths, rules
+
+HERE = Path(__file__).parent
+TABLE = HERE / "results" / "tpu_ahead_of_time.csv"
+PAGE = TABLE.with_suffix(".md")
+LIMIT = 240
+"""Seconds of processor time that a row may take."""
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU to ask what it is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "PYTHONPATH": str(HERE.parent / "tests"),  # collectives.py counts for the tests too
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A model's parameters, and the two mesh axes that they are sharded over."""
+
+    make: Callable[[], Any]
+    axes: tuple[str, str]
+    extents: dict[int, tuple[int, int]]
+    """Devices along the axes, by chips of a slice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """TPU chips, as libtpu names them."""
+
+    topology: str
+    chips: int
+    """Chips of a slice."""
+    slices: int = 1
+    """Slices, joined by the data-center network; parameters are copied over them."""
+
+
+_LLAMA = {16: (4, 4), 64: (16, 4), 256: (32, 8), 512: (64, 8)}
+TREES = {
+    "Llama 3 8B": Tree(functools.partial(_trees.llama3_8b, scanned=False), ("fsdp", "tp"), _LLAMA),
+    "Llama 3 8B, scanned": Tree(
+        functools.partial(_trees.llama3_8b, scanned=True), ("fsdp", "tp"), _LLAMA
+    ),
+    "Moonlight 16B": Tree(
+        _trees.moonlight_16b,
+        ("expert", "fsdp"),
+        {16: (4, 4), 64: (16, 4), 256: (16, 16), 512: (64, 8)},
+    ),
+}
+MACHINES = {
+    "v5e 4x4": Machine("v5e:4x4", 16),
+    "v5p 4x4x4": Machine("v5p:4x4x4", 64),
+    "2 slices of v5e 8x8": Machine("v5e:8x8", 64, slices=2),
+    "v5e 16x16": Machine("v5e:16x16", 256),
+    "v6e 16x16": Machine("v6e:16x16", 256),
+    "v5p 8x8x8": Machine("v5p:8x8x8", 512),
+}
+OPTIMIZERS = ("optax-muon", "optax.contrib.muon")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One update of one tree on one machine; per device, and 0 where nothing compiled."""
+
+    optimizer: str
+    tree: str
+    machine: str
+    mesh: str
+    outcome: str
+    """`compiled`, or why not."""
+    all_to_all: int = 0
+    """All-to-alls that an update runs, every turn of a loop counted."""
+    all_gather: int = 0
+    all_reduce: int = 0
+    others: int = 0
+    """Collectives of other kinds, permutes and reduce-scatters."""
+    moved_mib: float = 0.0
+    """Result bytes of all collectives."""
+    planned_mib: float = 0.0
+    """The same as optax-muon's plan states it."""
+    payload: str = ""
+    """Dtypes of all-to-alls and all-gathers."""
+    dcn: int = 0
+    """Transfers between slices."""
+    temporary_gib: float = 0.0
+    """Memory besides parameters, gradients and state."""
+    gflop: float = 0.0
+    """Operations as XLA counts them, those of a loop once."""
+    planned_gflop: float = 0.0
+    """Operations as optax-muon's plan counts them: the orthogonalizations alone."""
+    even_gflop: float = 0.0
+    """Operations of all orthogonalizations, spread evenly over the chips of a slice."""
+    compile_s: float = 0.0
+    """Seconds of processor time, on whatever computer this was."""
+    hlo_mb: float = 0.0
+    """Length of the program's text."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Fill the table; with arguments, compile the one row they name and print it."""
+    if arguments:
+        print(json.dumps(dataclasses.asdict(compile_row(*arguments))))
+    elif importlib.util.find_spec("libtpu") is None:
+        print("libtpu is missing: pip install -e '.[tpu]'")
+    else:
+        fill_table()
+
+
+def fill_table() -> None:
+    """Compile the rows that are not in the table yet."""
+    rows = read_table()
+    known = {(row.tree, row.machine, row.optimizer) for row in rows}
+    for optimizer, machine, tree in itertools.product(OPTIMIZERS, MACHINES, TREES):
+        if (tree, machine, optimizer) not in known:
+            row = in_process(tree, machine, optimizer)
+            print(f"{optimizer}, {tree}, {machine}: {row.outcome}", flush=True)
+            rows.append(row)
+            write_table(rows)
+    PAGE.write_text(page(rows))
+
+
+def in_process(tree: str, machine: str, optimizer: str) -> Row:
+    """Compile a row in a process of its own."""
+    command = [sys.executable, __file__, tree, machine, optimizer]
+    mesh = describe(TREES[tree], MACHINES[machine])
+    failed = functools.partial(Row, optimizer, tree, machine, mesh)
+    done = subprocess.run(
+        command,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT)),
+    )
+    if done.returncode == 0:
+        return Row(**json.loads(done.stdout.splitlines()[-1]))
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return failed(f"not compiled in {LIMIT} s")
+    if "exceeds available" in done.stderr or "CompileTimeHbmOom" in done.stderr:
+        needs = re.search(r"Used ([\d.]+[GM]) of ([\d.]+[GM]) hbm", done.stderr)
+        return failed("out of memory" + (f": needs {needs[1]} of {needs[2]}" if needs else ""))
+    raise RuntimeError(done.stderr)
+
+
+def compile_row(tree: str, machine: str, optimizer: str) -> Row:
+    """Compile an update and read the program."""
+    from collectives import counts, moved
+
+    ours = optimizer == "optax-muon"
+    mesh = mesh_of(TREES[tree], MACHINES[machine], AxisType.Explicit if ours else AxisType.Auto)
+    params = jax.tree.map(lambda leaf: leaf.on(mesh), TREES[tree].make())
+    # Types do not say which mesh axis crosses slices; these abstract arrays do.
+    plan = optax_muon.plan(params)
+    tx = optax_muon.muon(3e-4, plan=plan) if ours else contrib_muon(params)
+    start = time.process_time()
+    program = compile_update(tx, params, mesh)
+    seconds = time.process_time() - start
+    text = program.as_text()
+    kinds = counts(text)
+    return Row(
+        optimizer,
+        tree,
+        machine,
+        describe(TREES[tree], MACHINES[machine]),
+        "compiled",
+        *(kinds.pop(kind, 0) for kind in ("all-to-all", "all-gather", "all-reduce")),
+        others=sum(kinds.values()),
+        moved_mib=round(moved(text) / 2**20, 1),
+        planned_mib=round(plan.cost.bytes / 2**20, 1) if ours else 0,
+        payload=payload(text),
+        dcn=len(re.findall(r" send\(.*megascale", text)),
+        temporary_gib=round(program.memory_analysis().temp_size_in_bytes / 2**30, 3),
+        gflop=round(program.cost_analysis()["flops"] / 1e9, 1),
+        planned_gflop=round(plan.cost.flops / 1e9, 1) if ours else 0,
+        even_gflop=round(plan.even_flops / 1e9, 1),
+        compile_s=round(seconds),
+        hlo_mb=round(len(text) / 1e6, 2),
+    )
+
+
+def mesh_of(tree: Tree, machine: Machine, kind: AxisType) -> Mesh:
+    """The machine's chips as a mesh, slices first."""
+    slices = {"num_slices": machine.slices} if machine.slices > 1 else {}
+    chips = topologies.get_topology_desc(
+        platform="tpu", topology_name=machine.topology, **slices
+    ).devices
+    axes, extents = tree.axes, tree.extents[machine.chips]
+    if slices:
+        axes, extents = ("slice", *axes), (machine.slices, *extents)
+    return Mesh(np.array(chips).reshape(extents), axes, axis_types=(kind,) * len(axes))
+
+
+def describe(tree: Tree, machine: Machine) -> str:
+    """The mesh in words."""
+    axes = zip(tree.axes, tree.extents[machine.chips], strict=True)
+    slices = [("slice", machine.slices)] if machine.slices > 1 else []
+    return " x ".join(f"{axis} {extent}" for axis, extent in (*slices, *axes))
+
+
+def contrib_muon(params: Any) -> optax.GradientTransformation:
+    """The same update from optax, told which axes are stacks and which leaves are AdamW's."""
+    views = rules.assign(params)
+
+    def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        view = views[paths.path_name(path)]
+        if view is None:
+            return None
+        geometry = view.on(leaf.shape)
+        return optax.contrib.MuonDimensionNumbers(geometry.row_axes, geometry.col_axes)
+
+    return optax.contrib.muon(
+        3e-4,
+        weight_decay=0.1,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=jax.tree.map_with_path(dimensions, params),
+    )
+
+
+def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+    """Compile `tx` and `apply_updates`, parameters and state donated and sharded alike."""
+    lies = jax.tree.map(lambda leaf: leaf.sharding, params)
+    state_lies = optax_muon.state_shardings(tx, params, lies)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(tx.init, params),
+            state_lies,
+        )
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(lies, state_lies))
+        return jitted.lower(params, state, params).compile()
+
+
+def payload(text: str) -> str:
+    """Dtypes of what all-to-alls and all-gathers bring."""
+    found = re.findall(r"= \(?(\w+)\[[^=]*? (?:all-to-all|all-gather)(?:-start)?\(", text)
+    return " ".join(sorted(set(found)))
+
+
+def read_table() -> list[Row]:
+    """The rows measured so far."""
+    if not TABLE.exists():
+        return []
+    kinds = {"str": str, "int": int, "float": float}
+    of = {field.name: kinds[str(field.type)] for field in dataclasses.fields(Row)}
+    with TABLE.open() as file:
+        return [
+            Row(**{name: of[name](value) for name, value in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_table(rows: Sequence[Row]) -> None:
+    """Save all rows."""
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, rows))
+
+
+HEADS = (
+    *("chips", "optimizer", "all-to-all", "all-gather", "all-reduce", "other", "MiB", "planned"),
+    *("moved in", "between slices", "temporary GiB", "work", "compiled in", "HLO"),
+)
+
+INTRODUCTION = """\
+Made by `benchmarks/tpu_ahead_of_time.py`, which says what is compiled; all numbers are in the CSV
+next to this file. Per chip and update: collectives, every turn of a loop counted; MiB of their
+results, and as optax-muon's plan states them; dtypes of all-to-alls and all-gathers; transfers
+between slices; memory besides parameters, gradients and state; work in multiples of an even share
+of all orthogonalizations among the chips of a slice (as planned for optax-muon; for
+optax.contrib.muon as XLA counts it, loops once); processor seconds of compilation; length of the
+program's text. What optax-muon gathers are rows of Gram matrices that several chips make together,
+where there are fewer matrices than chips."""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The table for people."""
+    names = ("jax", "libtpu", "optax")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    lines = ["# One Muon update, compiled ahead of time for TPUs", "", INTRODUCTION, "", versions]
+    for tree in TREES:
+        lines += ["", f"## {tree}", "", _line(HEADS), _line("---" for _ in HEADS)]
+        lines += [
+            _line(cells(row))
+            for machine, optimizer in itertools.product(MACHINES, OPTIMIZERS)
+            for row in rows
+            if (row.tree, row.machine, row.optimizer) == (tree, machine, optimizer)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text."""
+    chips = f"{row.machine}: {row.mesh}"
+    if row.outcome != "compiled":
+        return (chips, row.optimizer, row.outcome, *[""] * (len(HEADS) - 3))
+    work = (row.planned_gflop or row.gflop) / row.even_gflop
+    return (
+        chips,
+        row.optimizer,
+        *(str(n) for n in (row.all_to_all, row.all_gather, row.all_reduce, row.others)),
+        f"{row.moved_mib:.0f}",
+        f"{row.planned_mib:.0f}" if row.planned_mib else "",
+        row.payload,
+        str(row.dcn),
+        f"{row.temporary_gib:.2f}",
+        f"{work:.2f}",
+        f"{row.compile_s:.0f} s",
+        f"{row.hlo_mb:.1f} MB",
+    )
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
