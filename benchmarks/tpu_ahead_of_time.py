@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import _trees
 import jax
 import numpy as np
 import optax
@@ -41,6 +40,7 @@ from jax.sharding import AxisType, Mesh
 
 import optax_muon
 from optax_muon.matrices import paths, rules
+from optax_muon.models import shapes
 
 HERE = Path(__file__).parent
 TABLE = HERE / "results" / "tpu_ahead_of_time.csv"
@@ -78,12 +78,12 @@ class Machine:
 
 _LLAMA = {16: (4, 4), 64: (16, 4), 256: (32, 8), 512: (64, 8)}
 TREES = {
-    "Llama 3 8B": Tree(functools.partial(_trees.llama3_8b, scanned=False), ("fsdp", "tp"), _LLAMA),
+    "Llama 3 8B": Tree(functools.partial(shapes.llama3_8b, scanned=False), ("fsdp", "tp"), _LLAMA),
     "Llama 3 8B, scanned": Tree(
-        functools.partial(_trees.llama3_8b, scanned=True), ("fsdp", "tp"), _LLAMA
+        functools.partial(shapes.llama3_8b, scanned=True), ("fsdp", "tp"), _LLAMA
     ),
     "Moonlight 16B": Tree(
-        _trees.moonlight_16b,
+        shapes.moonlight_16b,
         ("expert", "fsdp"),
         {16: (4, 4), 64: (16, 4), 256: (16, 16), 512: (64, 8)},
     ),
