@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from polar_reference import (
     SPECTRA,
     gaussian_spectrum,
@@ -84,6 +83,7 @@ def test_any_shape_equals_a_naive_float64_loop(table, shape):
 
 
 def test_bfloat16_is_the_iteration_of_torch():
+    torch = pytest.importorskip("torch")
     from torch.optim._muon import _zeropower_via_newtonschulz
 
     x = gaussian(96, 192)
