@@ -142,7 +142,7 @@ def test_orthogonalize_is_a_loop_over_matrices():
 def test_orthogonalize_is_newton_schulz_of_each_leaf():
     updates = {path: gaussian()[path] for path in ("experts", "tall", "wide")}
     found = applied(orthogonalize(views={path: VIEWS[path] for path in updates}), updates)
-    # Pooled products sum in another order, and five steps multiply the rounding of 6e-8 by up to 485,
+    # Pooled products sum in another order, and five steps multiply rounding of 6e-8 by up to 485,
     # KELLER's slope at 0; the law for one update computed in two ways is 1e-5 of its entries' size.
     assert_close(found, {path: newton_schulz(x) for path, x in updates.items()}, atol=1e-5)
 
