@@ -15,7 +15,6 @@ which Muon takes as a batch of `depth` matrices. The text it reads is in `data.p
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import cast
 
 import flax.linen as nn
@@ -23,10 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_muon.models.layers import Linear, Rotations, SwiGLU, rms_norm, rotate, rotations
 from optax_muon.models.stops import UsageError
-
-Rotations = tuple[jax.Array, jax.Array]
-"""Cosines and sines of the rotary angles, `[1, t, 1, head_dim / 2]` each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +97,11 @@ class Llama(nn.Module):
         """Logits `[b, t, vocab]` of tokens `[b, t]`."""
         config = self.config
         embed = nn.Embed(config.vocab, config.width, name="embed")
-        x, _ = _stack(config)(config, name="layers")(
-            embed(tokens), _rotations(config, tokens.shape[1])
-        )
-        x = _norm(config)(name="final_norm")(x)
-        logits = embed.attend(x) if config.tie else _dense(config)(config.vocab, name="lm_head")(x)
-        return logits.astype(jnp.float32)
+        angles = rotations(config.head_dim, config.theta, tokens.shape[1], config.dtype)
+        x, _ = _stack(config)(config, name="layers")(embed(tokens), angles)
+        x = rms_norm(config.eps)(name="final_norm")(x)
+        head = embed.attend if config.tie else Linear(config.vocab, config.dtype, name="lm_head")
+        return head(x).astype(jnp.float32)
 
 
 def logits(model: Llama, params: optax.Params, tokens: jax.Array) -> jax.Array:
@@ -121,10 +117,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rotations: Rotations) -> tuple[jax.Array, None]:
         """Add attention, then the MLP, to the residual stream."""
-        norm = _norm(self.config)
+        norm = rms_norm(self.config.eps)
         y = Attention(self.config, name="attn")(norm(name="attn_norm")(x), rotations)
         x = x + y.astype(x.dtype)
-        y = SwiGLU(self.config, name="mlp")(norm(name="mlp_norm")(x))
+        y = SwiGLU(self.config.mlp, self.config.dtype, name="mlp")(norm(name="mlp_norm")(x))
         return x + y.astype(x.dtype), None
 
 
@@ -136,46 +132,18 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rotations: Rotations) -> jax.Array:
         """Attend over `x`, `[b, t, width]`."""
-        config, dense = self.config, _dense(self.config)
+        config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            y = dense(heads * config.head_dim, name=name)(x)
+            y = Linear(heads * config.head_dim, config.dtype, name=name)(x)
             return y.reshape(*x.shape[:2], heads, config.head_dim)
 
         q = rotate(project("q_proj", config.heads), rotations)
         k = rotate(project("k_proj", config.kv_heads), rotations)
         v = project("v_proj", config.kv_heads)
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return dense(config.width, name="o_proj")(y.reshape(x.shape[0], x.shape[1], -1))
-
-
-class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202, Eq. 6)."""
-
-    config: LlamaConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to `x`, `[b, t, width]`."""
-        dense = _dense(self.config)
-        gate = dense(self.config.mlp, name="gate_proj")(x)
-        up = dense(self.config.mlp, name="up_proj")(x)
-        return dense(self.config.width, name="down_proj")(nn.silu(gate) * up)
-
-
-def rotate(x: jax.Array, rotations: Rotations) -> jax.Array:
-    """Turn feature pairs `(i, i + h/2)` of `x`, `[b, t, heads, h]`, by their position's angles."""
-    cos, sin = rotations
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def _rotations(config: LlamaConfig, length: int) -> Rotations:
-    """Cosines and sines `[1, t, 1, head_dim / 2]` of `position * theta ** (-2 i / head_dim)`."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), config.theta**-exponents)
-    angles = angles[None, :, None, :]
-    return jnp.cos(angles).astype(config.dtype), jnp.sin(angles).astype(config.dtype)
+        output = Linear(config.width, config.dtype, name="o_proj")
+        return output(y.reshape(x.shape[0], x.shape[1], -1))
 
 
 def _stack(config: LlamaConfig) -> type[nn.Module]:
@@ -192,11 +160,3 @@ def _stack(config: LlamaConfig) -> type[nn.Module]:
         in_axes=nn.broadcast,
         length=config.depth,
     )
-
-
-def _dense(config: LlamaConfig) -> functools.partial[nn.Dense]:
-    return functools.partial(nn.Dense, use_bias=False, dtype=config.dtype)
-
-
-def _norm(config: LlamaConfig) -> functools.partial[nn.RMSNorm]:
-    return functools.partial(nn.RMSNorm, epsilon=config.eps)
