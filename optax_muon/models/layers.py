@@ -1,4 +1,4 @@
-"""Layers that the models share: matrices without bias, SwiGLU, rotary positions, a mesh's axes.
+"""Layers that the models share: matrices, norms, SwiGLU, rotary positions; and a mesh's axes.
 
 A model says in mesh axes where an array of its computation lies, `place(x, BATCH, None, "tensor")`,
 and runs anywhere: axes that the ambient mesh of `jax.set_mesh` lacks are left out, and without a
@@ -11,8 +11,6 @@ mesh nothing happens. The axes are
 """
 
 from __future__ import annotations
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -53,6 +51,41 @@ class Linear(nn.Module):
         return x.astype(self.dtype) @ place(kernel.astype(self.dtype), self.rows, self.cols)
 
 
+class RMSNorm(nn.Module):
+    """`scale * x / sqrt(mean(x^2) + eps)`, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to the last axis of `x`."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x * (inverse * scale.astype(jnp.float32).reshape([1] * (x.ndim - 1) + [-1]))
+
+
+class Embed(nn.Module):
+    """Rows of a table, by token.
+
+    Args:
+        vocab: rows.
+        features: columns.
+        dtype: of what is looked up.
+    """
+
+    vocab: int
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Look up `tokens`, `[b, t]`: `[b, t, features]`."""
+        normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+        table = self.param("embedding", normal, (self.vocab, self.features))
+        return place(table.astype(self.dtype), None, None)[tokens]
+
+
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202, Eq. 6).
 
@@ -70,11 +103,6 @@ class SwiGLU(nn.Module):
         gate = Linear(self.hidden, self.dtype, cols="tensor", name="gate_proj")(x)
         up = Linear(self.hidden, self.dtype, cols="tensor", name="up_proj")(x)
         return Linear(x.shape[-1], self.dtype, rows="tensor", name="down_proj")(nn.silu(gate) * up)
-
-
-def rms_norm(eps: float) -> functools.partial[nn.RMSNorm]:
-    """RMSNorm in float32, `eps` added to the mean square under the root."""
-    return functools.partial(nn.RMSNorm, epsilon=eps)
 
 
 def rotations(dim: int, theta: float, length: int, dtype: str) -> Rotations:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.models.layers import Linear, Rotations, SwiGLU, rms_norm, rotate, rotations
+from optax_muon.models.layers import Linear, RMSNorm, Rotations, SwiGLU, rotate, rotations
 from optax_muon.models.stops import UsageError
 
 
@@ -99,7 +99,7 @@ class Llama(nn.Module):
         embed = nn.Embed(config.vocab, config.width, name="embed")
         angles = rotations(config.head_dim, config.theta, tokens.shape[1], config.dtype)
         x, _ = _stack(config)(config, name="layers")(embed(tokens), angles)
-        x = rms_norm(config.eps)(name="final_norm")(x)
+        x = RMSNorm(config.eps, name="final_norm")(x)
         head = embed.attend if config.tie else Linear(config.vocab, config.dtype, name="lm_head")
         return head(x).astype(jnp.float32)
 
@@ -117,10 +117,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rotations: Rotations) -> tuple[jax.Array, None]:
         """Add attention, then the MLP, to the residual stream."""
-        norm = rms_norm(self.config.eps)
-        y = Attention(self.config, name="attn")(norm(name="attn_norm")(x), rotations)
+        config = self.config
+        y = Attention(config, name="attn")(RMSNorm(config.eps, name="attn_norm")(x), rotations)
         x = x + y.astype(x.dtype)
-        y = SwiGLU(self.config.mlp, self.config.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        y = SwiGLU(config.mlp, config.dtype, name="mlp")(RMSNorm(config.eps, name="mlp_norm")(x))
         return x + y.astype(x.dtype), None
 
 
