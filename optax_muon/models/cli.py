@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from optax_muon.models.stops import Interrupted, Stop, UsageError
 
-EXTRA = ("matplotlib", "rich", "tyro")
+EXTRA = ("matplotlib", "rich", "safetensors", "tyro")
 """What the extra `train` installs and the library itself does not need."""
 
 

@@ -1,8 +1,9 @@
-"""The four commands as data, their options as fields; tyro makes the command line of them.
+"""The commands as data, their options as fields; tyro makes the command line of them.
 
 `train` runs the experiment (`run.py`, `report.py`), `sweep` finds its learning rates (`sweep.py`),
 `sample` lets a trained model write (`sample.py`), `plan` prints where Muon works on the matrices of
-a published model (`plan_command.py`).
+a published model (`plan_command.py`), `import-hf` and `export-hf` copy checkpoints of Hugging Face
+(`huggingface_commands.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.console import Console
 from optax_muon.models import data, report, sweep, sweep_report
 from optax_muon.models.contestants import lineup
 from optax_muon.models.folder import Folder
+from optax_muon.models.huggingface_commands import ExportHF, ImportHF
 from optax_muon.models.llama import Llama, LlamaConfig
 from optax_muon.models.plan_command import PlanModel
 from optax_muon.models.presets import Preset, Tuning, preset
@@ -219,4 +221,6 @@ COMMANDS = (
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[PlanModel, tyro.conf.subcommand("plan")]
+    | Annotated[ImportHF, tyro.conf.subcommand("import-hf")]
+    | Annotated[ExportHF, tyro.conf.subcommand("export-hf")]
 )

@@ -73,7 +73,8 @@ class Router(nn.Module):
         # In float32 always: rounding would change who is chosen.
         kernel = place(kernel.astype(jnp.float32), None, None)
         scores = nn.sigmoid(x.astype(jnp.float32) @ kernel)
-        chosen = self._choose(jax.lax.stop_gradient(scores) + bias[None, None])
+        bias = bias.astype(jnp.float32)[None, None]
+        chosen = self._choose(jax.lax.stop_gradient(scores) + bias)
         gates = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.renormalise:
             gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
