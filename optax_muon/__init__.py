@@ -35,11 +35,11 @@ from optax_muon.polar import (
     polar_express,
     polar_svd,
 )
-from optax_muon.sharding.planner import plan
 from optax_muon.transforms.decay import cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
 from optax_muon.transforms.orthogonalize import orthogonalize
+from optax_muon.transforms.planning import plan
 from optax_muon.transforms.scale import (
     baseline,
     keller,

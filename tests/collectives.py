@@ -1,6 +1,6 @@
-"""The collectives of a compiled program, read from its HLO text.
+"""The collectives and the products of a compiled program, read from its HLO text.
 
-A collective inside a loop counts as often as the loop turns. Asynchronous forms (`all-gather-start`
+What is inside a loop counts as often as the loop turns. Asynchronous forms (`all-gather-start`
 and `all-gather-done`) count once, with the result of the latter.
 """
 
@@ -19,12 +19,14 @@ KINDS = (
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
 _INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", re.MULTILINE
+    r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", re.MULTILINE
 )
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_FIRST = re.compile(r"(?:\w+\[\S* )?%?([\w.\-]+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
@@ -50,11 +52,15 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program, given its text."""
-    starts = list(_COMPUTATION.finditer(text))
-    ends = [match.start() for match in starts[1:]] + [len(text)]
-    bodies = {m[2]: text[m.end() : end] for m, end in zip(starts, ends, strict=True)}
-    entry = next(match[2] for match in starts if match[1])
-    return list(_walk(bodies, entry, 1, set()))
+    found, chains = [], set()
+    for run in _walk(text):
+        # A TPU program may hide a collective behind several products, and names it in each.
+        chain = _CHAIN.search(run.rest) if run.kind in KINDS else None
+        if run.kind in KINDS and (chain is None or chain[1] not in chains):
+            found.append(Collective(run.kind, _size(run.result), run.times, _groups(run.rest)))
+        if chain:
+            chains.add(chain[1])
+    return found
 
 
 def counts(text: str) -> dict[str, int]:
@@ -70,20 +76,47 @@ def moved(text: str) -> int:
     return sum(each.bytes * each.times for each in collectives(text))
 
 
-def _walk(bodies: dict[str, str], name: str, times: int, seen: set[str]) -> Iterator[Collective]:
-    """The collectives of a computation and of those that it calls; `seen` are the chains met.
+def flops(text: str) -> int:
+    """Operations of all matrix products that one device runs, a multiply-add counted as two."""
+    total = 0
+    for run in _walk(text):
+        if run.kind == "dot":
+            lengths = _lengths(run.shapes[_FIRST.match(run.rest)[1]])
+            inner = math.prod(lengths[axis] for axis in _numbers(_CONTRACTED.search(run.rest)[1]))
+            total += 2 * inner * math.prod(_lengths(run.result)) * run.times
+    return total
 
-    A TPU program may hide a collective behind several products, and names it in each.
-    """
-    for result, operation, rest in _INSTRUCTION.findall(bodies[name]):
-        kind = operation.removesuffix("-done")
-        chain = _CHAIN.search(rest) if kind in KINDS else None
-        if chain and chain[1] in seen:
-            continue
-        if chain:
-            seen.add(chain[1])
-        if kind in KINDS:
-            yield Collective(kind, _size(result), times, _groups(rest))
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """An instruction that is run."""
+
+    kind: str
+    """Its operation, without `-done`."""
+    result: str
+    """Its type."""
+    rest: str
+    """Its operands and attributes."""
+    times: int
+    """How often."""
+    shapes: dict[str, str]
+    """Types of the instructions beside it."""
+
+
+def _walk(text: str) -> Iterator[_Run]:
+    """All instructions, those of a loop's body with the times that the loop turns."""
+    starts = list(_COMPUTATION.finditer(text))
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    bodies = {m[2]: text[m.end() : end] for m, end in zip(starts, ends, strict=True)}
+    entry = next(match[2] for match in starts if match[1])
+    yield from _walk_from(bodies, entry, 1)
+
+
+def _walk_from(bodies: dict[str, str], name: str, times: int) -> Iterator[_Run]:
+    instructions = _INSTRUCTION.findall(bodies[name])
+    shapes = {name: result for name, result, _, _ in instructions}
+    for _, result, operation, rest in instructions:
+        yield _Run(operation.removesuffix("-done"), result, rest, times, shapes)
         if operation in ("async-update", "async-done"):
             continue
         inside = times * (_turns(bodies, rest) if operation == "while" else 1)
@@ -91,7 +124,7 @@ def _walk(bodies: dict[str, str], name: str, times: int, seen: set[str]) -> Iter
         for branches in _BRANCHES.findall(rest):
             called += [branch.strip(" %") for branch in branches.split(",")]
         for other in called:
-            yield from _walk(bodies, other, inside, seen)
+            yield from _walk_from(bodies, other, inside)
 
 
 def _turns(bodies: dict[str, str], rest: str) -> int:
@@ -106,6 +139,11 @@ def _turns(bodies: dict[str, str], rest: str) -> int:
 def _size(result: str) -> int:
     arrays = _ARRAY.findall(result)
     return sum(_itemsize(kind) * math.prod(_numbers(lengths)) for kind, lengths in arrays)
+
+
+def _lengths(result: str) -> list[int]:
+    """Lengths of the axes of an array."""
+    return _numbers(_ARRAY.search(result)[2])
 
 
 def _itemsize(kind: str) -> int:

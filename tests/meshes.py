@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from collectives import flops
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -122,7 +123,7 @@ def run(case: Case, kind: str) -> Run:
     compiled = update.lower(gradient).compile()
     return Run(
         text=compiled.as_text(),
-        flops=compiled.cost_analysis()["flops"],
+        flops=flops(compiled.as_text()),
         temporary=compiled.memory_analysis().temp_size_in_bytes,
         updates=jax.block_until_ready(compiled(gradient)),
     )

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from collectives import Collective, collectives, counts, moved
+from collectives import Collective, collectives, counts, flops, moved
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -61,3 +61,11 @@ def test_asynchronous_collectives_count_once():
 
 def test_groups_written_as_a_formula_are_read():
     assert collectives(ASYNCHRONOUS)[1].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
+
+
+def test_products_in_a_loop_count_every_turn():
+    def turns(x, y):
+        return lax.map(lambda one: jnp.einsum("mk,nk->mn", one, y), x)
+
+    x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 4, 16), (8, 16)))
+    assert flops(jax.jit(turns).lower(x, y).compile().as_text()) == 5 * 2 * 4 * 8 * 16

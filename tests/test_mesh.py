@@ -76,8 +76,8 @@ class TestTable:
 
     def test_the_program_does_the_operations_that_the_plan_states(self, name, kind):
         case = TABLE[name]
-        # XLA counts norms and sums as well, one to two percent at these sizes.
-        assert meshes.run(case, kind).flops == pytest.approx(case.plan(kind).cost.flops, rel=0.05)
+        # Every product is counted; a share of an odd matrix is rounded down.
+        assert meshes.run(case, kind).flops == pytest.approx(case.plan(kind).cost.flops, rel=1e-3)
 
     def test_devices_share_the_operations_evenly(self, name, kind):
         case = TABLE[name]

@@ -18,7 +18,6 @@ from optax_muon.models import cli, shapes
 from optax_muon.models.plan_bands import bands
 from optax_muon.models.plan_command import PlanModel
 from optax_muon.models.plan_picture import png
-from optax_muon.sharding.cost import RATES, Work
 
 # Parameters of the published checkpoints, and how exactly they are stated: Llama's on Hugging Face,
 # Moonlight's in its report as 15.96B.
@@ -33,8 +32,7 @@ PUBLISHED = {
 def planned(model, platform="tpu", layout=None, **sizes):
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params = shapes.leaves_on(shapes.MODELS[model](), mesh)
-    work = Work().at(platform)
-    return optax_muon.plan(params, layout=layout, work=work, model=RATES[platform])
+    return optax_muon.plan(params, layout=layout, platform=platform)
 
 
 def refusal(capsys, *arguments):
@@ -192,9 +190,12 @@ def test_experts_belong_to_the_devices_that_hold_them():
 def test_idle_devices_have_no_work():
     mesh = AbstractMesh((8,), ("fsdp",))
     params = {"kernel": jax.ShapeDtypeStruct((3, 64, 64), "float32")}
-    work = Work(splits=False)
     plan = optax_muon.plan(
-        params, views={"kernel": View(1, 2)}, shardings=P(None, "fsdp"), mesh=mesh, work=work
+        params,
+        orthogonalizer=lambda x: x,
+        views={"kernel": View(1, 2)},
+        shardings=P(None, "fsdp"),
+        mesh=mesh,
     )
     [band] = bands(plan.to_dict())
     assert (band.busy > 0).tolist() == [True] * 3 + [False] * 5

@@ -20,7 +20,7 @@ from optax_muon.matrices import paths
 from optax_muon.models import shapes
 from optax_muon.models.plan_picture import png
 from optax_muon.models.stops import UsageError
-from optax_muon.sharding.cost import RATES, Work
+from optax_muon.sharding.cost import RATES
 from optax_muon.sharding.layouts import GATHER, HOME
 from optax_muon.sharding.plan import Plan
 
@@ -87,8 +87,7 @@ class PlanModel:
                 )
         _check_divides(tree, sizes)
         params = shapes.leaves_on(tree, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
-        work, model = Work().at(self.platform), RATES[self.platform]
-        return optax_muon.plan(params, layout=self.layout, work=work, model=model)
+        return optax_muon.plan(params, layout=self.layout, platform=self.platform)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -18,9 +18,13 @@ from optax_muon.polar.coefficients import (
     polar_express,
 )
 from optax_muon.polar.exact import polar_svd
-from optax_muon.polar.gram import SPANS, default_restarts, gram_newton_schulz
+from optax_muon.polar.forms import Form, choose
+from optax_muon.polar.gram import SPANS, Gram, default_restarts
 from optax_muon.polar.measures import orthogonality_error, stable_rank, svd_entropy, update_rms
-from optax_muon.polar.newton_schulz import newton_schulz
+from optax_muon.polar.newton_schulz import gram_newton_schulz, newton_schulz
+from optax_muon.polar.plain import Plain
+from optax_muon.polar.precision import compute_dtype
+from optax_muon.polar.symmetric import Kernel, Panels, Whole
 
 __all__ = [
     "CUBIC",
@@ -32,7 +36,15 @@ __all__ = [
     "YOU",
     "YOU_6",
     "Coefficients",
+    "Form",
+    "Gram",
+    "Kernel",
+    "Panels",
+    "Plain",
     "Row",
+    "Whole",
+    "choose",
+    "compute_dtype",
     "default_restarts",
     "gram_newton_schulz",
     "newton_schulz",

@@ -14,6 +14,7 @@ and (12 k + 22) m^3 with two, counting a multiply-add as 2: the Gram form is che
 The form is that of Dao-AILab, gram-newton-schulz, 2026. The plain form is in `newton_schulz.py`.
 """
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,14 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from optax_muon.polar.coefficients import KELLER, Coefficients, Row
+from optax_muon.polar.coefficients import Row
 from optax_muon.polar.columns import WHOLE, Columns
-from optax_muon.polar.newton_schulz import on_short_side, quadratic
-from optax_muon.polar.precision import adjoint, gram_matrix, identity_like, product
-
-__all__ = ["SPANS", "default_restarts", "gram_newton_schulz"]
+from optax_muon.polar.count import Count
+from optax_muon.polar.plain import quadratic
+from optax_muon.polar.precision import identity_like, product
+from optax_muon.polar.symmetric import WHOLE_PRODUCTS, Products
 
 SPANS: Mapping[str, int] = MappingProxyType(
     {"bfloat16": 2, "float16": 2, "float32": 3, "float64": 3}
@@ -59,96 +60,75 @@ def default_restarts(steps: int, dtype: DTypeLike) -> tuple[int, ...]:
     return tuple(range(span, steps, span))
 
 
-def gram_newton_schulz(
-    x: ArrayLike,
-    /,
-    coefficients: Coefficients = KELLER,
-    *,
-    steps: int | None = None,
-    dtype: DTypeLike | None = None,
-    restarts: Sequence[int] | None = None,
-    columns: Columns = WHOLE,
-) -> jax.Array:
-    r"""Compute what `newton_schulz` computes, for less where one side is 1.5 times the other.
+@dataclasses.dataclass(frozen=True)
+class Gram:
+    """Newton-Schulz on the Gram matrix, formed anew before some of the steps.
 
-    $X \mapsto Q(X X^T)\, X$ with $Q$ the product of the steps.
-
-    >>> import jax
-    >>> from optax_muon.polar import gram_newton_schulz, newton_schulz
-    >>> gradient = jax.random.normal(jax.random.key(0), (2, 32, 512))
-    >>> update = gram_newton_schulz(gradient)
-    >>> bool(jax.numpy.allclose(update, newton_schulz(gradient), atol=1e-5))
+    >>> from optax_muon.polar import KELLER
+    >>> Gram((3,)).count(4, 8, KELLER.rows).flops == (8 * 8 / 4 + 28) * 4**3
     True
-
-    Args:
-        x: Matrices [..., m, n] of any float dtype and any scale; leading axes are batch.
-        coefficients: The table of steps, as for `newton_schulz`.
-        steps: How many steps, where the table leaves a choice; None takes it as it is.
-        dtype: What the operands of the products are rounded to, as for `newton_schulz`.
-        restarts: Steps, counted from 0, before which the Gram matrix is formed anew. None takes
-            `default_restarts`. Fewer are cheaper and can diverge in half precision.
-        columns: The devices that hold the columns of these matrices, as for `newton_schulz`. They
-            are asked for one sum per Gram matrix: 1 + restarts.
-
-    Returns:
-        Matrices of the shape and dtype of `x`.
-
-    Raises:
-        ValueError: `steps` or `restarts` does not fit, or `x` has fewer than two axes.
-        TypeError: `x` is not floating point, or `dtype` is not a float dtype to compute in.
-
-    Source: Dao-AILab, gram-newton-schulz, 2026.
     """
-    rows = coefficients.take(steps)
-    if restarts is not None:
-        restarts = _checked(restarts, len(rows))
-    return on_short_side(
-        lambda x: _polynomial(x, rows, restarts, columns), x, coefficients.safety, dtype, columns
-    )
 
+    restarts: tuple[int, ...]
+    """Steps, counted from 0, before which the Gram matrix is formed anew."""
+    products: Products = WHOLE_PRODUCTS
+    """How products of Hermitian matrices that commute are made: all but the last of a span."""
 
-def _checked(restarts: Sequence[int], steps: int) -> tuple[int, ...]:
-    bounds = (0, *map(operator.index, restarts), steps)
-    if any(left >= right for left, right in itertools.pairwise(bounds)):
-        raise ValueError(
-            f"restarts={tuple(restarts)} does not fit {steps} steps, "
-            f"increasing indices between 0 and {steps}, both excluded, are accepted."
+    def __call__(self, x: jax.Array, rows: Sequence[Row], columns: Columns = WHOLE) -> jax.Array:
+        """Send wide matrices [..., m, n] of norm below 1 through the steps.
+
+        Raises:
+            ValueError: there are no more steps than the restarts say.
+        """
+        y = x
+        for span in self._spans(rows):
+            operand = jax.lax.optimization_barrier(y.astype(x.dtype))
+            gram = columns.psum(self.products(operand, operand))
+            factor = self._factor(gram, span, x.dtype)
+            y = product(factor.astype(x.dtype), operand)
+        return y
+
+    def _spans(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """The steps that one Gram matrix serves, span by span."""
+        bounds = (0, *map(operator.index, self.restarts), len(rows))
+        spans = list(itertools.pairwise(bounds))
+        if any(start >= stop for start, stop in spans):
+            raise ValueError(
+                f"restarts={self.restarts} does not fit {len(rows)} steps, "
+                f"increasing indices between 0 and {len(rows)}, both excluded, are accepted."
+            )
+        return [rows[start:stop] for start, stop in spans]
+
+    def _factor(self, gram: jax.Array, rows: Sequence[Row], dtype: DTypeLike) -> jax.Array:
+        """Return Q such that Q X is what the steps make of X, from R = X X^H."""
+        a, b, c = rows[0]
+        z = quadratic(gram, b, c, dtype, self.products)
+        factor = a * identity_like(gram) + z
+        for following in rows[1:]:
+            gram = self._times(self._times(gram, a, z, dtype), a, z, dtype)
+            a, b, c = following
+            z = quadratic(gram, b, c, dtype, self.products)
+            factor = self._times(factor, a, z, dtype)
+        return factor
+
+    def _times(self, t: jax.Array, a: float, z: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Return (a I + Z) T for Hermitian commuting T and Z, Hermitian again.
+
+        a T stays out of the product: the diagonal of a I + Z would lose its digits in half
+        precision. The skew part that rounding leaves would grow in the next steps: no part of it
+        leaves `products`.
+        """
+        return a * t + self.products(z.astype(dtype), t.astype(dtype))
+
+    def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Count:
+        """Count one matrix [m, n], m <= n, its columns on so many devices."""
+        spans = self._spans(rows)
+        inner = sum(3 * (len(span) - 1) for span in spans) + sum(bool(c) for _, _, c in rows)
+        long = self.products.flops(m, n // devices) + 2 * m * m * n // devices
+        return Count(
+            flops=len(spans) * long + inner * self.products.flops(m, m),
+            sums=len(spans) * (devices > 1),
         )
-    return bounds[1:-1]
 
-
-def _polynomial(
-    x: jax.Array, rows: tuple[Row, ...], restarts: Sequence[int] | None, columns: Columns
-) -> jax.Array:
-    if restarts is None:
-        restarts = default_restarts(len(rows), x.dtype)
-    y = x
-    for start, stop in itertools.pairwise((0, *restarts, len(rows))):
-        operand = y.astype(x.dtype)
-        gram = columns.psum(gram_matrix(operand))
-        factor = _factor(gram, rows[start:stop], x.dtype)
-        y = product(factor.astype(x.dtype), operand)
-    return y
-
-
-def _factor(gram: jax.Array, rows: tuple[Row, ...], dtype: DTypeLike) -> jax.Array:
-    """Return Q such that Q X is what the steps make of X, from R = X X^H."""
-    a, b, c = rows[0]
-    z = quadratic(gram, gram, b, c, dtype)
-    factor = a * identity_like(gram) + z
-    for following in rows[1:]:
-        gram = _times(_times(gram, a, z, dtype), a, z, dtype)
-        a, b, c = following
-        z = quadratic(gram, gram, b, c, dtype)
-        factor = _times(factor, a, z, dtype)
-    return factor
-
-
-def _times(t: jax.Array, a: float, z: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Return (a I + Z) T for Hermitian commuting T and Z, Hermitian again.
-
-    a T stays out of the product: the diagonal of a I + Z would lose its digits in half precision.
-    """
-    y = a * t + product(z.astype(dtype), t.astype(dtype))
-    # Rounding leaves a skew part, which the next steps would amplify.
-    return 0.5 * (y + adjoint(y))
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (f"Gram {1 + len(self.restarts)}", str(self.products))))

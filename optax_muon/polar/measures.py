@@ -13,7 +13,7 @@ from jax.scipy.special import entr
 from jax.typing import ArrayLike
 
 from optax_muon.polar.normalize import as_matrices, largest_entry, normalize
-from optax_muon.polar.precision import adjoint, at_least_float32, gram_matrix, identity_like
+from optax_muon.polar.precision import adjoint, at_least_float32, identity_like, outer_product
 
 __all__ = ["orthogonality_error", "stable_rank", "svd_entropy", "update_rms"]
 
@@ -35,7 +35,8 @@ def orthogonality_error(x: ArrayLike, /) -> jax.Array:
         Errors [...], 0 for orthonormal rows or columns, 1 for a zero matrix.
     """
     x = at_least_float32(as_matrices(x))
-    gram = gram_matrix(adjoint(x) if x.shape[-2] > x.shape[-1] else x)
+    wide = adjoint(x) if x.shape[-2] > x.shape[-1] else x
+    gram = outer_product(wide, wide)
     gap = jnp.abs(gram - identity_like(gram))
     return jnp.sqrt(jnp.mean(jnp.sum(gap**2, -1), -1)).astype(jnp.float32)
 

@@ -10,21 +10,25 @@ the singular vectors stay and every singular value $\sigma$ becomes
 $p_N(\dots p_1(\sigma / (s \|X\|_F)))$, which a good table of coefficients (`coefficients.py`) has
 sent to 1. A is as small as the short side, so tall matrices are turned on their side first.
 
-The paper is "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.1. The same
-polynomial for elongated matrices is in `gram.py`, the exact factor in `exact.py`.
+How that is evaluated is a form: step by step (`plain.py`), or on the Gram matrix (`gram.py`), with
+symmetric products made whole or in half (`symmetric.py`). All give the same update; `forms.py`
+chooses. The paper is "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.1. The exact
+factor is in `exact.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_muon.polar.coefficients import KELLER, Coefficients, Row
-from optax_muon.polar.columns import WHOLE, Columns, all_rows, my_rows
+from optax_muon.polar.coefficients import KELLER, Coefficients
+from optax_muon.polar.columns import WHOLE, Columns
+from optax_muon.polar.forms import Form, choose
+from optax_muon.polar.gram import Gram, default_restarts
 from optax_muon.polar.normalize import as_matrices, normalize
-from optax_muon.polar.precision import adjoint, gram_matrix, in_compute_dtype, product
+from optax_muon.polar.precision import adjoint, on_platform
 
-__all__ = ["newton_schulz"]
+__all__ = ["gram_newton_schulz", "newton_schulz"]
 
 
 def newton_schulz(
@@ -34,6 +38,7 @@ def newton_schulz(
     *,
     steps: int | None = None,
     dtype: DTypeLike | None = None,
+    form: Form | None = None,
     columns: Columns = WHOLE,
 ) -> jax.Array:
     r"""Send every singular value of each matrix near 1, and keep the singular vectors.
@@ -59,6 +64,8 @@ def newton_schulz(
         dtype: What the operands of the products are rounded to. None is bfloat16 on TPU and
             GPU, as in the paper, and on CPU the input's dtype, float32 at least. Sums run in
             float32 at least. An explicit float32 is true float32 on every platform.
+        form: How the polynomial is evaluated, `Plain()` or `Gram(restarts)`; None takes the
+            one that needs the fewest operations for these shapes, on the target platform.
         columns: The devices that hold the columns of these matrices, each its own; `x` is then
             [..., m, n / size] of matrices with m <= n. By default all columns are here.
 
@@ -72,13 +79,67 @@ def newton_schulz(
     Source: arXiv 2502.16982, section 2.1, Eq. 2.
     """
     rows = coefficients.take(steps)
-    return on_short_side(
-        lambda x: _polynomial(x, rows, columns), x, coefficients.safety, dtype, columns
-    )
+
+    def polynomial(x: jax.Array, platform: str) -> jax.Array:
+        m, n = x.shape[-2], x.shape[-1] * columns.size
+        chosen = form or choose(m, n, rows, dtype=x.dtype, platform=platform, devices=columns.size)
+        return chosen(x, rows, columns)
+
+    return _on_short_side(polynomial, x, coefficients.safety, dtype, columns)
 
 
-def on_short_side(
-    polynomial: Callable[[jax.Array], jax.Array],
+def gram_newton_schulz(
+    x: ArrayLike,
+    /,
+    coefficients: Coefficients = KELLER,
+    *,
+    steps: int | None = None,
+    dtype: DTypeLike | None = None,
+    restarts: Sequence[int] | None = None,
+    columns: Columns = WHOLE,
+) -> jax.Array:
+    r"""Compute what `newton_schulz` computes, on the Gram matrix whatever the shape.
+
+    $X \mapsto Q(X X^T)\, X$ with $Q$ the product of the steps.
+
+    >>> import jax
+    >>> from optax_muon.polar import gram_newton_schulz, newton_schulz
+    >>> gradient = jax.random.normal(jax.random.key(0), (2, 32, 512))
+    >>> update = gram_newton_schulz(gradient)
+    >>> bool(jax.numpy.allclose(update, newton_schulz(gradient), atol=1e-5))
+    True
+
+    Args:
+        x: Matrices [..., m, n] of any float dtype and any scale; leading axes are batch.
+        coefficients: The table of steps, as for `newton_schulz`.
+        steps: How many steps, where the table leaves a choice; None takes it as it is.
+        dtype: What the operands of the products are rounded to, as for `newton_schulz`.
+        restarts: Steps, counted from 0, before which the Gram matrix is formed anew. None takes
+            `default_restarts`. Fewer are cheaper and can diverge in half precision.
+        columns: The devices that hold the columns of these matrices, as for `newton_schulz`. They
+            are asked for one sum per Gram matrix: 1 + restarts.
+
+    Returns:
+        Matrices of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: `steps` or `restarts` does not fit, or `x` has fewer than two axes.
+        TypeError: `x` is not floating point, or `dtype` is not a float dtype to compute in.
+
+    Source: Dao-AILab, gram-newton-schulz, 2026.
+    """
+    rows = coefficients.take(steps)
+
+    def polynomial(x: jax.Array, platform: str) -> jax.Array:
+        del platform
+        spans = default_restarts(len(rows), x.dtype) if restarts is None else tuple(restarts)
+        return Gram(spans)(x, rows, columns)
+
+    return _on_short_side(polynomial, x, coefficients.safety, dtype, columns)
+
+
+def _on_short_side(
+    polynomial: Callable[[jax.Array, str], jax.Array],
     x: ArrayLike,
     safety: float,
     dtype: DTypeLike | None,
@@ -88,32 +149,5 @@ def on_short_side(
     x = as_matrices(x)
     tall = columns.size == 1 and x.shape[-2] > x.shape[-1]
     unit = normalize(adjoint(x) if tall else x, safety, columns)
-    y = in_compute_dtype(polynomial, unit, dtype).astype(x.dtype)
+    y = on_platform(polynomial, unit, dtype).astype(x.dtype)
     return adjoint(y) if tall else y
-
-
-def _polynomial(x: jax.Array, rows: tuple[Row, ...], columns: Columns) -> jax.Array:
-    y = x
-    for row in rows:
-        # Rounding the whole of X between steps perturbs the input of the next one, which contracts
-        # it; keeping a X in float32 does not, and is 4 times less accurate in POLAR_EXPRESS_8.
-        # Unfenced, XLA defers the sums to the end and keeps the float32 products of all steps: on a
-        # TPU 1.9 GiB where 0.4 do, for one matrix of 4096 x 14336.
-        y = _step(jax.lax.optimization_barrier(y.astype(x.dtype)), row, columns)
-    return y
-
-
-def _step(x: jax.Array, row: Row, columns: Columns) -> jax.Array:
-    """Return a X + (b A + c A^2) X, A = X X^H, in the accumulation dtype."""
-    a, b, c = row
-    gram = columns.psum(gram_matrix(x))
-    share = quadratic(my_rows(gram, columns), gram, b, c, x.dtype)
-    moved = product(all_rows(share.astype(x.dtype), columns), x)
-    return a * x.astype(moved.dtype) + moved
-
-
-def quadratic(rows: jax.Array, gram: jax.Array, b: float, c: float, dtype: DTypeLike) -> jax.Array:
-    """Return some rows of b A + c A^2, the operands of A^2 in `dtype`; c = 0 needs no product."""
-    if c == 0:
-        return b * rows
-    return b * rows + c * product(rows.astype(dtype), gram.astype(dtype))

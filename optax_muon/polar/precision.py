@@ -7,7 +7,6 @@ compiled on a laptop gets bfloat16. The iterations are in `newton_schulz.py` and
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,14 @@ _REAL = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 
 
-def in_compute_dtype(
-    polynomial: Callable[[jax.Array], jax.Array], x: jax.Array, dtype: DTypeLike | None
+def on_platform(
+    polynomial: Callable[[jax.Array, str], jax.Array], x: jax.Array, dtype: DTypeLike | None
 ) -> jax.Array:
     """Apply `polynomial` to `x` in the dtype asked for, or in the one of the target platform.
 
     Args:
-        polynomial: Takes its operands in the dtype of its argument.
+        polynomial: Takes its operands in the dtype of its first argument; the second is the
+            platform: `tpu`, `gpu` or `cpu`.
         x: In float32 at least.
         dtype: None means bfloat16 on TPU and GPU and the dtype of `x` on CPU. Complex numbers
             have no short form and are computed in complex64 at least on every platform.
@@ -31,22 +31,36 @@ def in_compute_dtype(
     Returns:
         The result in the dtype of `x`.
     """
-    if dtype is not None:
-        return polynomial(x.astype(_compute_dtype(dtype, x.dtype))).astype(x.dtype)
-    if jnp.iscomplexobj(x):
-        return polynomial(x)
 
-    def short(x: jax.Array) -> jax.Array:
-        return polynomial(x.astype(jnp.bfloat16)).astype(x.dtype)
+    def on(platform: str) -> Callable[[jax.Array], jax.Array]:
+        compute = compute_dtype(dtype, x.dtype, platform)
+        return lambda x: polynomial(x.astype(compute), platform).astype(x.dtype)
 
+    gpu = on("gpu")
     chosen: jax.Array = jax.lax.platform_dependent(
-        x, tpu=short, cuda=short, rocm=short, default=polynomial
+        x, tpu=on("tpu"), cuda=gpu, rocm=gpu, default=on("cpu")
     )
     return chosen
 
 
-def _compute_dtype(dtype: DTypeLike, given: Any) -> Any:
-    """Return the dtype that serves `given` with the precision asked for."""
+def compute_dtype(dtype: DTypeLike | None, given: DTypeLike, platform: str) -> jnp.dtype:
+    """Return what numbers of dtype `given` are multiplied in.
+
+    >>> compute_dtype(None, "float32", "tpu").name, compute_dtype(None, "float32", "cpu").name
+    ('bfloat16', 'float32')
+
+    Args:
+        dtype: What is asked for; None leaves it to the platform.
+        given: float32 or wider, real or complex.
+        platform: `tpu`, `gpu` or `cpu`.
+
+    Raises:
+        TypeError: `dtype` is not a float dtype to compute in.
+    """
+    given = jnp.dtype(given)
+    if dtype is None:
+        short = platform != "cpu" and given.kind != "c"
+        return jnp.dtype(jnp.bfloat16) if short else given
     asked = jnp.dtype(dtype)
     complex_input = jnp.issubdtype(given, jnp.complexfloating)
     if asked.name not in _REAL + (_COMPLEX if complex_input else ()):
@@ -71,9 +85,9 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return _contract("...mk,...kn->...mn", a, b)
 
 
-def gram_matrix(x: jax.Array) -> jax.Array:
-    """Return x x^H of [..., m, n], summed in float32 at least."""
-    return _contract("...mk,...nk->...mn", x, jnp.conj(x))
+def outer_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return a b^H of [..., m, k] and [..., n, k], summed in float32 at least."""
+    return _contract("...mk,...nk->...mn", a, jnp.conj(b))
 
 
 def identity_like(gram: jax.Array) -> jax.Array:

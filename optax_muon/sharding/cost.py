@@ -7,6 +7,7 @@ a thousand on a TPU or a GPU, about forty between the devices that share a CPU.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +74,34 @@ DTYPES = {"tpu": jnp.bfloat16, "gpu": jnp.bfloat16, "cpu": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """What one of the devices that share a matrix has to do."""
+
+    flops: int
+    """Operations, a multiply-add counted as two."""
+    sums: int = 0
+    """Gram matrices summed over the devices in float32."""
+    gathers: int = 0
+    """As many that the devices make by rows each, gathered in the compute dtype."""
+    form: str = ""
+    """How the orthogonalizer does it, in words."""
+
+
+def plain_share(rows: int, cols: int, devices: int, steps: int) -> Share:
+    """Count the plain polynomial of odd degree 5.
+
+    Each step is `A = X X^T`, `B = b A + c A^2`, `X = a X + B X`. Spread out, `A` is summed over the
+    devices and each makes its rows of `A^2`, if they divide evenly.
+    """
+    shared = devices > 1 and rows % devices == 0
+    square = 2 * rows**3 // (devices if shared else 1)
+    flops = steps * (4 * rows * rows * cols // devices + square)
+    return Share(flops, sums=steps * (devices > 1), gathers=steps * shared)
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
-    """The orthogonalizer as the planner counts it: the plain polynomial of odd degree 5."""
+    """The orthogonalizer as the planner counts it."""
 
     steps: int = 5
     """Steps of the polynomial."""
@@ -82,6 +109,11 @@ class Work:
     """The compute dtype, of the operands and of what is moved; None is the platform's."""
     splits: bool = True
     """Whether it can work on columns that lie on several devices."""
+    platform: str = "cpu"
+    """Where it runs."""
+    share: Callable[[int, int, int, np.dtype, str], Share] | None = None
+    """Counts one matrix: (rows, cols, devices, compute dtype, platform); None counts the plain
+    polynomial."""
 
     @property
     def itemsize(self) -> int:
@@ -89,28 +121,29 @@ class Work:
         return 4 if self.dtype is None else self.dtype.itemsize
 
     def at(self, platform: str) -> Work:
-        """With the compute dtype of a platform, if none is set."""
+        """On a platform, with its compute dtype if none is set."""
         dtype = np.dtype(DTYPES.get(platform, jnp.float32)) if self.dtype is None else self.dtype
-        return dataclasses.replace(self, dtype=dtype)
+        return dataclasses.replace(self, dtype=dtype, platform=platform)
+
+    def of(self, rows: int, cols: int, devices: int = 1) -> Share:
+        """What one matrix `[rows, cols]` asks of each of the devices that share its columns."""
+        if self.share is None:
+            return plain_share(rows, cols, devices, self.steps)
+        dtype = np.dtype(jnp.float32) if self.dtype is None else self.dtype
+        return self.share(rows, cols, devices, dtype, self.platform)
 
     def on(self, rows: int, cols: int, devices: int = 1) -> Cost:
-        """Cost of one matrix `[rows, cols]`, its columns spread over so many devices.
-
-        Each step is `A = X X^T`, `B = b A + c A^2`, `X = a X + B X`. Spread out, `A` is summed
-        over the devices in float32 and each device makes its rows of `A^2`, if they divide evenly.
-        """
-        shares = devices if rows % devices == 0 else 1
+        """Cost of one matrix `[rows, cols]`, its columns spread over so many devices."""
+        share = self.of(rows, cols, devices)
         gram = rows * rows
-        flops = self.steps * (4 * gram * cols // devices + 2 * gram * rows // shares)
         memory = rows * cols // devices * (2 * self.itemsize + 4) + gram * (2 * self.itemsize + 8)
         if devices == 1:
-            return Cost(flops, memory=memory)
-        summed, gathered = 4 * gram, self.itemsize * gram if shares > 1 else 0
-        other = devices - 1
+            return Cost(share.flops, memory=memory)
+        summed, gathered = 4 * gram * share.sums, self.itemsize * gram * share.gathers
         return Cost(
-            flops,
-            bytes=self.steps * (summed + gathered) + 8,
-            wire=self.steps * (2 * summed + gathered) * other // devices,
-            messages=self.steps * (1 + (shares > 1)) + 2,
+            share.flops,
+            bytes=summed + gathered + 8,
+            wire=(2 * summed + gathered) * (devices - 1) // devices,
+            messages=share.sums + share.gathers + 2,
             memory=memory,
         )

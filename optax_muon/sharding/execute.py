@@ -84,6 +84,8 @@ def _on_shards(
     plan: Plan, orthogonalizer: Orthogonalizer, shards: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """All buckets, one after the other, on the shards of one device."""
+    if not plan.blind:
+        orthogonalizer = _scheduled(orthogonalizer)
     stacks = {}
     for leaf in plan.leaves:
         payload = shards[leaf.path].astype(plan.payload(shards[leaf.path].dtype))
@@ -152,6 +154,40 @@ def _polar(lot: Lot, orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
     polar = orthogonalizer(x, columns=lot.columns) if lot.layout == SPLIT else orthogonalizer(x)
     done: jax.Array = lax.optimization_barrier(polar)
     return done
+
+
+def _scheduled(orthogonalizer: Orthogonalizer) -> Orthogonalizer:
+    """Give an accelerator the batch, and the cores of a CPU a few matrices at a time."""
+
+    def scheduled(x: jax.Array, **columns: Group) -> jax.Array:
+        if columns or x.shape[0] == 1:
+            return orthogonalizer(x, **columns)
+        few = functools.partial(_few_at_a_time, orthogonalizer)
+        done: jax.Array = lax.platform_dependent(x, cpu=few, default=orthogonalizer)
+        return done
+
+    return scheduled
+
+
+def _few_at_a_time(orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
+    """Work on matrices `[B, m, n]` two or three side by side, turn after turn.
+
+    A batched product of XLA's CPU backend goes through memory matrix by matrix, and starts each on
+    all cores: on two cores a batch of 24 x (256 x 1024) takes 1.2 times as long, of 64 x (128 x
+    256) 1.4 times, of 1000 such 2.2 times. Chains of their own keep the cores busy where a product
+    is too small for both: in bfloat16 two side by side take 0.8 of one after the other.
+    """
+    count = x.shape[0]
+    together = next(n for n in (2, 3, 1) if count % n == 0)
+    one = jax.jit(orthogonalizer)  # traced once, for all of them
+
+    def turn(some: jax.Array) -> jax.Array:
+        return jnp.concatenate([one(some[i : i + 1]) for i in range(together)])
+
+    if count == together:
+        return turn(x)
+    done: jax.Array = lax.map(turn, x.reshape(-1, together, *x.shape[1:]))
+    return done.reshape(x.shape)
 
 
 def _exchange(

@@ -70,6 +70,8 @@ class Lot:
     """Per device and update."""
     rounds: int = 1
     """How many turns the lot is done in, so that temporary memory stays bounded."""
+    form: str = ""
+    """How each matrix is worked on, in the orthogonalizer's words."""
 
     def to_dict(self) -> dict[str, Any]:
         """In plain numbers, strings and lists."""
@@ -80,6 +82,7 @@ class Lot:
             "padding": self.padding,
             "owned": self.owned,
             "rounds": self.rounds,
+            "form": self.form,
             "homes": {role.axis: role.home for role in self.roles},
             "shared_by": {role.axis: role.split for role in self.roles},
             **dataclasses.asdict(self.cost),
@@ -219,7 +222,8 @@ class Search:
             messages=rounds * (one.messages + trips + shared),
             memory=held * one.memory + 2 * moved // rounds,
         )
-        return dataclasses.replace(lot, cost=cost, rounds=rounds)
+        form = self.work.of(self.shape.rows, self.shape.cols, lot.sharing).form
+        return dataclasses.replace(lot, cost=cost, rounds=rounds, form=form)
 
     def _gather(self, count: int) -> Lot:
         """The paper's Algorithm 1: every device gathers whole matrices and works on all of them."""
@@ -237,7 +241,8 @@ class Search:
             messages=rounds * bool(roles),
             memory=count // rounds * (one.memory + self.shape.rows * self.shape.cols * 4),
         )
-        return dataclasses.replace(lot, cost=cost, rounds=rounds)
+        form = self.work.of(self.shape.rows, self.shape.cols).form
+        return dataclasses.replace(lot, cost=cost, rounds=rounds, form=form)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -70,6 +70,8 @@ class Plan:
     """All matrices, by shape, dtype and sharding."""
     work: Work
     """How the orthogonalizer was counted."""
+    blind: bool = False
+    """Whether the leaves lie on a mesh of which nothing is known: all moves are the compiler's."""
 
     @property
     def cost(self) -> Cost:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_muon.matrices import paths, rules
 from optax_muon.matrices.views import Block, Geometry
 from optax_muon.sharding.buckets import Bucket, Member
 from optax_muon.sharding.cost import RATES, CostModel, Work
@@ -20,81 +19,32 @@ from optax_muon.sharding.layouts import GATHER, HOME, Search, Shape
 from optax_muon.sharding.plan import Dealt, Plan
 from optax_muon.sharding.shards import Leaf, leaf_on
 from optax_muon.sharding.specs import (
-    AnyMesh,
     Whereabouts,
     axis_sizes,
-    check_names,
     platform,
-    read,
     slow_axes,
 )
-
-
-def plan(
-    params: Any,
-    *,
-    views: Any = None,
-    shardings: Any = None,
-    mesh: AnyMesh | None = None,
-    layout: str | None = None,
-    work: Work | None = None,
-    model: CostModel | None = None,
-    memory: int = 2**28,
-) -> Plan:
-    """Plan the orthogonalization of a tree of parameters; nothing is traced.
-
-    Args:
-      params: a tree of arrays or `ShapeDtypeStruct`s.
-      views: which leaves are matrices, and how; see `optax_muon.label`.
-      shardings: a tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`, or
-        a callable that returns one. None reads the arrays' types.
-      mesh: the mesh of bare `PartitionSpec`s; None is the ambient mesh.
-      layout: `home` or `gather` for all matrices; None takes the cheapest for each.
-      work: how the orthogonalizer is counted; None is five steps in the platform's compute dtype.
-      model: rates that decide between layouts; None takes those of the mesh's platform.
-      memory: bytes of temporary arrays above which matrices are worked on in turns.
-
-    Raises:
-      ValueError: shardings that do not fit the parameters or the mesh, an unknown layout.
-      TypeError: shardings of another kind.
-
-    >>> import jax, jax.numpy as jnp
-    >>> from optax_muon import View
-    >>> from jax.sharding import PartitionSpec as P
-    >>> mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
-    >>> params = {"kernel": jax.ShapeDtypeStruct((9, 512, 2048), jnp.float32)}
-    >>> views = {"kernel": View(rows=1, cols=2)}
-    >>> [dealt] = plan(params, views=views, shardings=P(None, "fsdp"), mesh=mesh).buckets
-    >>> [(lot.layout, lot.count) for lot in dealt.lots]
-    [('home', 8), ('split', 1)]
-    """
-    leaves = paths.named_leaves(params)
-    geometries = {
-        p: view.on(leaves[p].shape)
-        for p, view in rules.assign(params, views).items()
-        if view is not None
-    }
-    check_names(leaves, shardings)
-    where = read({p: leaves[p] for p in geometries}, shardings, mesh)
-    dtypes = {p: np.dtype(leaves[p].dtype) for p in geometries}
-    return make(geometries, dtypes, where, layout=layout, work=work, model=model, memory=memory)
 
 
 def make(
     geometries: Mapping[str, Geometry],
     dtypes: Mapping[str, np.dtype],
     where: Whereabouts,
+    work: Work,
     *,
+    on: str | None = None,
     layout: str | None = None,
-    work: Work | None = None,
     model: CostModel | None = None,
     memory: int = 2**28,
 ) -> Plan:
-    """Plan from what `plan` has read: views bound to shapes, dtypes, and where the leaves lie."""
+    """Plan from views bound to shapes, dtypes, and where the leaves lie.
+
+    `on` is the platform; None is the mesh's. What else may be chosen, `optax_muon.plan` says.
+    """
     if layout not in (None, HOME, GATHER):
         raise ValueError(f"layout {layout!r} is unknown; use 'home', 'gather', or None to choose.")
-    kind = (where.mesh and platform(where.mesh)) or "cpu"
-    work = (work or Work()).at(kind)
+    kind = on or (where.mesh and platform(where.mesh)) or "cpu"
+    work = work.at(kind)
     sizes = axis_sizes(where.mesh)
     leaves = tuple(
         leaf_on(path, geometry, where.specs.get(path, ((),) * len(geometry.shape)), sizes)
@@ -112,7 +62,8 @@ def make(
     )
     # In, out, and out in float32 where it is turned back: four times what is pooled is held.
     pooled = pool(leaves, dtypes, sizes, memory // (4 * work.itemsize))
-    return Plan(where.mesh, leaves, tuple(deal(bucket) for bucket in pooled), work)
+    dealt = tuple(deal(bucket) for bucket in pooled)
+    return Plan(where.mesh, leaves, dealt, work, blind=where.mesh is None and where.blind)
 
 
 def _deal(

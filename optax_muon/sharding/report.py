@@ -10,7 +10,7 @@ Entry = Mapping[str, Any]
 
 HEADS = (
     *("matrices", "rows over", "cols over", "layout", "worked on by", "each"),
-    *("idle", "turns", "GFLOP", "MiB moved", "MiB held", "modelled time"),
+    *("idle", "turns", "form", "GFLOP", "MiB moved", "MiB held", "modelled time"),
 )
 
 
@@ -36,6 +36,7 @@ def _row(bucket: Entry, lot: Entry) -> tuple[str, ...]:
         str(lot["owned"]),
         str(lot["padding"]),
         str(lot["rounds"]),
+        lot["form"] or "-",
         f"{lot['flops'] / 1e9:.1f}",
         f"{lot['bytes'] / 2**20:.1f}",
         f"{lot['memory'] / 2**20:.0f}",

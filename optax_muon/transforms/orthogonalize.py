@@ -7,8 +7,6 @@ whatever device the plan has chosen (`sharding/plan.py`).
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +17,12 @@ import optax
 
 from optax_muon.matrices import paths, rules
 from optax_muon.matrices.views import Geometry
-from optax_muon.polar import KELLER, newton_schulz
+from optax_muon.polar import newton_schulz
 from optax_muon.sharding import specs
-from optax_muon.sharding.cost import Work
 from optax_muon.sharding.execute import Orthogonalizer, execute
 from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.planner import make
+from optax_muon.transforms.planning import work_of
 
 
 def orthogonalize(
@@ -90,17 +88,6 @@ def _plan(
             " the communication to the compiler; pass shardings= (or use Explicit axes).",
             stacklevel=2,
         )
-        where = specs.Whereabouts(None, {})
+        where = specs.Whereabouts(None, {}, blind=True)
     dtypes = {path: np.dtype(leaves[path].dtype) for path in geometries}
-    return make(geometries, dtypes, where, work=work_of(orthogonalizer))
-
-
-def work_of(orthogonalizer: Orthogonalizer) -> Work:
-    """What the planner needs to know of an orthogonalizer, read from its options."""
-    options = orthogonalizer.keywords if isinstance(orthogonalizer, functools.partial) else {}
-    coefficients, dtype = options.get("coefficients", KELLER), options.get("dtype")
-    return Work(
-        steps=len(coefficients.take(options.get("steps"))),
-        dtype=None if dtype is None else np.dtype(dtype),
-        splits="columns" in inspect.signature(orthogonalizer).parameters,
-    )
+    return make(geometries, dtypes, where, work_of(orthogonalizer))

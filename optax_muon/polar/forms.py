@@ -1,0 +1,97 @@
+"""The choice of a form: the same polynomial, evaluated for the fewest operations.
+
+Counted in Python before anything is traced, from the shape, the table, the compute dtype and the
+target platform. A plan asks the same function that `newton_schulz` asks, so what it prints is what
+runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from optax_muon.polar.coefficients import Row
+from optax_muon.polar.columns import WHOLE, Columns
+from optax_muon.polar.count import Count
+from optax_muon.polar.gram import Gram, default_restarts
+from optax_muon.polar.plain import Plain
+from optax_muon.polar.symmetric import WHOLE_PRODUCTS, Panels, Products
+
+__all__ = ["Form", "choose"]
+
+
+class Form(Protocol):
+    """A way to evaluate the polynomial."""
+
+    def __call__(self, x: jax.Array, rows: Sequence[Row], columns: Columns = WHOLE) -> jax.Array:
+        """Send wide matrices [..., m, n] of norm below 1 through the steps."""
+
+    def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Count:
+        """Count one matrix [m, n], m <= n, its columns on so many devices."""
+
+
+GAIN = 0.9
+"""Share of the plain form's work that the Gram form must stay below.
+
+It saves operations and squares the condition number; a tenth is the least to take that for.
+"""
+
+EXCHANGE: Mapping[str, int] = MappingProxyType({"tpu": 1000, "gpu": 1300, "cpu": 40})
+"""Operations that a device does while one byte arrives from another: v5p 459 TFLOP/s and 600 GB/s,
+H100 990 and 450, fake devices of one CPU about 100 GFLOP/s and 2.5 GB/s."""
+
+
+def choose(
+    m: int,
+    n: int,
+    rows: Sequence[Row],
+    *,
+    dtype: DTypeLike,
+    platform: str,
+    devices: int = 1,
+) -> Form:
+    """Choose the form for matrices [m, n], m <= n.
+
+    >>> from optax_muon.polar import KELLER
+    >>> str(choose(1024, 1024, KELLER.rows, dtype="float32", platform="cpu"))
+    'plain, 4 panels'
+    >>> str(choose(1024, 4096, KELLER.rows, dtype="bfloat16", platform="gpu"))
+    'Gram 3'
+
+    Args:
+        m: Rows.
+        n: Columns.
+        rows: The steps.
+        dtype: What the operands of the products are rounded to.
+        platform: `tpu`, `gpu` or `cpu`.
+        devices: How many devices the columns lie on.
+    """
+    dtype = jnp.dtype(dtype)
+    plain = Plain(_products(m, dtype, platform, height=256))
+    gram = Gram(default_restarts(len(rows), dtype), _products(m, dtype, platform, height=128))
+
+    def price(form: Form) -> float:
+        count = form.count(m, n, rows, devices)
+        # A ring sum carries a matrix twice, a gather once.
+        sent = m * m * (8 * count.sums + dtype.itemsize * count.gathers) * (devices - 1) / devices
+        return count.flops + EXCHANGE[platform] * sent
+
+    return gram if price(gram) < GAIN * price(plain) else plain
+
+
+def _products(m: int, dtype: jnp.dtype, platform: str, height: int) -> Products:
+    """Choose how symmetric products are made; `height`: rows of a panel, at least.
+
+    Measured on two cores in float32, plain, against whole products: 0.86 at 1024 x 1024 in panels
+    of 256 rows, 0.90 of 128; 0.95 at 512 x 512. The Gram form at 1024 x 4096 takes 0.88 in either.
+    bfloat16 multiplies so fast there that the mirroring costs more than it saves (1.1 to 1.3).
+
+    Kernels are for whoever asks, `form=Plain(Kernel("tpu"))`: no accelerator has timed them yet,
+    and in a program of several devices jax lets one stand inside `shard_map` only.
+    """
+    if platform != "cpu" or jnp.finfo(dtype).bits < 32 or m < 2 * height:
+        return WHOLE_PRODUCTS
+    return Panels(min(8, m // height))

@@ -1,0 +1,79 @@
+"""The plain form: every step multiplies the whole matrix."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.typing import DTypeLike
+
+from optax_muon.polar.coefficients import Row
+from optax_muon.polar.columns import WHOLE, Columns, all_rows, my_rows
+from optax_muon.polar.count import Count
+from optax_muon.polar.precision import product
+from optax_muon.polar.symmetric import WHOLE_PRODUCTS, Products
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    r"""Newton-Schulz step by step, $X \leftarrow a X + (b A + c A^2) X$ with $A = X X^T$.
+
+    >>> from optax_muon.polar import KELLER
+    >>> Plain().count(4, 8, KELLER.rows).flops == (20 * 8 / 4 + 10) * 4**3
+    True
+    """
+
+    products: Products = WHOLE_PRODUCTS
+    """How $X X^T$ and $A^2$ are made."""
+
+    def __call__(self, x: jax.Array, rows: Sequence[Row], columns: Columns = WHOLE) -> jax.Array:
+        """Send wide matrices [..., m, n] of norm below 1 through the steps."""
+        y = x
+        for row in rows:
+            # Rounding the whole of X between steps perturbs the input of the next one, which
+            # contracts it; keeping a X in float32 does not, and is 4 times less accurate in
+            # POLAR_EXPRESS_8. Unfenced, XLA defers the sums to the end and keeps the float32
+            # products of all steps: on a TPU 1.9 GiB where 0.4 do, for one matrix of 4096 x 14336.
+            y = self._step(jax.lax.optimization_barrier(y.astype(x.dtype)), row, columns)
+        return y
+
+    def _step(self, x: jax.Array, row: Row, columns: Columns) -> jax.Array:
+        """Return a X + (b A + c A^2) X, A = X X^H, in the accumulation dtype."""
+        a, b, c = row
+        gram = columns.psum(self.products(x, x))
+        moved = product(self._factor(gram, b, c, x.dtype, columns), x)
+        return a * x.astype(moved.dtype) + moved
+
+    def _factor(
+        self, gram: jax.Array, b: float, c: float, dtype: DTypeLike, columns: Columns
+    ) -> jax.Array:
+        """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
+        mine = my_rows(gram, columns)
+        if mine is gram:
+            return quadratic(gram, b, c, dtype, self.products).astype(dtype)
+        share = b * mine + c * product(mine.astype(dtype), gram.astype(dtype)) if c else b * mine
+        return all_rows(share.astype(dtype), columns)
+
+    def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Count:
+        """Count one matrix [m, n], m <= n, its columns on so many devices."""
+        shared = devices > 1 and m % devices == 0
+        squares = sum(bool(c) for _, _, c in rows)
+        square = 2 * m**3 // devices if shared else self.products.flops(m, m)
+        step = self.products.flops(m, n // devices) + 2 * m * m * n // devices
+        return Count(
+            flops=len(rows) * step + squares * square,
+            sums=len(rows) * (devices > 1),
+            gathers=len(rows) * shared,
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, ("plain", str(self.products))))
+
+
+def quadratic(
+    gram: jax.Array, b: float, c: float, dtype: DTypeLike, products: Products
+) -> jax.Array:
+    """Return b A + c A^2, the operands of A^2 in `dtype`; c = 0 needs no product."""
+    if c == 0:
+        return b * gram
+    operand = gram.astype(dtype)
+    return b * gram + c * products(operand, operand)

@@ -1,0 +1,123 @@
+r"""Products that are known to be symmetric, at about half the work.
+
+Most products of the iteration are symmetric before they are made: $X X^T$, $A^2$, and all products
+of polynomials of one symmetric matrix, which commute. XLA has no such product, so half of each is
+computed twice. Here it is made in panels of rows, each only up to the diagonal,
+
+$$C_{ij} = A_i B_j^T \;(j \le i), \qquad C_{ji} = C_{ij}^T,$$
+
+with t panels (t + 1) / 2t of the work, or by a kernel that skips tiles (`kernels/`). What is
+mirrored is symmetric to the last bit. A form of the iteration is given one of these objects, chosen
+in `forms.py`.
+"""
+
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from optax_muon.polar.precision import adjoint, outer_product
+
+
+class Products(Protocol):
+    """A way to make a b^H, given that the result is Hermitian."""
+
+    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Multiply a and b, both [..., m, k], to [..., m, m]; summed in float32 at least."""
+
+    def flops(self, m: int, k: int) -> int:
+        """Operations of one product, a multiply-add counted as two."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """As any other product: all of it computed."""
+
+    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Multiply a and b, both [..., m, k], to [..., m, m]."""
+        c = outer_product(a, b)
+        # The last bits of a a^H do no harm; those of a b^H are skew, and grow from step to step.
+        return c if a is b else 0.5 * (c + adjoint(c))
+
+    def flops(self, m: int, k: int) -> int:
+        """Operations of one product."""
+        return 2 * m * m * k
+
+    def __str__(self) -> str:
+        return ""
+
+
+WHOLE_PRODUCTS: Products = Whole()
+"""Nothing is known, or nothing is gained by it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """In panels of rows, each up to the diagonal and mirrored.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.arange(12.0).reshape(4, 3)
+    >>> bool((Panels(2)(x, x) == x @ x.T).all())
+    True
+    >>> Panels(2).flops(4, 3) / Whole().flops(4, 3)
+    0.75
+    """
+
+    count: int
+    """How many panels of a square product; twice as many where the sums are twice as long."""
+
+    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Multiply a and b, both [..., m, k], to [..., m, m]."""
+        m = a.shape[-2]
+        panels = [
+            (start, stop, outer_product(a[..., start:stop, :], b[..., :stop, :]))
+            for start, stop in self._bounds(m, a.shape[-1])
+        ]
+        rows = []
+        for index, (start, stop, panel) in enumerate(panels):
+            left, corner = panel[..., :start], panel[..., start:]
+            corner = 0.5 * (corner + adjoint(corner))
+            right = [adjoint(below[..., start:stop]) for _, _, below in panels[index + 1 :]]
+            rows.append(jnp.concatenate([left, corner, *right], axis=-1))
+        return jnp.concatenate(rows, axis=-2)
+
+    def flops(self, m: int, k: int) -> int:
+        """Operations of one product: (t + 1) / 2t of all for t panels."""
+        return sum(2 * (stop - start) * stop * k for start, stop in self._bounds(m, k))
+
+    def _bounds(self, m: int, k: int) -> Iterator[tuple[int, int]]:
+        count = min(m, self.count if k < 2 * m else 2 * self.count)
+        cuts = [m * i // count for i in range(count + 1)]
+        return itertools.pairwise(cuts)
+
+    def __str__(self) -> str:
+        return f"{self.count} panels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """By a kernel that computes the tiles on and under the diagonal and writes each twice."""
+
+    platform: str
+    """`tpu` or `gpu`."""
+
+    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Multiply a and b, both [..., m, k], to [..., m, m]."""
+        c: jax.Array = self._module.symmetric_product(a, b)
+        return c
+
+    def flops(self, m: int, k: int) -> int:
+        """Operations of one product: those of the tiles that the kernel computes."""
+        return int(self._module.flops(m, k))
+
+    @property
+    def _module(self) -> Any:
+        # Pallas takes a second to import, and most programs need none of it.
+        return importlib.import_module(f"optax_muon.polar.kernels.{self.platform}")
+
+    def __str__(self) -> str:
+        return "kernel"
