@@ -6,12 +6,13 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
@@ -31,6 +32,7 @@ from optax_muon.models.moonlight import (
     shardings,
     zero_bias,
 )
+from optax_muon.models.shapes import leaves_on
 from optax_muon.models.stops import UsageError
 
 CONFIG = MoonlightConfig(
@@ -241,7 +243,12 @@ def test_bfloat16_computes_nearly_the_same_from_float32_parameters():
 
 # ---- meshes --------------------------------------------------------------------------------------
 
-MESHES = [{"fsdp": 2, "expert": 4}, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}]
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+MESHES = [
+    pytest.param(EXPLICIT, {"fsdp": 2, "expert": 4}, id="explicit"),
+    pytest.param(AUTO, {"fsdp": 2, "expert": 4}, id="auto"),
+    pytest.param(EXPLICIT, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, id="four axes"),
+]
 
 
 def loss(config, params, tokens, bias):
@@ -254,9 +261,8 @@ def loss_and_grads(config, params, tokens, bias):
     return jax.value_and_grad(loss, argnums=1, has_aux=True)(config, params, tokens, bias)
 
 
-def on(config, mesh):
+def on(mesh, config, params, bias):
     """Parameters, tokens and biases on a mesh."""
-    params, bias = noisy(config)
     batch = tuple(axis for axis in ("data", "fsdp", "expert") if axis in mesh.axis_names)
     spread = NamedSharding(mesh, P(batch, None))
     tokens = jax.device_put(tokens_of(config, batch=8), spread)
@@ -276,12 +282,11 @@ def alone(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_a_mesh_gives_the_logits_and_gradients_of_one_device(sizes, kind):
+@pytest.mark.parametrize(("kind", "sizes"), MESHES)
+def test_a_mesh_gives_the_logits_and_gradients_of_one_device(kind, sizes):
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+    given = on(mesh, WIDE, *noisy(WIDE))
     with jax.set_mesh(mesh):
-        given = on(WIDE, mesh)
         (_, (scores, report)), grads = jax.block_until_ready(loss_and_grads(WIDE, *given))
     (_, (true_scores, true_report)), true_grads = alone(WIDE)
     scale = np.abs(true_scores).max()
@@ -290,9 +295,15 @@ def test_a_mesh_gives_the_logits_and_gradients_of_one_device(sizes, kind):
     np.testing.assert_allclose(report.max_logits, true_report.max_logits, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
-    if kind is AxisType.Explicit:
+    if kind is EXPLICIT:
         types = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, (given[0], grads))
         assert types[0] == types[1], "gradients lie as their parameters"
+
+
+def test_a_mesh_that_is_not_ambient_is_asked_for():
+    given = on(jax.make_mesh((8,), ("fsdp",)), WIDE, *noisy(WIDE))
+    with pytest.raises(UsageError, match=r"a mesh of \('fsdp',\); use jax.set_mesh\(mesh\)"):
+        forward(Moonlight(WIDE), *given)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -305,15 +316,16 @@ def initial_alone(config):
     return jax.tree.map(np.asarray, initial(config))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_initial_parameters_are_equal_on_every_mesh_and_lie_as_said(kind):
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_initial_parameters_are_the_same_on_every_mesh_and_lie_as_said(kind):
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(kind, kind))
+    config = dataclasses.replace(WIDE, dense_first=0)
     with jax.set_mesh(mesh):
-        there = jax.block_until_ready(initial(WIDE))
-    for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(initial_alone(WIDE)), strict=True):
-        np.testing.assert_array_equal(a, b)
+        there = jax.block_until_ready(initial(config))
+    for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(initial_alone(config)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # the same draws, scaled elsewhere
     for leaf, sharding in zip(
-        jax.tree.leaves(there), jax.tree.leaves(shardings(WIDE, mesh)), strict=True
+        jax.tree.leaves(there), jax.tree.leaves(shardings(config, mesh)), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
@@ -325,6 +337,31 @@ def test_every_matrix_of_the_published_model_is_cut_over_fsdp_and_experts():
     for shape, sharding in zip(shapes, specs, strict=True):
         local = math.prod(sharding.shard_shape(shape))
         assert local * 8 == math.prod(shape) or math.prod(shape) <= 27 * 2048
+
+
+@pytest.mark.slow
+def test_a_tpu_multiplies_ragged_groups_and_gathers_tokens_to_their_experts(monkeypatch):
+    pytest.importorskip("libtpu", reason="pip install optax-muon[tpu]")
+    # Without them libtpu asks the network what TPU this is, and refuses to be loaded twice.
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    axes = ("fsdp", "expert")
+    mesh = Mesh(
+        np.reshape(topology.devices, [2, 4]), axes, axis_types=(AxisType.Explicit,) * len(axes)
+    )
+    config = dataclasses.replace(WIDE, width=256, expert_mlp=128, context=128, dtype="bfloat16")
+    params = leaves_on(leaves(config), mesh)
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=NamedSharding(mesh, P(axes)))
+    with jax.set_mesh(mesh):
+        bias = jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=NamedSharding(mesh, P()))
+        text = loss_and_grads.lower(config, params, tokens, bias).compile().as_text()
+    assert "ragged" in text
+    # A group of four devices has 4 x 128 tokens of 256 features; they go and come in one piece.
+    assert re.search(r"bf16\[4,128,256\]\S* all-gather", text)
+    assert re.search(r"f32\[1,128,256\]\S* reduce-scatter", text)
 
 
 # ---- mixture -------------------------------------------------------------------------------------

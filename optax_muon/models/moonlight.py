@@ -306,7 +306,13 @@ def forward(
 
     Returns:
         Logits and report. On a mesh the logits lie over `BATCH` and `tensor`, the report in copies.
+
+    Raises:
+        UsageError: when the parameters lie on a mesh and there is no ambient one.
     """
+    given = jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh
+    if given.size > 1 and jax.sharding.get_abstract_mesh().empty:
+        raise UsageError(f"parameters lie on a mesh of {given.axis_names}; use jax.set_mesh(mesh)")
     if bias is None:
         bias = zero_bias(model.config)
 
