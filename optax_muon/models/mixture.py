@@ -170,7 +170,8 @@ def _mix(
     if capacity is None:
         slots = _sorted(mine, here)
     else:
-        slots = _padded(mine, here, math.ceil(capacity * mine.size / experts))
+        tokens = mine.size // gates.shape[-1]  # an expert can have no more
+        slots = _padded(mine, here, min(tokens, math.ceil(capacity * mine.size / experts)))
     y = _apply(x.reshape(-1, x.shape[-1]), gates, kernels, slots).reshape(x.shape)
     if there("tensor"):
         y = jax.lax.psum(y, "tensor")

@@ -135,6 +135,10 @@ class MoonlightConfig:
             ),
             (self.shared >= 1, f"shared is {self.shared}, it must be at least 1"),
             (
+                self.capacity is None or self.capacity > 0,
+                f"capacity is {self.capacity}, it must be positive or absent",
+            ),
+            (
                 self.groups == 1
                 or (self.experts % self.groups == 0 and self.experts >= 2 * self.groups),
                 f"experts {self.experts} must divide into groups of two or more, groups is "
