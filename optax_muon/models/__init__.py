@@ -1,1 +1,1 @@
-"""The experiment `optax-muon train`: a Llama on real text under AdamW and Muon (extra `train`)."""
+"""The models and the experiments with them (extra `train`): Llama, Moonlight, `optax-muon train`."""

@@ -217,13 +217,10 @@ def to_huggingface(
     rope: dict[str, Any] = {"rope_theta": config.theta}
     if base.get("rope_parameters"):
         rope = {"rope_parameters": {**base["rope_parameters"], **rope}}
-    interleave = (
-        {}
-        if base.get("rope_interleave", True) == config.interleaved
-        else {"rope_interleave": config.interleaved}
-    )
-    heads = {"num_key_value_heads": config.heads}
-    return {**base, **sizes, **heads, **rope, **interleave, _dtype_key(base): dtype}
+    derived = {"num_key_value_heads": config.heads, _dtype_key(base): dtype}
+    if base.get("rope_interleave", True) != config.interleaved:
+        derived["rope_interleave"] = config.interleaved
+    return {**base, **sizes, **rope, **derived}
 
 
 def _dtype_key(config: Mapping[str, Any]) -> str:
