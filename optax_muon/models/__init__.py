@@ -1,1 +1,1 @@
-"""The models and the experiments with them (extra `train`): Llama, Moonlight, `optax-muon train`."""
+"""The models and what one does with them (extra `train`): Llama, Moonlight, `optax-muon train`."""
