@@ -74,6 +74,7 @@ def test_halves_are_used_where_they_are_worth_it():
     take = functools.partial(choose, rows=KELLER.rows, platform="cpu")
     assert take(1024, 1024, dtype="float32").products == Panels(4)
     assert take(1024, 4096, dtype="float32").products == Panels(8)
+    assert take(512, 2048, dtype="float32").products == Whole()
     assert take(256, 256, dtype="float32").products == Whole()
     assert take(1024, 1024, dtype="bfloat16").products == Whole()
     for platform in ("tpu", "gpu"):

@@ -26,7 +26,7 @@ def commuting(m, batch=(), seed=0):
 
 @every_way
 @pytest.mark.parametrize(
-    "shape", [(64, 96), (130, 77), (3, 33, 40), (2, 2, 17, 64), (5, 3), (1, 4)]
+    "shape", [(64, 96), (130, 77), (3, 33, 40), (31, 40), (2, 2, 17, 64), (5, 3), (1, 4)]
 )
 def test_a_gram_matrix_is_numpys(way, shape):
     x = gaussian(*shape)
@@ -94,3 +94,5 @@ def test_panels_halve_the_work_as_they_become_many():
     assert shares == [1, 0.75, 0.625, 0.5625]
     # Long sums keep narrower panels busy.
     assert Panels(8).flops(1024, 4096) / Whole().flops(1024, 4096) == 0.53125
+    # Panels are of equal height: a prime number of rows is one.
+    assert Panels(8).flops(31, 31) == Whole().flops(31, 31)

@@ -70,8 +70,9 @@ def choose(
         devices: How many devices the columns lie on.
     """
     dtype = jnp.dtype(dtype)
-    plain = Plain(_products(m, dtype, platform, height=256))
-    gram = Gram(default_restarts(len(rows), dtype), _products(m, dtype, platform, height=128))
+    plain = Plain(_products(m, dtype, platform, height=256, least=3, most=4))
+    halves = _products(m, dtype, platform, height=128, least=8, most=8)
+    gram = Gram(default_restarts(len(rows), dtype), halves)
 
     def price(form: Form) -> float:
         count = form.count(m, n, rows, devices)
@@ -82,16 +83,19 @@ def choose(
     return gram if price(gram) < GAIN * price(plain) else plain
 
 
-def _products(m: int, dtype: jnp.dtype, platform: str, height: int) -> Products:
-    """Choose how symmetric products are made; `height`: rows of a panel, at least.
+def _products(
+    m: int, dtype: jnp.dtype, platform: str, *, height: int, least: int, most: int
+) -> Products:
+    """Choose how symmetric products are made: in panels of some height, if there are enough.
 
-    Measured on two cores in float32, plain, against whole products: 0.86 at 1024 x 1024 in panels
-    of 256 rows, 0.90 of 128; 0.95 at 512 x 512. The Gram form at 1024 x 4096 takes 0.88 in either.
-    bfloat16 multiplies so fast there that the mirroring costs more than it saves (1.1 to 1.3).
+    Measured on two cores in float32 against whole products: the plain form takes 0.86 in four
+    panels at 1024 x 1024, 0.88 in three at 768, and 1.0 in two at 512; the Gram form 0.88 in four
+    or eight at 1024 x 4096, 0.94 in four at 512 x 2048, where compiling it takes four times as
+    long. bfloat16 multiplies so fast there that mirroring costs more than it saves (1.1 to 1.3).
 
     Kernels are for whoever asks, `form=Plain(Kernel("tpu"))`: no accelerator has timed them yet,
     and in a program of several devices jax lets one stand inside `shard_map` only.
     """
-    if platform != "cpu" or jnp.finfo(dtype).bits < 32 or m < 2 * height:
-        return WHOLE_PRODUCTS
-    return Panels(min(8, m // height))
+    count = min(most, m // height)
+    halved = platform == "cpu" and jnp.finfo(dtype).bits >= 32 and count >= least
+    return Panels(count) if halved else WHOLE_PRODUCTS

@@ -13,13 +13,12 @@ in `forms.py`.
 
 import dataclasses
 import importlib
-import itertools
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from optax_muon.polar.kernels.tiles import Tiles
 from optax_muon.polar.precision import adjoint, outer_product
 
 
@@ -68,31 +67,36 @@ class Panels:
     """
 
     count: int
-    """How many panels of a square product; twice as many where the sums are twice as long."""
+    """How many panels of a square product, at most: they are of equal height. Twice as many where
+    the sums are twice as long."""
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]."""
-        m = a.shape[-2]
+        m, k = a.shape[-2:]
+        height = m // self._panels(m, k)
+        starts = range(0, m, height)
         panels = [
-            (start, stop, outer_product(a[..., start:stop, :], b[..., :stop, :]))
-            for start, stop in self._bounds(m, a.shape[-1])
+            outer_product(a[..., start : start + height, :], b[..., : start + height, :])
+            for start in starts
         ]
+        # All corners in one array: a kernel for each would take twice as long to compile.
+        corners = jnp.stack([panel[..., -height:] for panel in panels])
+        corners = jax.lax.optimization_barrier(0.5 * (corners + adjoint(corners)))
         rows = []
-        for index, (start, stop, panel) in enumerate(panels):
-            left, corner = panel[..., :start], panel[..., start:]
-            corner = 0.5 * (corner + adjoint(corner))
-            right = [adjoint(below[..., start:stop]) for _, _, below in panels[index + 1 :]]
-            rows.append(jnp.concatenate([left, corner, *right], axis=-1))
+        for index, start in enumerate(starts):
+            below = [panel[..., start : start + height] for panel in panels[index + 1 :]]
+            row = [panels[index][..., :start], corners[index], *map(adjoint, below)]
+            rows.append(jnp.concatenate(row, axis=-1))
         return jnp.concatenate(rows, axis=-2)
 
     def flops(self, m: int, k: int) -> int:
         """Operations of one product: (t + 1) / 2t of all for t panels."""
-        return sum(2 * (stop - start) * stop * k for start, stop in self._bounds(m, k))
+        t = self._panels(m, k)
+        return m * m * k * (t + 1) // t
 
-    def _bounds(self, m: int, k: int) -> Iterator[tuple[int, int]]:
-        count = min(m, self.count if k < 2 * m else 2 * self.count)
-        cuts = [m * i // count for i in range(count + 1)]
-        return itertools.pairwise(cuts)
+    def _panels(self, m: int, k: int) -> int:
+        most = self.count if k < 2 * m else 2 * self.count
+        return max(t for t in range(1, most + 1) if m % t == 0)
 
     def __str__(self) -> str:
         return f"{self.count} panels"
@@ -107,17 +111,15 @@ class Kernel:
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]."""
-        c: jax.Array = self._module.symmetric_product(a, b)
+        # Pallas takes a second to import, and most programs need none of it.
+        kernel = importlib.import_module(f"optax_muon.polar.kernels.{self.platform}")
+        c: jax.Array = kernel.symmetric_product(a, b)
         return c
 
     def flops(self, m: int, k: int) -> int:
         """Operations of one product: those of the tiles that the kernel computes."""
-        return int(self._module.flops(m, k))
-
-    @property
-    def _module(self) -> Any:
-        # Pallas takes a second to import, and most programs need none of it.
-        return importlib.import_module(f"optax_muon.polar.kernels.{self.platform}")
+        cut = Tiles.for_tpu if self.platform == "tpu" else Tiles.for_gpu
+        return cut(m, k, jnp.bfloat16).flops(m, k)
 
     def __str__(self) -> str:
         return "kernel"
