@@ -70,8 +70,8 @@ def choose(
         devices: How many devices the columns lie on.
     """
     dtype = jnp.dtype(dtype)
-    plain = Plain(_products(m, dtype, platform, height=256, least=3, most=4))
-    halves = _products(m, dtype, platform, height=128, least=8, most=8)
+    plain = Plain(_products(m, dtype, platform, least=3, most=4))
+    halves = _products(m, dtype, platform, least=2, most=8)
     gram = Gram(default_restarts(len(rows), dtype), halves)
 
     def price(form: Form) -> float:
@@ -83,19 +83,18 @@ def choose(
     return gram if price(gram) < GAIN * price(plain) else plain
 
 
-def _products(
-    m: int, dtype: jnp.dtype, platform: str, *, height: int, least: int, most: int
-) -> Products:
-    """Choose how symmetric products are made: in panels of some height, if there are enough.
+def _products(m: int, dtype: jnp.dtype, platform: str, *, least: int, most: int) -> Products:
+    """Choose how symmetric products are made: in panels of 256 rows, if there are enough.
 
     Measured on two cores in float32 against whole products: the plain form takes 0.86 in four
-    panels at 1024 x 1024, 0.88 in three at 768, and 1.0 in two at 512; the Gram form 0.88 in four
-    or eight at 1024 x 4096, 0.94 in four at 512 x 2048, where compiling it takes four times as
-    long. bfloat16 multiplies so fast there that mirroring costs more than it saves (1.1 to 1.3).
+    panels at 1024 x 1024, 0.88 in three at 768, and 1.0 in two at 512; the Gram form 0.8 in two at
+    512 x 1408 and in three at 768 x 2048, 0.75 in four at 1024 x 4096. Panels of 128 rows are 5 to
+    15 % slower again and take twice as long to compile. bfloat16 multiplies so fast there that
+    mirroring costs more than it saves (1.1 to 1.3).
 
     Kernels are for whoever asks, `form=Plain(Kernel("tpu"))`: no accelerator has timed them yet,
     and in a program of several devices jax lets one stand inside `shard_map` only.
     """
-    count = min(most, m // height)
+    count = min(most, m // 256)
     halved = platform == "cpu" and jnp.finfo(dtype).bits >= 32 and count >= least
     return Panels(count) if halved else WHOLE_PRODUCTS

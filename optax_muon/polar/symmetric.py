@@ -28,6 +28,9 @@ class Products(Protocol):
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]; summed in float32 at least."""
 
+    def symmetrize(self, c: jax.Array) -> jax.Array:
+        """Take away what rounding may have left of a skew part in a sum of such products."""
+
     def flops(self, m: int, k: int) -> int:
         """Operations of one product, a multiply-add counted as two."""
 
@@ -38,9 +41,11 @@ class Whole:
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]."""
-        c = outer_product(a, b)
-        # The last bits of a a^H do no harm; those of a b^H are skew, and grow from step to step.
-        return c if a is b else 0.5 * (c + adjoint(c))
+        return outer_product(a, b)
+
+    def symmetrize(self, c: jax.Array) -> jax.Array:
+        """Return the mean of c and c^H."""
+        return 0.5 * (c + adjoint(c))
 
     def flops(self, m: int, k: int) -> int:
         """Operations of one product."""
@@ -89,6 +94,10 @@ class Panels:
             rows.append(jnp.concatenate(row, axis=-1))
         return jnp.concatenate(rows, axis=-2)
 
+    def symmetrize(self, c: jax.Array) -> jax.Array:
+        """Return c, which is what it should be."""
+        return c
+
     def flops(self, m: int, k: int) -> int:
         """Operations of one product: (t + 1) / 2t of all for t panels."""
         t = self._panels(m, k)
@@ -114,6 +123,10 @@ class Kernel:
         # Pallas takes a second to import, and most programs need none of it.
         kernel = importlib.import_module(f"optax_muon.polar.kernels.{self.platform}")
         c: jax.Array = kernel.symmetric_product(a, b)
+        return c
+
+    def symmetrize(self, c: jax.Array) -> jax.Array:
+        """Return c, which is what it should be."""
         return c
 
     def flops(self, m: int, k: int) -> int:

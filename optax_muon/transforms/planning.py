@@ -69,7 +69,7 @@ def plan(
     >>> views = {"kernel": View(rows=1, cols=2)}
     >>> [dealt] = plan(params, views=views, shardings=P(None, "fsdp"), mesh=mesh).buckets
     >>> [(lot.layout, lot.count, lot.form) for lot in dealt.lots]
-    [('home', 8, 'Gram 2'), ('split', 1, 'plain')]
+    [('home', 8, 'Gram 2, 2 panels'), ('split', 1, 'plain')]
     """
     if platform not in (None, "tpu", "gpu", "cpu"):
         raise ValueError(f"platform {platform!r} is unknown; use 'tpu', 'gpu', 'cpu' or None.")
