@@ -29,7 +29,10 @@ def match_rms(rms: float = 0.2) -> ScaleRule:
     over. The same for a matrix and its transpose.
 
     Args:
-      rms: RMS of the update per unit of learning rate; AdamW's own lies between 0.2 and 0.4.
+      rms: RMS of the update per unit of learning rate, where all singular values are sent to 1;
+        AdamW's own lies between 0.2 and 0.4. `KELLER` leaves a band around 1, and of Gaussian
+        matrices 0.17 to 0.21 up to sides of 1 to 4, and 0.146 at 64 x 2048; `POLAR_EXPRESS` 0.20
+        to 0.21.
 
     >>> match_rms(0.2)(512, 2048) == 0.2 * 2048**0.5
     True
