@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from optax_muon.matrices.views import Split, View
-from optax_muon.sharding.planner import plan
 
 SHAPES = {
     "down": (24, 8),
