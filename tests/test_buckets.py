@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_muon.matrices.views import Split, View
+from optax_muon import Split, View, plan
 
 SHAPES = {
     "down": (24, 8),
