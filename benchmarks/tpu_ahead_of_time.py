@@ -14,7 +14,6 @@ delete a line of results/tpu_ahead_of_time.csv to measure it again.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import importlib.metadata
@@ -32,6 +31,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _jax
+import _table
 import jax
 import numpy as np
 import optax
@@ -39,7 +40,6 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 import optax_muon
-from optax_muon.matrices import paths, rules
 from optax_muon.models import shapes
 
 HERE = Path(__file__).parent
@@ -149,14 +149,14 @@ def main(arguments: Sequence[str]) -> None:
 
 def fill_table() -> None:
     """Compile the rows that are not in the table yet."""
-    rows = read_table()
+    rows = _table.read(TABLE, Row)
     known = {(row.tree, row.machine, row.optimizer) for row in rows}
     for optimizer, machine, tree in itertools.product(OPTIMIZERS, MACHINES, TREES):
         if (tree, machine, optimizer) not in known:
             row = in_process(tree, machine, optimizer)
             print(f"{optimizer}, {tree}, {machine}: {row.outcome}", flush=True)
             rows.append(row)
-            write_table(rows)
+            _table.write(TABLE, Row, rows)
     PAGE.write_text(page(rows))
 
 
@@ -191,7 +191,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     params = jax.tree.map(lambda leaf: leaf.on(mesh), TREES[tree].make())
     # Types do not say which mesh axis crosses slices; these abstract arrays do.
     plan = optax_muon.plan(params)
-    tx = optax_muon.muon(3e-4, plan=plan) if ours else contrib_muon(params)
+    tx = optax_muon.muon(3e-4, plan=plan) if ours else _jax.contrib_muon(params)
     start = time.process_time()
     program = compile_update(tx, params, mesh)
     seconds = time.process_time() - start
@@ -237,25 +237,6 @@ def describe(tree: Tree, machine: Machine) -> str:
     return " x ".join(f"{axis} {extent}" for axis, extent in (*slices, *axes))
 
 
-def contrib_muon(params: Any) -> optax.GradientTransformation:
-    """The same update from optax, told which axes are stacks and which leaves are AdamW's."""
-    views = rules.assign(params)
-
-    def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        view = views[paths.path_name(path)]
-        if view is None:
-            return None
-        geometry = view.on(leaf.shape)
-        return optax.contrib.MuonDimensionNumbers(geometry.row_axes, geometry.col_axes)
-
-    return optax.contrib.muon(
-        3e-4,
-        weight_decay=0.1,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=jax.tree.map_with_path(dimensions, params),
-    )
-
-
 def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
     """Compile `tx` and `apply_updates`, parameters and state donated and sharded alike."""
     lies = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -279,27 +260,6 @@ def payload(text: str) -> str:
     """Dtypes of what all-to-alls and all-gathers bring."""
     found = re.findall(r"= \(?(\w+)\[[^=]*? (?:all-to-all|all-gather)(?:-start)?\(", text)
     return " ".join(sorted(set(found)))
-
-
-def read_table() -> list[Row]:
-    """The rows measured so far."""
-    if not TABLE.exists():
-        return []
-    kinds = {"str": str, "int": int, "float": float}
-    of = {field.name: kinds[str(field.type)] for field in dataclasses.fields(Row)}
-    with TABLE.open() as file:
-        return [
-            Row(**{name: of[name](value) for name, value in row.items()})
-            for row in csv.DictReader(file)
-        ]
-
-
-def write_table(rows: Sequence[Row]) -> None:
-    """Save all rows."""
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
 
 
 HEADS = (

@@ -73,13 +73,13 @@ def axes(tree: Tree) -> tuple[str, ...]:
 def llama3_8b(*, scanned: bool) -> Tree:
     """Llama 3 8B, for a mesh of `fsdp` and `tp`."""
     width, vocabulary = 4096, 128256
-    tree = _llama(width, hidden=14336, keys=1024, vocabulary=vocabulary, layers=32, scanned=scanned)
+    tree = llama(width, hidden=14336, keys=1024, vocabulary=vocabulary, layers=32, scanned=scanned)
     return {**tree, "lm_head": Leaf((width, vocabulary), P("fsdp", "tp"))}
 
 
 def llama3_1b(*, scanned: bool) -> Tree:
     """Llama 3.2 1B, for a mesh of `fsdp` and `tp`; its embedding is its head."""
-    return _llama(2048, hidden=8192, keys=512, vocabulary=128256, layers=16, scanned=scanned)
+    return llama(2048, hidden=8192, keys=512, vocabulary=128256, layers=16, scanned=scanned)
 
 
 def moonlight_16b() -> Tree:
@@ -120,9 +120,19 @@ MODELS: dict[str, Callable[[], Tree]] = {
 """The trees by the names that the command line knows them by."""
 
 
-def _llama(
+def llama(
     width: int, *, hidden: int, keys: int, vocabulary: int, layers: int, scanned: bool
 ) -> Tree:
+    """A Llama whose embedding is its head, for a mesh of `fsdp` and `tp`.
+
+    Args:
+        width: features of the residual stream.
+        hidden: features inside the MLP.
+        keys: features of all keys of a token, and of all values.
+        vocabulary: rows of the embedding.
+        layers: how many.
+        scanned: whether layers are stacked, or a subtree each.
+    """
     into, out = P("fsdp", "tp"), P("tp", "fsdp")
     layer = {
         "attention_norm": Leaf((width,), P()),

@@ -1,0 +1,39 @@
+"""Rows of a table: dataclasses of text and numbers in Python, CSV on disk, Markdown for people."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+_KINDS = {"str": str, "int": int, "float": float}
+
+
+def read(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a CSV file, none without a file; fields of `kind` are text or numbers."""
+    if not path.exists():
+        return []
+    of = {field.name: _KINDS[str(field.type)] for field in dataclasses.fields(kind)}
+    with path.open() as file:
+        return [
+            kind(**{name: of[name](value) for name, value in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    """Save all rows."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(kind)])
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, rows))
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A table's lines, numbers on the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]

@@ -1,0 +1,167 @@
+"""Time the compilation of an update, and measure the program, as a model gets deeper.
+
+The matrices of a Llama of width 64, 7 to a layer, a leaf each or scanned into 7 leaves; so small
+that nothing but their number counts. Seconds of lowering and compiling together, caches cleared
+before; the program's size is that of its HLO text.
+
+    python benchmarks/compile_time.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import _bench
+import _jax
+import _table
+import _trees
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import optax
+import tyro
+
+import optax_muon
+
+OURS, OPTAX = "ours", "optax"
+LAYERS = (4, 16, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A depth, as a leaf per matrix or scanned."""
+
+    layers: int
+    scanned: bool
+
+    def __str__(self) -> str:
+        return f"{7 * self.layers} {'scanned' if self.scanned else 'unrolled'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One contestant on one tree."""
+
+    case: str
+    contestant: str
+    lower_ms: float
+    median_ms: float
+    upper_ms: float
+    turns: int
+    hlo_bytes: int
+    over_optax: float
+    over_shallowest: float
+    """The median over this contestant's at the least depth."""
+
+
+def main(options: _bench.Options) -> None:
+    """Measure, and write the tables."""
+    layers = (1, 2) if options.quick else LAYERS
+    cases = [Case(depth, scanned) for scanned in (False, True) for depth in layers]
+    picked = [case for case in cases if options.picks(str(case))]
+    jax.jit(jnp.sin).lower(0.0).compile()  # the compiler itself starts once
+    rows = [
+        row
+        for case in _bench.each(picked, "compile_time")
+        for row in measure(case, min(3, options.repeats))
+    ]
+    table = options.folder / "compile_time.csv"
+    rows = growth(_bench.merged(table, Row, rows, [str(case) for case in cases]))
+    _bench.publish(options, "compile_time", Row, rows, page(rows), picture(rows))
+
+
+def measure(case: Case, turns: int) -> list[Row]:
+    """Compile the update of a tree, in turn with ours and with optax."""
+    params = _trees.abstract(_trees.matrices_of_llama(case.layers, scanned=case.scanned))
+    contestants = {
+        OURS: optax_muon.muon(**_jax.MUON),
+        OPTAX: _jax.contrib_muon(params),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    sizes: dict[str, int] = {}
+    for _ in range(turns):
+        for name, tx in contestants.items():
+            seconds, sizes[name] = compiled(tx, params)
+            taken[name].append(seconds)
+    times = {name: _bench.Times(tuple(seconds)) for name, seconds in taken.items()}
+    return [
+        Row(
+            str(case),
+            name,
+            **each.milliseconds(),
+            turns=turns,
+            hlo_bytes=sizes[name],
+            over_optax=round(each.over(times[OPTAX]), 3),
+            over_shallowest=0.0,
+        )
+        for name, each in times.items()
+    ]
+
+
+def compiled(tx: optax.GradientTransformation, params: Any) -> tuple[float, int]:
+    """Seconds of compiling an update from nothing, and bytes of its text."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    program = _jax.compile_update(tx, params)
+    return time.perf_counter() - start, len(program.as_text())
+
+
+def growth(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their growth over the least depth of the same kind."""
+    first: dict[tuple[str, str], float] = {}
+    for row in rows:
+        first.setdefault((row.contestant, row.case.split()[1]), row.median_ms)
+    return [
+        dataclasses.replace(
+            row,
+            over_shallowest=round(row.median_ms / first[row.contestant, row.case.split()[1]], 3),
+        )
+        for row in rows
+    ]
+
+
+def page(rows: Sequence[Row]) -> list[str]:
+    """The table for people."""
+    heads = ("matrices", "contestant", "seconds", "/ optax", "/ shallowest", "HLO, kB")
+    cells = (
+        (
+            row.case,
+            row.contestant,
+            f"{row.median_ms / 1e3:.2f} [{row.lower_ms / 1e3:.2f}, {row.upper_ms / 1e3:.2f}]",
+            f"{row.over_optax:.2f}",
+            f"{row.over_shallowest:.2f}",
+            f"{row.hlo_bytes / 1e3:.0f}",
+        )
+        for row in rows
+    )
+    return ["# Compiling an update", "", _bench.about(__doc__), "", *_table.markdown(heads, cells)]
+
+
+def picture(rows: Sequence[Row]) -> matplotlib.figure.Figure:
+    """Seconds by the number of matrices."""
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(
+        title="Compiling an update", xlabel="matrices", ylabel="seconds", xscale="log", yscale="log"
+    )
+    for kind, line in (("unrolled", "-"), ("scanned", "--")):
+        for name, color in ((OURS, "#d95f0e"), (OPTAX, "#2b8cbe")):
+            mine = [row for row in rows if row.contestant == name and row.case.endswith(kind)]
+            points = [(int(row.case.split()[0]), row.median_ms / 1e3) for row in mine]
+            if points:
+                style = {"linestyle": line, "color": color, "marker": "o"}
+                axes.plot(*zip(*points, strict=True), **style, label=f"{name}, {kind}")
+    depths = sorted({int(row.case.split()[0]) for row in rows})
+    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(_bench.Options))

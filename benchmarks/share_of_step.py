@@ -1,0 +1,173 @@
+"""Time the optimizer's share of a training step: AdamW, ours and optax.contrib.muon.
+
+Models are presets of `optax-muon train` at several batch sizes; tokens are random. A step is loss,
+gradient, update and its application, one program, parameters and state donated. The optimizer's
+share is what a step takes longer than the gradient alone.
+
+    python benchmarks/share_of_step.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import _bench
+import _jax
+import _table
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import optax_muon
+from optax_muon.models.llama import Llama
+from optax_muon.models.presets import PRESETS
+from optax_muon.models.train import State, next_token_loss, update
+
+GRADIENT, ADAMW, OURS, OPTAX = "gradient", "adamw", "ours", "optax"
+BATCHES = {"small": (4, 16, 64), "medium": (1, 4, 16), "base": (1, 4)}
+TOY = {"tiny": (1,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A preset's model, and sequences in a step."""
+
+    preset: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.preset}, {self.batch * PRESETS[self.preset].model.context} tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A step with one optimizer, or the gradient alone."""
+
+    case: str
+    contestant: str
+    lower_ms: float
+    median_ms: float
+    upper_ms: float
+    turns: int
+    share: float
+    """Part of the step that is the optimizer's."""
+    over_adamw: float
+    """The step's time over that with AdamW."""
+
+
+def main(options: _bench.Options) -> None:
+    """Measure, and write the tables."""
+    batches = TOY if options.quick else BATCHES
+    cases = [Case(preset, batch) for preset in batches for batch in batches[preset]]
+    picked = [case for case in cases if options.picks(str(case))]
+    rows = [
+        row
+        for case in _bench.each(picked, "share_of_step")
+        for row in measure(case, options.repeats)
+    ]
+    table = options.folder / "share_of_step.csv"
+    rows = _bench.merged(table, Row, rows, [str(case) for case in cases])
+    _bench.publish(options, "share_of_step", Row, rows, page(rows), picture(rows))
+
+
+def measure(case: Case, repeats: int) -> list[Row]:
+    """Time the steps of a case in turn."""
+    times = _bench.in_turn(contestants(case), repeats)
+    return [
+        Row(
+            str(case),
+            name,
+            **each.milliseconds(),
+            turns=len(each.seconds),
+            share=round(1 - times[GRADIENT].over(each), 4),
+            over_adamw=round(each.over(times[ADAMW]), 4),
+        )
+        for name, each in times.items()
+    ]
+
+
+def contestants(case: Case) -> dict[str, _bench.Contestant]:
+    """The gradient alone, and the steps of all optimizers."""
+    sizes = PRESETS[case.preset].model
+    model = Llama(sizes)
+    shape = (case.batch, sizes.context + 1)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(sizes.vocab, size=shape, dtype=np.int32))
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1])["params"]
+    gradient = jax.value_and_grad(functools.partial(next_token_loss, model))
+    transformations = {
+        ADAMW: optax.adamw(_jax.MUON["learning_rate"], b2=0.95),
+        OURS: optax_muon.muon(**_jax.MUON),
+        OPTAX: _jax.contrib_muon(params),
+    }
+    alone = jax.jit(gradient).lower(params, tokens).compile()
+    return {
+        GRADIENT: functools.partial(alone, params, tokens),
+        **{name: Step(gradient, tx, params, tokens) for name, tx in transformations.items()},
+    }
+
+
+class Step:
+    """Training: every call takes a step from where the last one ended, on the same tokens."""
+
+    def __init__(
+        self, gradient: Any, tx: optax.GradientTransformation, params: Any, tokens: jax.Array
+    ):
+        def step(state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
+            loss, grads = gradient(state.params, tokens)
+            return update(tx, state, grads), loss
+
+        own = jax.tree.map(lambda leaf: leaf.copy(), params)
+        self._state, self._tokens = State(own, jax.jit(tx.init)(own)), tokens
+        self._step = jax.jit(step, donate_argnums=0).lower(self._state, tokens).compile()
+
+    def __call__(self) -> Any:
+        """Take one step."""
+        self._state, loss = self._step(self._state, self._tokens)
+        return self._state, loss
+
+
+def page(rows: Sequence[Row]) -> list[str]:
+    """The table for people."""
+    found = {(row.case, row.contestant): row for row in rows}
+    optimizers = (ADAMW, OURS, OPTAX)
+    heads = (
+        "model and batch",
+        *(f"{name}, ms" for name in (GRADIENT, *optimizers)),
+        *(f"share of {name}" for name in optimizers),
+        *(f"{name} / {ADAMW}" for name in (OURS, OPTAX)),
+    )
+    cells = (
+        (
+            case,
+            *(_spread(found[case, name]) for name in (GRADIENT, *optimizers)),
+            *(f"{found[case, name].share:.1%}" for name in optimizers),
+            *(f"{found[case, name].over_adamw:.2f}" for name in (OURS, OPTAX)),
+        )
+        for case in dict.fromkeys(row.case for row in rows)
+    )
+    title = "# The optimizer's share of a training step"
+    return [title, "", _bench.about(__doc__), "", *_table.markdown(heads, cells)]
+
+
+def _spread(row: Row) -> str:
+    return f"{row.median_ms:.4g} [{row.lower_ms:.4g}, {row.upper_ms:.4g}]"
+
+
+def picture(rows: Sequence[Row]) -> Any:
+    """The steps over AdamW's."""
+    cases = list(dict.fromkeys(row.case for row in rows))
+    series = {
+        name: {row.case: row.over_adamw for row in rows if row.contestant == name}
+        for name in (GRADIENT, OURS, OPTAX)
+    }
+    title = "A training step: time over that with AdamW"
+    return _bench.ratios(cases, series, title, "ratio, log scale")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(_bench.Options))

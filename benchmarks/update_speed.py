@@ -1,0 +1,159 @@
+"""Time a whole update of five parameter trees: ours, optax.contrib.muon, torch.optim.Muon, AdamW.
+
+An update is the optimizer's and its application to the parameters; parameters, gradients and
+state are float32. The jax contestants are one program each, parameters and state donated.
+optax.contrib.muon is told which axes are matrices, so that it orthogonalizes those that ours does
+and gives the same leaves to Adam. torch.optim.Muon takes matrices only: each is a parameter of its
+own, stacks taken apart, convolutions flattened; torch.optim.AdamW(foreach=True) has the other
+leaves. torch's Newton-Schulz runs in bfloat16 as it comes, in float32 with its cast replaced by a
+copy, and in bfloat16 through torch.compile. Ours is timed in float32 and with bfloat16 operands.
+optax.adamw on all leaves is there for scale.
+
+    python benchmarks/update_speed.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import _bench
+import _jax
+import _table
+import _torch
+import _trees
+import jax.numpy as jnp
+import optax
+import tyro
+
+import optax_muon
+
+OURS, OURS_SHORT = "ours float32", "ours bfloat16"
+OPTAX, ADAMW = "optax float32", "optax.adamw"
+TORCH, TORCH_SHORT = "torch float32", "torch bfloat16"
+TORCH_COMPILED = "torch compiled"
+CONTESTANTS = (OURS, OURS_SHORT, OPTAX, TORCH, TORCH_SHORT, TORCH_COMPILED, ADAMW)
+COMPARISONS = ((OURS, OPTAX), (OURS, TORCH), (OURS_SHORT, OPTAX), (OURS_SHORT, TORCH_SHORT))
+"""Ours and the peer, for the geometric means."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One contestant on one tree."""
+
+    case: str
+    contestant: str
+    lower_ms: float
+    median_ms: float
+    upper_ms: float
+    turns: int
+    ours_over: float
+    """Ours in float32 over this contestant."""
+    ours_bfloat16_over: float
+    """Ours with bfloat16 operands over this contestant."""
+
+
+def main(options: _bench.Options) -> None:
+    """Measure, and write the tables."""
+    trees = _trees.TOYS if options.quick else _trees.TREES
+    rows = [
+        row
+        for case in _bench.each([case for case in trees if options.picks(case)], "update_speed")
+        for row in measure(case, trees[case](), options)
+    ]
+    rows = _bench.merged(options.folder / "update_speed.csv", Row, rows, list(trees))
+    _bench.publish(options, "update_speed", Row, rows, page(rows), picture(rows))
+
+
+def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Row]:
+    """Time all contestants on a tree."""
+    params, grads = _trees.normal(tree, 0), _trees.normal(tree, 1)
+    made = contestants(params, grads, options.quick)
+    times = _bench.in_turn(made, options.repeats, longest=60)
+    return [
+        Row(
+            case,
+            name,
+            **each.milliseconds(),
+            turns=len(each.seconds),
+            ours_over=round(times[OURS].over(each), 3),
+            ours_bfloat16_over=round(times[OURS_SHORT].over(each), 3),
+        )
+        for name, each in times.items()
+    ]
+
+
+def contestants(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Contestant]:
+    """All optimizers at work on a tree; `quick` leaves torch.compile out."""
+    short = functools.partial(optax_muon.newton_schulz, dtype=jnp.bfloat16)
+    transformations = {
+        OURS: optax_muon.muon(**_jax.MUON),
+        OURS_SHORT: optax_muon.muon(**_jax.MUON, orthogonalizer=short),
+        OPTAX: _jax.contrib_muon(params),
+        ADAMW: optax.adamw(_jax.MUON["learning_rate"], b2=0.95),
+    }
+    settings = {TORCH: _torch.float32, TORCH_SHORT: contextlib.nullcontext}
+    if _torch.can_compile() and not quick:
+        settings[TORCH_COMPILED] = _torch.compiled
+    made = {name: _jax.Update(tx, params, grads) for name, tx in transformations.items()}
+    made |= {name: _torch.Update(params, grads, setting) for name, setting in settings.items()}
+    return {name: made[name] for name in CONTESTANTS if name in made}
+
+
+def page(rows: Sequence[Row]) -> list[str]:
+    """The table for people."""
+    found = {(row.case, row.contestant): row for row in rows}
+    cases = list(dict.fromkeys(row.case for row in rows))
+    there = [name for name in CONTESTANTS if any((case, name) in found for case in cases)]
+    spreads = [(case, *(_spread(found.get((case, name))) for name in there)) for case in cases]
+    return [
+        "# A whole update",
+        "",
+        _bench.about(__doc__),
+        "",
+        "Milliseconds, median [quartiles]:",
+        "",
+        *_table.markdown(("tree", *there), spreads),
+        "",
+        "Ratios, medians over single turns:",
+        "",
+        *_table.markdown(
+            ("tree", *(f"{ours} / {peer}" for ours, peer in COMPARISONS)), compared(rows)
+        ),
+    ]
+
+
+def compared(rows: Sequence[Row]) -> list[Sequence[str]]:
+    """A line per tree, and one of geometric means."""
+    series = {(ours, peer): ratio(rows, ours, peer) for ours, peer in COMPARISONS}
+    cases = list(dict.fromkeys(row.case for row in rows))
+    lines = [(case, *(f"{values[case]:.2f}" for values in series.values())) for case in cases]
+    means = (f"**{_bench.geometric_mean(values.values()):.3f}**" for values in series.values())
+    return [*lines, ("geometric mean", *means)]
+
+
+def ratio(rows: Sequence[Row], ours: str, peer: str) -> dict[str, float]:
+    """Ours over a peer, by tree."""
+    return {
+        row.case: row.ours_over if ours == OURS else row.ours_bfloat16_over
+        for row in rows
+        if row.contestant == peer
+    }
+
+
+def _spread(row: Row | None) -> str:
+    return f"{row.median_ms:.4g} [{row.lower_ms:.4g}, {row.upper_ms:.4g}]" if row else ""
+
+
+def picture(rows: Sequence[Row]) -> Any:
+    """The ratios, tree by tree."""
+    series = {f"{ours} / {peer}": ratio(rows, ours, peer) for ours, peer in COMPARISONS}
+    cases = list(dict.fromkeys(row.case for row in rows))
+    return _bench.ratios(cases, series, "A whole update: time over theirs", "ratio, log scale")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(_bench.Options))
