@@ -100,6 +100,7 @@ def test_ratios_are_those_of_single_turns(bench):
 
 
 def test_all_contestants_take_the_same_first_step_on_matrices():
+    pytest.importorskip("torch")
     ours, torch, trees = map(importlib.import_module, ("_jax", "_torch", "_trees"))
     params, grads = (trees.normal(trees.TOYS["toy"](), seed) for seed in (0, 1))
     views = rules.assign(params)
