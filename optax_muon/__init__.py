@@ -40,6 +40,7 @@ from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.planning import plan
+from optax_muon.transforms.qk_clip import MHA, MLA, Heads, qk_clip
 from optax_muon.transforms.scale import (
     baseline,
     keller,
@@ -55,10 +56,13 @@ __all__ = [
     "CUBIC",
     "DEEPSEEK_V4",
     "KELLER",
+    "MHA",
+    "MLA",
     "POLAR_EXPRESS",
     "POLAR_EXPRESS_8",
     "YOU",
     "Coefficients",
+    "Heads",
     "Rule",
     "Split",
     "View",
@@ -79,6 +83,7 @@ __all__ = [
     "plan",
     "polar_express",
     "polar_svd",
+    "qk_clip",
     "scale_by_momentum",
     "scale_by_muon",
     "scale_by_shape",

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import optax_muon
 from optax_muon.models.layers import Linear, RMSNorm, Rotations, SwiGLU, rotate, rotations
 from optax_muon.models.stops import UsageError
 
@@ -107,6 +108,20 @@ class Llama(nn.Module):
 def logits(model: Llama, params: optax.Params, tokens: jax.Array) -> jax.Array:
     """Logits `[b, t, vocab]` of `model` with `params`."""
     return cast(jax.Array, model.apply({"params": params}, tokens))
+
+
+def attentions(config: LlamaConfig) -> optax_muon.MHA:
+    """Where the heads lie, for `optax_muon.qk_clip`: it takes largest logits `[depth, heads]`.
+
+    >>> attentions(LlamaConfig(width=16, depth=2, heads=2, kv_heads=1, mlp=32, context=8)).q.path
+    'layers/attn/q_proj/kernel'
+    """
+
+    def heads(name: str, count: int) -> optax_muon.Heads:
+        split = optax_muon.Split.equal(-1, count * config.head_dim, parts=count)
+        return optax_muon.Heads(f"layers/attn/{name}/kernel", split, layers=0)
+
+    return optax_muon.MHA(q=heads("q_proj", config.heads), k=heads("k_proj", config.kv_heads))
 
 
 class Block(nn.Module):

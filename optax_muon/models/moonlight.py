@@ -494,6 +494,30 @@ def per_head_views(config: MoonlightConfig) -> dict[str, optax_muon.View]:
     }
 
 
+def attentions(config: MoonlightConfig) -> tuple[optax_muon.MLA, ...]:
+    """Where the heads lie, for `qk_clip`: it takes `Report.max_logits` as it is.
+
+    >>> tx = optax_muon.qk_clip(attentions(CONFIGS["moonlight-tiny"]))
+    >>> [clipped.q_rope.path for clipped in attentions(CONFIGS["moonlight-tiny"])]
+    ['dense_layers/attn/q_proj/kernel', 'moe_layers/attn/q_proj/kernel']
+    """
+    heads = config.heads
+    q = optax_muon.Split(-1, (config.nope_dim, config.rope_dim), (heads, heads), groups=heads)
+    kv = optax_muon.Split(-1, (config.nope_dim, config.v_dim), (heads, heads), groups=heads)
+    to_heads = "q_proj" if config.q_rank is None else "q_b_proj"
+
+    def stack(name: str) -> optax_muon.MLA:
+        queries, keys = f"{name}/attn/{to_heads}/kernel", f"{name}/attn/kv_b_proj/kernel"
+        return optax_muon.MLA(
+            q_nope=optax_muon.Heads(queries, q, layers=0),
+            q_rope=optax_muon.Heads(queries, q, part=1, layers=0),
+            k_nope=optax_muon.Heads(keys, kv, layers=0),
+        )
+
+    depths = {"dense_layers": config.dense_first, "moe_layers": config.moe_depth}
+    return tuple(stack(name) for name, depth in depths.items() if depth)
+
+
 # ---- where parameters lie ------------------------------------------------------------------------
 
 _WHOLE = ("fsdp", "expert")
