@@ -1,8 +1,21 @@
 """Truth for the polar tests: matrices of known spectrum, and a naive float64 loop over them."""
 
 import numpy as np
+import pytest
 
-from optax_muon.polar import Coefficients
+from optax_muon.polar import (
+    CUBIC,
+    DEEPSEEK_V4,
+    KELLER,
+    POLAR_EXPRESS,
+    POLAR_EXPRESS_8,
+    YOU,
+    YOU_6,
+    Coefficients,
+)
+
+TABLES = [KELLER, YOU, YOU_6, POLAR_EXPRESS, POLAR_EXPRESS_8, DEEPSEEK_V4, CUBIC]
+every_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 
 
 def orthonormal(rows, columns, seed):
@@ -37,6 +50,8 @@ SPECTRA = {
     "rank eight and noise": with_spectrum(low_rank_with_noise(96), 96, 288),
     "32 to 1": with_spectrum(gaussian_spectrum(32, 1024), 32, 1024),
 }
+
+every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
 
 
 def true_update(u, sigma, vt, table: Coefficients, steps=None):

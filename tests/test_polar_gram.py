@@ -6,25 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from polar_reference import SPECTRA, relative_error, true_update
+from polar_reference import SPECTRA, every_spectrum, every_table, relative_error, true_update
 
 from optax_muon.polar import (
-    CUBIC,
-    DEEPSEEK_V4,
     KELLER,
     POLAR_EXPRESS,
-    POLAR_EXPRESS_8,
-    YOU,
-    YOU_6,
     Plain,
     default_restarts,
     gram_newton_schulz,
     newton_schulz,
 )
-
-TABLES = [KELLER, YOU, YOU_6, POLAR_EXPRESS, POLAR_EXPRESS_8, DEEPSEEK_V4, CUBIC]
-every_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
 
 HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 

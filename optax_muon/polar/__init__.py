@@ -23,7 +23,6 @@ from optax_muon.polar.gram import SPANS, Gram, default_restarts
 from optax_muon.polar.measures import orthogonality_error, stable_rank, svd_entropy, update_rms
 from optax_muon.polar.newton_schulz import gram_newton_schulz, newton_schulz
 from optax_muon.polar.plain import Plain
-from optax_muon.polar.precision import compute_dtype
 from optax_muon.polar.symmetric import Kernel, Panels, Whole
 
 __all__ = [
@@ -44,7 +43,6 @@ __all__ = [
     "Row",
     "Whole",
     "choose",
-    "compute_dtype",
     "default_restarts",
     "gram_newton_schulz",
     "newton_schulz",

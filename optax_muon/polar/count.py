@@ -12,4 +12,4 @@ class Count:
     sums: int = 0
     """Gram matrices [m, m] summed over the devices in float32."""
     gathers: int = 0
-    """Matrices [m, m] whose rows the devices made in turns, gathered in the compute dtype."""
+    """Matrices [m, m] that the devices make by rows each, gathered in the compute dtype."""

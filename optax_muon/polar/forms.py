@@ -1,4 +1,4 @@
-"""The choice of a form: the same polynomial, evaluated for the fewest operations.
+"""The choice of a form: the same polynomial, evaluated otherwise where that saves enough.
 
 Counted in Python before anything is traced, from the shape, the table, the compute dtype and the
 target platform. A plan asks the same function that `newton_schulz` asks, so what it prints is what

@@ -11,7 +11,7 @@ restart: apply Q to X and form R anew. `SPANS` says how many steps one Gram matr
 With k = n / m, five steps cost (20 k + 10) m^3 as Newton-Schulz, (8 k + 28) m^3 with one restart
 and (12 k + 22) m^3 with two, counting a multiply-add as 2: the Gram form is cheaper from k = 1.5.
 
-The form is that of Dao-AILab, gram-newton-schulz, 2026. The plain form is in `newton_schulz.py`.
+The form is that of Dao-AILab, gram-newton-schulz, 2026. The plain form is in `plain.py`.
 """
 
 import dataclasses

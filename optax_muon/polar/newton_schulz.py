@@ -65,7 +65,7 @@ def newton_schulz(
             GPU, as in the paper, and on CPU the input's dtype, float32 at least. Sums run in
             float32 at least. An explicit float32 is true float32 on every platform.
         form: How the polynomial is evaluated, `Plain()` or `Gram(restarts)`; None takes the
-            one that needs the fewest operations for these shapes, on the target platform.
+            plain one unless another saves enough operations on these shapes and this platform.
         columns: The devices that hold the columns of these matrices, each its own; `x` is then
             [..., m, n / size] of matrices with m <= n. By default all columns are here.
 

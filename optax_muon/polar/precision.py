@@ -3,7 +3,7 @@
 Muon computes in bfloat16 on accelerators (arXiv 2502.16982, section 2.2). What is low there is
 only the operands of the matrix products: sums run in float32, here called the accumulation dtype.
 The platform is that of the compiled program, not of the host that traces it, so a TPU program
-compiled on a laptop gets bfloat16. The iterations are in `newton_schulz.py` and `gram.py`.
+compiled on a laptop gets bfloat16. The iterations are in `plain.py` and `gram.py`.
 """
 
 from collections.abc import Callable

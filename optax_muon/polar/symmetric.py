@@ -59,8 +59,16 @@ WHOLE_PRODUCTS: Products = Whole()
 """Nothing is known, or nothing is gained by it."""
 
 
+class _Mirrored:
+    """Products whose upper half is copied from the lower: they have no skew part."""
+
+    def symmetrize(self, c: jax.Array) -> jax.Array:
+        """Return c, which is what it should be."""
+        return c
+
+
 @dataclasses.dataclass(frozen=True)
-class Panels:
+class Panels(_Mirrored):
     """In panels of rows, each up to the diagonal and mirrored.
 
     >>> import jax.numpy as jnp
@@ -94,10 +102,6 @@ class Panels:
             rows.append(jnp.concatenate(row, axis=-1))
         return jnp.concatenate(rows, axis=-2)
 
-    def symmetrize(self, c: jax.Array) -> jax.Array:
-        """Return c, which is what it should be."""
-        return c
-
     def flops(self, m: int, k: int) -> int:
         """Operations of one product: (t + 1) / 2t of all for t panels."""
         t = self._panels(m, k)
@@ -112,7 +116,7 @@ class Panels:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class Kernel(_Mirrored):
     """By a kernel that computes the tiles on and under the diagonal and writes each twice."""
 
     platform: str
@@ -123,10 +127,6 @@ class Kernel:
         # Pallas takes a second to import, and most programs need none of it.
         kernel = importlib.import_module(f"optax_muon.polar.kernels.{self.platform}")
         c: jax.Array = kernel.symmetric_product(a, b)
-        return c
-
-    def symmetrize(self, c: jax.Array) -> jax.Array:
-        """Return c, which is what it should be."""
         return c
 
     def flops(self, m: int, k: int) -> int:

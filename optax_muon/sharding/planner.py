@@ -18,12 +18,7 @@ from optax_muon.sharding.cost import RATES, CostModel, Work
 from optax_muon.sharding.layouts import GATHER, HOME, Search, Shape
 from optax_muon.sharding.plan import Dealt, Plan
 from optax_muon.sharding.shards import Leaf, leaf_on
-from optax_muon.sharding.specs import (
-    Whereabouts,
-    axis_sizes,
-    platform,
-    slow_axes,
-)
+from optax_muon.sharding.specs import Whereabouts, axis_sizes, platform, slow_axes
 
 
 def make(
