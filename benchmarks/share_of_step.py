@@ -25,8 +25,8 @@ import tyro
 
 import optax_muon
 from optax_muon.models.llama import Llama
-from optax_muon.models.presets import PRESETS
-from optax_muon.models.train import State, next_token_loss, update
+from optax_muon.models.training.presets import PRESETS
+from optax_muon.models.training.train import State, next_token_loss, update
 
 GRADIENT, ADAMW, OURS, OPTAX = "gradient", "adamw", "ours", "optax"
 BATCHES = {"small": (4, 16, 64), "medium": (1, 4, 16), "base": (1, 4)}

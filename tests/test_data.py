@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from optax_muon.models import data
 from optax_muon.models.stops import UsageError
+from optax_muon.models.training import data
 
 
 def write(folder, texts):

@@ -15,7 +15,8 @@ import safetensors.numpy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.models import cli, huggingface, weights
+from optax_muon.models import huggingface, weights
+from optax_muon.models.commands import cli
 from optax_muon.models.huggingface import export_checkpoint, import_checkpoint, load
 from optax_muon.models.moonlight import CONFIGS, Moonlight, forward, leaves, shardings
 from optax_muon.models.stops import UsageError

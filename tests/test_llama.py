@@ -10,8 +10,8 @@ import pytest
 
 import optax_muon
 from optax_muon.models.llama import Llama, LlamaConfig
-from optax_muon.models.presets import PRESETS
 from optax_muon.models.stops import UsageError
+from optax_muon.models.training.presets import PRESETS
 
 CONFIG = LlamaConfig(
     width=24, depth=3, heads=6, kv_heads=2, mlp=40, context=12, vocab=50, theta=100.0

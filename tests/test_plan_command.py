@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon import View
-from optax_muon.models import cli, shapes
-from optax_muon.models.plan_bands import bands
-from optax_muon.models.plan_command import PlanModel
-from optax_muon.models.plan_picture import png
+from optax_muon.models import shapes
+from optax_muon.models.commands import cli
+from optax_muon.models.commands.plan import PlanModel
+from optax_muon.models.commands.plan_bands import bands
+from optax_muon.models.commands.plan_picture import png
 
 # Parameters of the published checkpoints, and how exactly they are stated: Llama's on Hugging Face,
 # Moonlight's in its report as 15.96B.

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_muon
-from optax_muon.models.schedules import MOONLIGHT, three_stage_schedule
+from optax_muon.models.training.schedules import MOONLIGHT, three_stage_schedule
 
 SMALL = {"warmup": 10, "decay": 110, "floor": 0.1, "rewarm": 5, "again": 0.25, "cooldown": 40}
 

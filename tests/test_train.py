@@ -16,15 +16,17 @@ import numpy as np
 import optax
 import pytest
 
-from optax_muon.models import data, report
-from optax_muon.models.cli import main
-from optax_muon.models.contestants import OPTIMIZERS, Contestant, lineup, transformation
-from optax_muon.models.flops import newton_schulz_flops, step_flops
-from optax_muon.models.folder import Checkpoints, Folder
-from optax_muon.models.presets import PRESETS, Tuning
-from optax_muon.models.run import Run, Trainer
+from optax_muon.models.commands import report
+from optax_muon.models.commands.cli import main
 from optax_muon.models.stops import Diverged, Interrupted
-from optax_muon.models.train import Record, Setup, init
+from optax_muon.models.training import data
+from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.contestants import OPTIMIZERS, Contestant, lineup, transformation
+from optax_muon.models.training.flops import newton_schulz_flops, step_flops
+from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.presets import PRESETS, Tuning
+from optax_muon.models.training.run import Run, Trainer
+from optax_muon.models.training.train import Record, Setup, init
 
 TINY = PRESETS["tiny"]
 SETUP = Setup(TINY.model, TINY.batch, TINY.steps, seed=0, eval_every=10, eval_sequences=128)
@@ -199,7 +201,7 @@ def test_steps_after_the_last_checkpoint_and_half_lines_are_forgotten(tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
     arguments = ["train", *OPTIONS, "--data", text, "--runs", str(tmp_path), "--name", "long"]
-    program = "from optax_muon.models.cli import main; main()"
+    program = "from optax_muon.models.commands.cli import main; main()"
     command = [sys.executable, "-c", program, *arguments, "--steps", "100000", "--overwrite"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     folder = Folder(tmp_path / "long")

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from optax_muon.models import sweep, sweep_report
-from optax_muon.models.cli import main
-from optax_muon.models.presets import PRESETS, Tuning
-from optax_muon.models.sweep import Point, Table
+from optax_muon.models.commands import sweep_report
+from optax_muon.models.commands.cli import main
+from optax_muon.models.training import sweep
+from optax_muon.models.training.presets import PRESETS, Tuning
+from optax_muon.models.training.sweep import Point, Table
 
 COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "sweep"
 POINTS = [

@@ -1,1 +1,1 @@
-"""The models and what one does with them (extra `train`): Llama, Moonlight, `optax-muon train`."""
+"""The models (extra `train`): Llama and Moonlight, their training, the commands of `optax-muon`."""

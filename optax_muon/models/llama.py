@@ -8,8 +8,8 @@ One block on the residual stream `x`, of shape `[b, t, width]`, is
 (Touvron et al., LLaMA, arXiv 2302.13971, section 2.2; rotary positions: Su et al., arXiv
 2104.09864, section 3.4.2; grouped queries: Ainslie et al., arXiv 2305.13245, section 2.2). No
 layer has a bias. `nn.scan` stacks the blocks, so a hidden kernel is one array `[depth, in, out]`,
-which Muon takes as a batch of `depth` matrices. The text it reads is in `data.py`, its sizes are in
-`presets.py`, the loop that trains it is in `train.py`.
+which Muon takes as a batch of `depth` matrices. The text it reads, its
+sizes and the loop that trains it are in `training/`.
 """
 
 from __future__ import annotations

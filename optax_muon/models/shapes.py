@@ -3,7 +3,7 @@
 Llama 3 8B (arXiv 2407.21783, table 3) and Llama 3.2 1B, all layers stacked by scan or a leaf per
 layer, and Moonlight 16B-A3B (arXiv 2502.16982, section 3.3) with its 26 mixture-of-experts layers
 stacked. The width lies over `fsdp`, heads and hidden units over `tp`; experts lie over `expert`,
-which joins `fsdp` for every other parameter. `optax-muon plan` (`plan_command.py`) plans for them.
+which joins `fsdp` for every other parameter. `optax-muon plan` (`commands/plan.py`) plans for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ways a command ends early: each is one line for the user and an exit code (`cli.py`)."""
+"""The ways a command ends early: one line for the user, and an exit code (`commands/cli.py`)."""
 
 
 class Stop(Exception):

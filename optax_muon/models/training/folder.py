@@ -6,7 +6,7 @@ What a run leaves behind:
     runs/NAME/metrics.jsonl    a line per contestant and step
     runs/NAME/checkpoints/     per contestant: parameters and optimizer state, by orbax
     runs/NAME/loss.png         the held-out curves
-    runs/NAME/summary.md       the outcome (`report.py`)
+    runs/NAME/summary.md       the outcome (`commands/report.py`)
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import optax
-import orbax.checkpoint as ocp
 
 from optax_muon.models.stops import UsageError
-from optax_muon.models.train import Record, State
+from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.train import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,49 +138,6 @@ class Journal:
         """Whole lines only: a killed process may have left half a one."""
         text = self.path.read_text() if self.path.exists() else ""
         return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-class Checkpoints:
-    """The saved states of one contestant, by step; the newest two are kept."""
-
-    def __init__(self, path: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(path.absolute(), options=options)
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._manager.close()
-
-    @property
-    def latest(self) -> int:
-        """The newest saved step; 0 when there is none."""
-        return self._manager.latest_step() or 0
-
-    def save(self, step: int, state: State) -> None:
-        """Save the state after `step` steps, if it is not saved yet."""
-        if step != self.latest:
-            save = ocp.args.StandardSave
-            items = {name: save(item) for name, item in state._asdict().items()}
-            self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def restore(self, like: State) -> State:
-        """The newest state, with the structure, dtypes and shardings of `like`."""
-        restore = ocp.args.StandardRestore
-        items = {name: restore(item) for name, item in like._asdict().items()}
-        saved = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
-        return State(**{name: saved[name] for name in items})
-
-    def params(self) -> optax.Params:
-        """The newest parameters alone."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore())
-        return self._manager.restore(self.latest, args=args)["params"]
 
 
 def _is_past(row: dict[str, Any], contestant: str, step: int) -> bool:

@@ -16,8 +16,8 @@ import jax
 import optax
 
 import optax_muon
-from optax_muon.models.contestants import Contestant
-from optax_muon.models.train import Setup
+from optax_muon.models.training.contestants import Contestant
+from optax_muon.models.training.train import Setup
 
 NEWTON_SCHULZ_STEPS = 5
 

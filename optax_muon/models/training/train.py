@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_muon.models.contestants import Contestant, transformation
-from optax_muon.models.data import Corpus, batch, held_out_batch
 from optax_muon.models.llama import Llama, LlamaConfig, logits
 from optax_muon.models.stops import Diverged
+from optax_muon.models.training.contestants import Contestant, transformation
+from optax_muon.models.training.data import Corpus, batch, held_out_batch
 
 
 @dataclasses.dataclass(frozen=True)

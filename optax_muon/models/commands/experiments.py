@@ -1,31 +1,26 @@
-"""The commands as data, their options as fields; tyro makes the command line of them.
+"""`train` runs the experiment, `sweep` finds its learning rates, `sample` lets a model write.
 
-`train` runs the experiment (`run.py`, `report.py`), `sweep` finds its learning rates (`sweep.py`),
-`sample` lets a trained model write (`sample.py`), `plan` prints where Muon works on the matrices of
-a published model (`plan_command.py`), `import-hf` and `export-hf` copy checkpoints of Hugging Face
-(`huggingface_commands.py`).
+The work is done in `training/` (`run.py`, `sweep.py`, `sample.py`), the outcome is shown by
+`report.py` and `sweep_report.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
-from optax_muon.models import data, report, sweep, sweep_report
-from optax_muon.models.contestants import lineup
-from optax_muon.models.folder import Folder
-from optax_muon.models.huggingface_commands import ExportHF, ImportHF
+from optax_muon.models.commands import report, sweep_report
 from optax_muon.models.llama import Llama, LlamaConfig
-from optax_muon.models.plan_command import PlanModel
-from optax_muon.models.presets import Preset, Tuning, preset
-from optax_muon.models.run import Run, train_all
-from optax_muon.models.sample import continuation
 from optax_muon.models.stops import UsageError
-from optax_muon.models.train import Setup
+from optax_muon.models.training import data, sweep
+from optax_muon.models.training.contestants import lineup
+from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.presets import Preset, Tuning, preset
+from optax_muon.models.training.run import Run, train_all
+from optax_muon.models.training.sample import continuation
+from optax_muon.models.training.train import Setup
 
 EVAL_SEQUENCES = 128
 """16 kB at context 128, the same for all contestants; looking takes about a tenth of the time."""
@@ -214,13 +209,3 @@ def _override(tuning: Tuning, lr: float | None, weight_decay: float | None) -> T
         tuning.lr if lr is None else lr,
         tuning.weight_decay if weight_decay is None else weight_decay,
     )
-
-
-COMMANDS = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[PlanModel, tyro.conf.subcommand("plan")]
-    | Annotated[ImportHF, tyro.conf.subcommand("import-hf")]
-    | Annotated[ExportHF, tyro.conf.subcommand("export-hf")]
-)

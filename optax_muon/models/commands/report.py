@@ -29,11 +29,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from optax_muon.models.contestants import Contestant, transformation
-from optax_muon.models.flops import step_flops
-from optax_muon.models.folder import Folder
-from optax_muon.models.run import Run
-from optax_muon.models.train import Record, Setup, State, init, update
+from optax_muon.models.training.contestants import Contestant, transformation
+from optax_muon.models.training.flops import step_flops
+from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.run import Run
+from optax_muon.models.training.train import Record, Setup, State, init, update
 
 COLUMNS = ("optimizer", "lr", "decay", "loss", "reached", "steps", "FLOPs", "step", "share")
 COLORS = {"adamw": "#6b7280", "muon-carried": "#2b8cbe", "muon-tuned": "#d95f0e"}

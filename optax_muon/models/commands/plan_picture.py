@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from optax_muon.models.plan_bands import Band, bands
+from optax_muon.models.commands.plan_bands import Band, bands
 
 WIDTH, HEAD, BAND, FOOT = 12.0, 1.15, 1.3, 2.9
 """Inches: the picture's width, and the heights of title, band and load chart."""

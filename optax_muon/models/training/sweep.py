@@ -4,7 +4,7 @@ Every point of the two grids is one whole training run from the same initial par
 batches, and counts by its final held-out loss. The grids must be equally long, so neither optimizer
 is searched harder. Each finished point is a line of `sweep.csv` at once; the same command goes on
 after the last one. The result belongs into the preset's row in `presets.py`; how it is shown is in
-`sweep_report.py`.
+`commands/sweep_report.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from optax_muon.models.contestants import Contestant, transformation
-from optax_muon.models.data import Corpus
-from optax_muon.models.presets import Tuning
-from optax_muon.models.progress import Progress
-from optax_muon.models.run import Interrupt
 from optax_muon.models.stops import Diverged, Interrupted, UsageError
-from optax_muon.models.train import Setup, init, train
+from optax_muon.models.training.contestants import Contestant, transformation
+from optax_muon.models.training.data import Corpus
+from optax_muon.models.training.presets import Tuning
+from optax_muon.models.training.progress import Progress
+from optax_muon.models.training.run import Interrupt
+from optax_muon.models.training.train import Setup, init, train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`optax-muon import-hf` and `export-hf`: checkpoints of Hugging Face to and from a run's folder.
 
-The work is done in `huggingface.py`.
+The work is done in `models/huggingface.py`.
 """
 
 from __future__ import annotations

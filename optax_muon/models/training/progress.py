@@ -14,7 +14,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from optax_muon.models.train import Record, Setup
+from optax_muon.models.training.train import Record, Setup
 
 
 class Progress:

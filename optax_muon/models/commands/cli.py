@@ -1,7 +1,7 @@
 """The console script `optax-muon`: reads a command, runs it, and answers trouble with one line.
 
 Exit codes: 0 done, 1 a loss diverged, 2 what was asked for cannot be done, 130 stopped by Ctrl-C
-(after saving). The commands themselves are in `commands.py`.
+(after saving). The commands themselves are in `table.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _command(arguments: list[str]) -> Callable[[], None]:
     """The command of these arguments; imported here because it needs the extra."""
     import tyro
 
-    from optax_muon.models.commands import COMMANDS
+    from optax_muon.models.commands.table import COMMANDS
 
     command: Callable[[], None] = tyro.cli(COMMANDS, prog="optax-muon", args=arguments)
     return command

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matplotlib.figure
 
-from optax_muon.models.report import COLORS, machine
-from optax_muon.models.sweep import Point, best
+from optax_muon.models.commands.report import COLORS, machine
+from optax_muon.models.training.sweep import Point, best
 
 TITLES = {"adamw": "AdamW", "muon": "Muon"}
 HUES = {"adamw": COLORS["adamw"], "muon": COLORS["muon-tuned"]}

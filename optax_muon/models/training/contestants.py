@@ -16,7 +16,7 @@ from collections.abc import Callable
 import optax
 
 import optax_muon
-from optax_muon.models.presets import Tuning
+from optax_muon.models.training.presets import Tuning
 
 WARM_UP = 0.1
 FINAL_LR = 0.1

@@ -7,12 +7,13 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-from optax_muon.models.contestants import Contestant, transformation
-from optax_muon.models.data import Corpus
-from optax_muon.models.folder import Checkpoints, Folder
-from optax_muon.models.progress import Progress
 from optax_muon.models.stops import Interrupted
-from optax_muon.models.train import Record, Setup, State, init, train
+from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.contestants import Contestant, transformation
+from optax_muon.models.training.data import Corpus
+from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.progress import Progress
+from optax_muon.models.training.train import Record, Setup, State, init, train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 import optax_muon
 from optax_muon.matrices import paths
 from optax_muon.models import shapes
-from optax_muon.models.plan_picture import png
+from optax_muon.models.commands.plan_picture import png
 from optax_muon.models.stops import UsageError
 from optax_muon.sharding.cost import RATES
 from optax_muon.sharding.layouts import GATHER, HOME

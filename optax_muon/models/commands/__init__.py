@@ -1,0 +1,1 @@
+"""The console script `optax-muon`, and what its commands print, draw and write."""

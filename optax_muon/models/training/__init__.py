@@ -1,0 +1,1 @@
+"""Training: text, loop, run, folder, checkpoints, sweeps, and what a model then writes."""
