@@ -26,6 +26,9 @@ Axes = str | tuple[str, ...] | None
 BATCH = ("data", "fsdp", "expert")
 """The mesh axes that sequences lie over."""
 
+WHOLE = ("fsdp", "expert")
+"""The mesh axes that a matrix, or a row of experts, is cut over where it is stored."""
+
 
 class Linear(nn.Module):
     """`x @ kernel`, no bias.
@@ -142,3 +145,12 @@ def there(axes: Axes) -> tuple[str, ...] | None:
     names = (axes,) if isinstance(axes, str) else axes or ()
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in names if name in mesh.axis_names) or None
+
+
+def varying(x: jax.Array, axes: Axes) -> jax.Array:
+    """Inside `shard_map`: an `x` that is equal along these mesh axes, as if it differed.
+
+    Its gradient is summed over them here, once, and not wherever `x` is used, such as in a loop.
+    """
+    names = there(axes)
+    return jax.lax.pcast(x, names, to="varying") if names else x

@@ -40,6 +40,7 @@ import optax_muon
 from optax_muon.matrices.paths import named_leaves, path_name
 from optax_muon.models.layers import (
     BATCH,
+    WHOLE,
     Axes,
     Embed,
     Linear,
@@ -52,6 +53,7 @@ from optax_muon.models.layers import (
     rotations,
     there,
 )
+from optax_muon.models.losses import cross_entropy
 from optax_muon.models.mixture import Experts, Router
 from optax_muon.models.shapes import Leaf, Tree
 from optax_muon.models.stops import UsageError
@@ -245,8 +247,9 @@ class Moonlight(nn.Module):
         config: the sizes.
 
     Called with tokens `[b, t]` (int32) and router biases `[moe_depth, experts]` it returns float32
-    logits `[b, t, vocab]` and a `Report`; position `i` sees tokens `0 .. i`. On a mesh call it
-    through `forward`.
+    logits `[b, t, vocab]` and a `Report`; position `i` sees tokens `0 .. i`. With targets, `[b, t]`
+    int32, it returns their cross-entropy, `[b, t]` in nats, instead of logits. On a mesh call it
+    through `forward` and `losses`.
 
     >>> model = Moonlight(CONFIGS["moonlight-tiny"])
     >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
@@ -257,8 +260,10 @@ class Moonlight(nn.Module):
     config: MoonlightConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, bias: jax.Array) -> tuple[jax.Array, Report]:
-        """Logits `[b, t, vocab]` of tokens `[b, t]`."""
+    def __call__(
+        self, tokens: jax.Array, bias: jax.Array, targets: jax.Array | None = None
+    ) -> tuple[jax.Array, Report]:
+        """Logits of tokens, or losses of targets."""
         config = self.config
         x = Embed(config.vocab, config.width, config.dtype, name="embed")(tokens)
         x = place(x.astype(jnp.float32), BATCH, None, None)
@@ -273,10 +278,9 @@ class Moonlight(nn.Module):
             x, (mixed, routing) = stack(config, name="moe_layers")(x, angles, bias)
             heads.append(mixed)
         x = RMSNorm(config.eps, name="final_norm")(x)
-        y = Linear(config.vocab, config.dtype, cols="tensor", name="lm_head")(x)
-        logits = place(y.astype(jnp.float32), BATCH, None, "tensor")
+        y = Head(config.vocab, config.dtype, name="lm_head")(x, targets)
         largest, high = map(jnp.concatenate, zip(*heads, strict=True))
-        return logits, Report(largest, high, *routing)
+        return y, Report(largest, high, *routing)
 
 
 def init(model: Moonlight, key: jax.Array) -> optax.Params:
@@ -314,18 +318,36 @@ def forward(
     Raises:
         UsageError: when the parameters lie on a mesh and there is no ambient one.
     """
-    given = jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh
-    if given.size > 1 and jax.sharding.get_abstract_mesh().empty:
-        raise UsageError(f"parameters lie on a mesh of {given.axis_names}; use jax.set_mesh(mesh)")
-    if bias is None:
-        bias = zero_bias(model.config)
-
-    def apply(params: optax.Params, tokens: jax.Array, bias: jax.Array) -> tuple[jax.Array, Report]:
-        tokens = place(tokens, BATCH, None)
-        return cast(tuple[jax.Array, Report], model.apply({"params": params}, tokens, bias))
-
     over = P(there(BATCH), None, there("tensor"))
-    return _auto(apply, (over, P()))(params, tokens, bias)
+    return _applied(model, params, bias, over, tokens)
+
+
+def losses(
+    model: Moonlight,
+    params: optax.Params,
+    tokens: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None = None,
+) -> tuple[jax.Array, Report]:
+    """Cross-entropy of the targets under the logits of `forward`, and the report.
+
+    The logits are never in memory all at once (`losses.py`), and are not rounded to the dtype of
+    the products.
+
+    Args:
+        model: the Moonlight.
+        params: as of `forward`.
+        tokens: as of `forward`.
+        targets: what comes after each token, `[b, t]` int32.
+        bias: as of `forward`.
+
+    Returns:
+        Losses `[b, t]` in nats, float32, and report. On a mesh the losses lie over `BATCH`.
+
+    Raises:
+        UsageError: as `forward`.
+    """
+    return _applied(model, params, bias, P(there(BATCH)), tokens, targets)
 
 
 def logits(
@@ -333,6 +355,29 @@ def logits(
 ) -> jax.Array:
     """The logits of `forward` alone."""
     return forward(model, params, tokens, bias)[0]
+
+
+class Head(nn.Module):
+    """Logits of features, or the losses that they make.
+
+    Args:
+        vocab: number of tokens.
+        dtype: of the product.
+    """
+
+    vocab: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, targets: jax.Array | None = None) -> jax.Array:
+        """Logits `[b, t, vocab]` of `x`, `[b, t, width]`; losses `[b, t]` of targets `[b, t]`."""
+        normal = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", normal, (x.shape[-1], self.vocab)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if targets is not None:
+            return cross_entropy(x, kernel, targets)
+        y = x @ place(kernel, None, "tensor")
+        return place(y.astype(jnp.float32), BATCH, None, "tensor")
 
 
 Heads = tuple[jax.Array, jax.Array]
@@ -520,18 +565,17 @@ def attentions(config: MoonlightConfig) -> tuple[optax_muon.MLA, ...]:
 
 # ---- where parameters lie ------------------------------------------------------------------------
 
-_WHOLE = ("fsdp", "expert")
-_INTO_HEADS, _OUT_OF_HEADS = (_WHOLE, "tensor"), ("tensor", _WHOLE)
+_INTO_HEADS, _OUT_OF_HEADS = (WHOLE, "tensor"), ("tensor", WHOLE)
 _SPECS: dict[str, tuple[Axes, ...]] = {
-    "embedding": ("tensor", _WHOLE),
+    "embedding": ("tensor", WHOLE),
     "experts/gate_proj": ("expert", "fsdp", "tensor"),
     "experts/up_proj": ("expert", "fsdp", "tensor"),
     "experts/down_proj": ("expert", "tensor", "fsdp"),
     "o_proj/kernel": _OUT_OF_HEADS,
     "down_proj/kernel": _OUT_OF_HEADS,
-    "q_a_proj/kernel": (_WHOLE, None),
-    "kv_a_proj/kernel": (_WHOLE, None),
-    "router/kernel": (_WHOLE, None),
+    "q_a_proj/kernel": (WHOLE, None),
+    "kv_a_proj/kernel": (WHOLE, None),
+    "router/kernel": (WHOLE, None),
     "kernel": _INTO_HEADS,
     "scale": (None,),
 }
@@ -571,6 +615,27 @@ def shardings(config: MoonlightConfig, mesh: Mesh) -> optax.Params:
 
 
 # ---- parts ---------------------------------------------------------------------------------------
+
+
+def _applied(
+    model: Moonlight, params: optax.Params, bias: jax.Array | None, over: P, *tokens: jax.Array
+) -> tuple[jax.Array, Report]:
+    """The model on any mesh, what it returns besides the report lying over `over`."""
+    given = jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh
+    if given.size > 1 and jax.sharding.get_abstract_mesh().empty:
+        raise UsageError(f"parameters lie on a mesh of {given.axis_names}; use jax.set_mesh(mesh)")
+    if bias is None:
+        bias = zero_bias(model.config)
+
+    def apply(
+        params: optax.Params, bias: jax.Array, *tokens: jax.Array
+    ) -> tuple[jax.Array, Report]:
+        inputs, *targets = (place(each, BATCH, None) for each in tokens)
+        return cast(
+            tuple[jax.Array, Report], model.apply({"params": params}, inputs, bias, *targets)
+        )
+
+    return _auto(apply, (over, P()))(params, bias, *tokens)
 
 
 def _attended(config: MoonlightConfig, x: jax.Array, angles: Rotations) -> tuple[jax.Array, Heads]:
