@@ -1,0 +1,209 @@
+"""What a state is, as data: its leaves, who trained which parameter, and the settings.
+
+Two descriptions are compared before arrays are read. The optimizer of a parameter is read off the
+structure of the state: the named tuple that holds a moment at the parameter's own path. What the
+structure does not show, the coefficients of Newton-Schulz or beta, comes from the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from optax_muon.matrices.paths import named_leaves
+
+PARAMS = "params"
+"""The item that holds the parameters."""
+
+_TRAINED_BY = {
+    "MomentumState": "Muon",
+    "MuonState": "Muon",
+    "ScaleByAdamState": "AdamW",
+}
+"""What a state's class says of the optimizer; others are called by the name of the class."""
+
+_SHOWN = 20
+"""Differences that a message lists."""
+
+
+def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describe a state as data that JSON can hold.
+
+    Args:
+      items: what is saved, by name: trees of arrays or `ShapeDtypeStruct`s. Those of `"params"` are
+        the parameters, and moments in the other items are found by their paths.
+      settings: what the arrays do not show and has to be the same to go on: beta, coefficients, the
+        model's config. Numbers, texts, arrays, dtypes, dataclasses, functions (by name) and
+        `functools.partial`s of them, in mappings and sequences.
+
+    Returns:
+      Shape and dtype of every leaf by item and path, who keeps the moments of which parameter, and
+      the settings.
+
+    Raises:
+      TypeError: a setting that JSON cannot hold.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"up": jnp.ones((4, 8))}
+    >>> items = {"params": params, "opt_state": optax.scale_by_adam().init(params)}
+    >>> describe(items, {"beta": 0.95, "mu_dtype": jnp.bfloat16})["trained_by"]
+    {'up': ['ScaleByAdamState']}
+    """
+    return {
+        "leaves": {name: _leaves(item) for name, item in items.items()},
+        "trained_by": _trained_by(items),
+        "settings": None if settings is None else plain(settings),
+    }
+
+
+def check(saved: Mapping[str, Any], here: Mapping[str, Any], where: str = "The checkpoint") -> None:
+    """Refuse a state that differs from the one that was saved.
+
+    Args:
+      saved: the description in the checkpoint.
+      here: the description of what is to be restored. Items that it lacks are not asked for, and
+        settings are compared unless they are None.
+      where: what the checkpoint is called in the message.
+
+    Raises:
+      ValueError: something differs; the message has a line for each.
+
+    >>> check(describe({}, {"beta": 0.95}), describe({}, {"beta": 0.9}))
+    Traceback (most recent call last):
+      ...
+    ValueError: The checkpoint does not fit what is to be restored:
+      beta is 0.95 there and 0.9 here
+    """
+    found = list(_differences(saved, here))
+    if found:
+        rest = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        lines = "\n  ".join([*found[:_SHOWN], *rest])
+        raise ValueError(f"{where} does not fit what is to be restored:\n  {lines}")
+
+
+def plain(settings: Any) -> Any:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(settings, default=_plain))
+
+
+# ---- describing ----------------------------------------------------------------------------------
+
+
+def _leaves(item: Any) -> dict[str, Any]:
+    arrays = {
+        path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        for path, leaf in named_leaves(item).items()
+    }
+    return {
+        path: {"shape": list(array.shape), "dtype": str(array.dtype)}
+        for path, array in arrays.items()
+    }
+
+
+def _trained_by(items: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The classes that hold something at a parameter's own path, by parameter."""
+    found: dict[str, set[str]] = {path: set() for path in named_leaves(items.get(PARAMS))}
+    for name, item in items.items():
+        for holder in _named_tuples(item) if name != PARAMS else ():
+            for field in holder:
+                for path in named_leaves(field).keys() & found.keys():
+                    found[path].add(type(holder).__name__)
+    return {path: sorted(names) for path, names in found.items() if names}
+
+
+def _named_tuples(node: Any) -> Iterator[Any]:
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        yield node
+    for child in jax.tree.leaves(node, is_leaf=lambda below: below is not node):
+        if child is not node:
+            yield from _named_tuples(child)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON lacks, in terms of what it has."""
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "arguments": value.args, **value.keywords}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    if isinstance(value, np.dtype):
+        return value.name
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise TypeError(
+        f"settings hold {value!r}, a {type(value).__name__}, which JSON cannot; give numbers,"
+        " texts, arrays, dtypes, dataclasses or functions."
+    )
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    moved = _moved(saved["trained_by"], here["trained_by"]) if here["trained_by"] else {}
+    yield from moved.values()
+    for item, leaves in here["leaves"].items():
+        yield from _leaf_differences(item, saved["leaves"].get(item, {}), leaves, moved)
+    if here["settings"] is not None:
+        yield from _setting_differences(saved["settings"] or {}, here["settings"])
+
+
+def _moved(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters that another optimizer trains now, each with its line."""
+    lines = {}
+    for path in there.keys() & here.keys():
+        before = [name for name in there[path] if name not in here[path]]
+        now = [name for name in here[path] if name not in there[path]]
+        if before and now:
+            lines[path] = f"{path} was trained by {_title(before)} and is {_title(now)}'s here"
+    return dict(sorted(lines.items()))
+
+
+def _title(holders: list[str]) -> str:
+    return " with ".join(_TRAINED_BY.get(name, name.removesuffix("State")) for name in holders)
+
+
+def _leaf_differences(
+    item: str,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    moved: Mapping[str, str],
+) -> Iterator[str]:
+    for path in {**there, **here}:
+        if item != PARAMS and any(path == p or path.endswith(f"/{p}") for p in moved):
+            continue  # said already
+        name = f"{item}/{path}" if path else item
+        if path not in here:
+            yield f"{name} {_spell(there[path])} is in the checkpoint and not here"
+        elif path not in there:
+            yield f"{name} {_spell(here[path])} is not in the checkpoint"
+        elif there[path] != here[path]:
+            yield f"{name} is {_spell(there[path])} there and {_spell(here[path])} here"
+
+
+def _spell(leaf: Mapping[str, Any]) -> str:
+    return f"{leaf['dtype']} {leaf['shape']}"
+
+
+def _setting_differences(there: Any, here: Any) -> Iterator[str]:
+    there, here = dict(_flat(there)), dict(_flat(here))
+    for key in there | here:
+        before, now = there.get(key, "absent"), here.get(key, "absent")
+        if before != now:
+            yield f"{key} is {before} there and {now} here"
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings with dotted names; lists stay whole."""
+    if not isinstance(tree, dict) or not tree:
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else key)

@@ -1,0 +1,127 @@
+"""The arguments that orbax takes for a described state, and one path written and read with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from optax_muon.checkpoint.description import check, describe
+
+DESCRIPTION = "description"
+"""The item that holds the description; no item of a state may have this name."""
+
+
+def save(
+    path: str | Path, items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> None:
+    """Save a state and its description, all of it or nothing.
+
+    Args:
+      path: a folder that does not exist.
+      items: what is saved, by name, as `describe` takes it.
+      settings: what has to be the same to go on, as `describe` takes it.
+
+    Raises:
+      ValueError: the folder exists, or an item is called `"description"`.
+    """
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(Path(path).absolute(), args=save_args(items, settings))
+
+
+def restore(
+    path: str | Path, like: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read a state that `save` wrote, on whatever mesh.
+
+    Args:
+      path: the folder.
+      like: what to read, by name: arrays or `ShapeDtypeStruct`s of the same shapes and dtypes, with
+        the shardings that the result is to have. A leaf without one goes to the first device.
+      settings: as they were saved; None does not ask.
+
+    Returns:
+      The items of `like`, with the arrays of the checkpoint, bit for bit.
+
+    Raises:
+      ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
+    """
+    where = Path(path).absolute()
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with readable(where):
+            saved = checkpointer.restore(where, args=description_args())[DESCRIPTION]
+        check(saved, describe(like, settings), str(where))
+        with readable(where):
+            return restored(checkpointer.restore(where, args=restore_args(like)), like)
+
+
+def save_args(
+    items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> ocp.args.Composite:
+    """What to give `ocp.CheckpointManager.save` as `args`.
+
+    >>> import jax.numpy as jnp
+    >>> sorted(save_args({"params": {"up": jnp.ones((4, 8))}}, {"beta": 0.95}).keys())
+    ['description', 'params']
+    """
+    if DESCRIPTION in items:
+        raise ValueError(f"An item is called {DESCRIPTION!r}, as the description is; rename it.")
+    trees = {name: ocp.args.StandardSave(tree) for name, tree in _trees(items).items()}
+    description = ocp.args.JsonSave(describe(items, settings))
+    return ocp.args.Composite(**trees, **{DESCRIPTION: description})
+
+
+def description_args() -> ocp.args.Composite:
+    """What to give `restore` of a manager to read the description alone, as item `description`."""
+    return ocp.args.Composite(**{DESCRIPTION: ocp.args.JsonRestore()})
+
+
+def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
+    """What to give `ocp.CheckpointManager.restore` as `args`, after `check`."""
+    trees = jax.tree.map(_abstract, _trees(like))
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+    )
+
+
+def restored(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The items as they were given to `save_args`, of what orbax restored with `restore_args`."""
+    trees = _trees(like)
+    return {
+        name: item if name not in trees else found[name] if trees[name] is item else found[name][0]
+        for name, item in like.items()
+    }
+
+
+@contextlib.contextmanager
+def readable(where: Path) -> Iterator[None]:
+    """Turn whatever orbax says of files that are missing or damaged into one error."""
+    try:
+        yield
+    except Exception as error:  # orbax raises OSError, ValueError, KeyError and bare Exception
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{where} cannot be read, files of it are missing or damaged: {reason[0][:200]}"
+        ) from error
+
+
+def _trees(items: Mapping[str, Any]) -> dict[str, Any]:
+    """The items that orbax can save: those with leaves, and lone leaves in a list."""
+    return {
+        name: [item] if jax.tree.leaves(item)[0] is item else item
+        for name, item in items.items()
+        if jax.tree.leaves(item)
+    }
+
+
+def _abstract(leaf: Any) -> Any:
+    """A leaf as orbax is to restore it; without a sharding of its own, on the first device."""
+    if not hasattr(leaf, "shape"):
+        return leaf  # a number of Python's
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or alone
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
