@@ -1,8 +1,11 @@
 """The checkpoints of a training run: which stay, what is read back, and what a kill leaves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from optax_muon.models.stops import UsageError
@@ -10,11 +13,14 @@ from optax_muon.models.training.checkpoints import Checkpoints, Keep
 from optax_muon.models.training.train import State
 
 
-@jax.jit
-def state_at(step):
+@functools.partial(jax.jit, static_argnums=1)
+def state_at(step, router=True):
     """A state that tells its step in every number."""
     params = {"dense": {"kernel": jnp.full((4, 8), step, jnp.float32)}}
-    return State(params, {"mu": jnp.full((4, 8), 2 * step, jnp.float32)})
+    tx = optax.scale_by_adam()
+    mu = jax.tree.map(lambda p: 2 * p, params)
+    bias = jnp.full((2, 3), -step, jnp.float32) if router else None
+    return State(params, tx.init(params)._replace(mu=mu), bias)
 
 
 def same(found, expected):
@@ -72,3 +78,71 @@ def test_a_step_that_is_not_there_is_refused(tmp_path):
         checkpoints.save(2, state_at(2))
         with pytest.raises(UsageError, match="no checkpoint of step 3; it has 2"):
             checkpoints.restore(state_at(0), 3)
+
+
+def test_a_state_without_a_router_is_saved_all_the_same(tmp_path):
+    with Checkpoints(tmp_path / "muon") as checkpoints:
+        checkpoints.save(2, state_at(2, router=False))
+        found = checkpoints.restore(state_at(0, router=False))
+    assert found.bias is None
+    same(found, state_at(2, router=False))
+
+
+def test_a_state_may_be_donated_while_it_is_saved(tmp_path):
+    def advanced(state):
+        return jax.tree.map(lambda x: x + 1, state)
+
+    step = jax.jit(advanced, donate_argnums=0)
+    large = {"kernel": jnp.zeros((1000, 1000)), "small": jnp.zeros(3)}
+    state = State(large, {}, None)
+    with Checkpoints(tmp_path / "muon", Keep(last=4)) as checkpoints:
+        for count in range(1, 5):
+            state = step(state)
+            checkpoints.save(count, state)
+            for _ in range(4):  # whatever is still to be written is written over
+                state = step(state)
+        for count in range(1, 5):
+            for leaf in jax.tree.leaves(checkpoints.params(count)):
+                np.testing.assert_array_equal(leaf, 5 * count - 4)
+
+
+def test_the_position_is_kept_beside_the_arrays(tmp_path):
+    with Checkpoints(tmp_path / "muon") as checkpoints:
+        key = jax.random.key_data(jax.random.key(5))
+        checkpoints.save(1, state_at(1), {"seed": 5, "tokens": 2**40, "key": key})
+        checkpoints.save(2, state_at(2))
+        assert checkpoints.position(1) == {"step": 1, "seed": 5, "tokens": 2**40, "key": [0, 5]}
+        assert checkpoints.position() == {"step": 2}
+
+
+def test_another_optimizer_or_other_settings_are_refused(tmp_path):
+    settings = {"beta": 0.95, "model": {"width": 8}}
+    with Checkpoints(tmp_path / "muon", settings=settings) as checkpoints:
+        checkpoints.save(1, state_at(1))
+        other = state_at(1)._replace(opt_state=optax.trace(0.9).init(state_at(1).params))
+        with pytest.raises(UsageError, match="kernel was trained by AdamW and is Trace's here"):
+            checkpoints.restore(other)
+        larger = {"dense": {"kernel": jnp.zeros((5, 8))}}
+        with pytest.raises(UsageError, match=r"params/dense/kernel is float32 \[4, 8\] there and"):
+            checkpoints.params(like=larger)
+    changed = Checkpoints(tmp_path / "muon", settings=settings | {"beta": 0.9})
+    with changed, pytest.raises(UsageError, match=r"beta is 0\.95 there and 0\.9 here"):
+        changed.restore(state_at(0))
+    with Checkpoints(tmp_path / "muon") as checkpoints:
+        same(checkpoints.restore(state_at(0)), state_at(1))
+
+
+def test_a_damaged_step_is_refused_and_the_others_named(tmp_path):
+    with Checkpoints(tmp_path / "muon", Keep(last=3)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state_at(step))
+    (tmp_path / "muon/3/params/manifest.ocdbt").unlink()
+    (tmp_path / "muon/2/description/metadata").unlink()
+    with Checkpoints(tmp_path / "muon", Keep(last=3)) as checkpoints:
+        for step in (3, 2):
+            with pytest.raises(UsageError, match=f"muon/{step} cannot be read") as error:
+                checkpoints.restore(state_at(0), step)
+            others = ", ".join(str(other) for other in (1, 2, 3) if other != step)
+            assert str(error.value).endswith(f"the run goes on from one of {others}")
+            assert len(str(error.value).splitlines()) == 1
+        same(checkpoints.restore(state_at(0), 1), state_at(1))

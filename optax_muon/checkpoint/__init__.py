@@ -29,9 +29,10 @@ Whoever has an `ocp.CheckpointManager` does the same with it, in the same step o
     items = checkpoint.restored(found, like)
 """
 
-from optax_muon.checkpoint.description import check, describe
+from optax_muon.checkpoint.description import check, describe, plain
 from optax_muon.checkpoint.files import (
     description_args,
+    readable,
     restore,
     restore_args,
     restored,
@@ -44,6 +45,8 @@ __all__ = [
     "check",
     "describe",
     "description_args",
+    "plain",
+    "readable",
     "restore",
     "restore_args",
     "restored",

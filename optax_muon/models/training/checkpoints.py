@@ -8,12 +8,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import optax
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
+from optax_muon import checkpoint
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training.train import State
+
+POSITION = "position"
+"""The item that says where a run is beyond its arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Keep:
 
 
 class Checkpoints:
-    """The saved states of one contestant, by step.
+    """The saved states of one contestant, by step, each with its description and its position.
 
     Saving goes on in the background; leaving the context waits for it. A step is there whole or not
     at all, however the process ends.
@@ -52,14 +58,15 @@ class Checkpoints:
     Args:
         path: the folder of the steps.
         keep: which steps stay.
-        settings: what has to be the same to go on.
+        settings: what has to be the same to go on, as `optax_muon.checkpoint.describe` takes it;
+            None does not ask.
     """
 
     def __init__(
         self, path: Path, keep: Keep | None = None, settings: Mapping[str, Any] | None = None
     ):
         self.path = path.absolute()
-        self._settings = settings or {}
+        self._settings = settings
         options = ocp.CheckpointManagerOptions(
             preservation_policy=(keep or Keep()).policy, cleanup_tmp_directories=True
         )
@@ -87,36 +94,81 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: State) -> None:
-        """Save the state after `step` steps, if it is not saved yet."""
-        if step not in self._manager.all_steps():
-            save = ocp.args.StandardSave
-            items = {name: save(item) for name, item in state._asdict().items()}
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-
-    def restore(self, like: State, step: int | None = None) -> State:
-        """A saved state, with the structure, dtypes and shardings of `like`.
+    def save(self, step: int, state: State, position: Mapping[str, Any] | None = None) -> None:
+        """Begin to save the state after `step` steps, if it is not saved yet.
 
         Args:
-            like: a state of the same shapes, on any mesh.
+            step: steps done.
+            state: what training changes; it may be donated as soon as this returns.
+            position: where the run is beyond that, as `describe` takes settings: tokens seen, the
+                seed or key that data and randomness come from.
+        """
+        if step not in self._manager.all_steps():
+            args = checkpoint.save_args(state._asdict(), self._settings)
+            place = ocp.args.JsonSave(checkpoint.plain({"step": step, **(position or {})}))
+            args = ocp.args.Composite(**dict(args.items()), **{POSITION: place})
+            # Without force, orbax passes over steps before the newest in silence.
+            self._manager.save(step, args=args, force=True)
+
+    def restore(self, like: State, step: int | None = None) -> State:
+        """A saved state, bit for bit, with the structure and shardings of `like`.
+
+        Args:
+            like: a state of the same shapes and dtypes, of arrays or `ShapeDtypeStruct`s, on any
+                mesh.
             step: which one; None is the newest.
 
         Raises:
-            UsageError: when there is no such step.
+            UsageError: when there is no such step, files of it are damaged, or another optimizer,
+                model or other settings made it; the message says what differs.
         """
-        restore = ocp.args.StandardRestore
-        items = {name: restore(item) for name, item in like._asdict().items()}
-        saved = self._manager.restore(self._step(step), args=ocp.args.Composite(**items))
-        return State(**{name: saved[name] for name in items})
+        return type(like)(**self._restore(like._asdict(), self._step(step)))
 
     def params(self, step: int | None = None, like: optax.Params | None = None) -> optax.Params:
-        """The parameters alone of a step; None is the newest. On the shardings of `like`, if given.
+        """The parameters alone.
+
+        Args:
+            step: after how many steps; None is the newest.
+            like: where they are to lie, as `restore` takes it; None is the first device.
 
         Raises:
-            UsageError: when there is no such step.
+            UsageError: as `restore`.
         """
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-        return self._manager.restore(self._step(step), args=args)["params"]
+        step = self._step(step)
+        if like is None:
+            leaves = self._description(step)["leaves"]["params"]
+            shapes = {path: jax.ShapeDtypeStruct(**leaf) for path, leaf in leaves.items()}
+            like = traverse_util.unflatten_dict(shapes, sep="/")  # type: ignore[no-untyped-call]
+        return self._restore({"params": like}, step)["params"]
+
+    def position(self, step: int | None = None) -> dict[str, Any]:
+        """Where the run was: what `save` was given, and `step`; None is the newest.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        args = ocp.args.Composite(**{POSITION: ocp.args.JsonRestore()})
+        return self._read(self._step(step), args)[POSITION]
+
+    def _restore(self, like: Mapping[str, Any], step: int) -> dict[str, Any]:
+        here = checkpoint.describe(like, self._settings)
+        try:
+            checkpoint.check(self._description(step), here, str(self.path / str(step)))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return checkpoint.restored(self._read(step, checkpoint.restore_args(like)), like)
+
+    def _description(self, step: int) -> dict[str, Any]:
+        return self._read(step, checkpoint.description_args())["description"]
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        try:
+            with checkpoint.readable(self.path / str(step)):
+                return self._manager.restore(step, args=args)
+        except ValueError as error:
+            others = ", ".join(str(other) for other in self.steps if other != step)
+            way = f"; without that folder the run goes on from one of {others}" if others else ""
+            raise UsageError(f"{error}{way}") from error
 
     def _step(self, step: int | None) -> int:
         steps = self.steps
