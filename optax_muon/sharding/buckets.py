@@ -9,10 +9,13 @@ obeys `f(X^T) = f(X)^T`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 Stacks = dict[str, tuple[jax.Array, ...]]
 """The matrices of every parameter: path to one `[b, m, n]` per block of its view."""
@@ -63,12 +66,38 @@ class Bucket:
 
     def unpack(self, pooled: jax.Array) -> dict[tuple[str, int], jax.Array]:
         """Hand every member its matrices back, as it stores them: `{(path, block): [b, m, n]}`."""
-        ends = np.cumsum([member.batch for member in self.members])[:-1].tolist()
-        parts = [pooled] if len(self.members) == 1 else jnp.split(pooled, ends)
+        parts = _cut(pooled, [member.batch for member in self.members])
         return {
             (m.path, m.block): _turned(part, m.tall)
             for m, part in zip(self.members, parts, strict=True)
         }
+
+
+def _cut(pooled: jax.Array, lengths: Sequence[int]) -> Sequence[jax.Array]:
+    """Cut `[sum of lengths, m, n]` into pieces of these lengths."""
+    if len(lengths) == 1:
+        return [pooled]
+    ends = np.cumsum(lengths)[:-1].tolist()
+    whole = functools.partial(jnp.split, indices_or_sections=ends)
+    alike = functools.partial(_cut_alike, lengths)
+    pieces: Sequence[jax.Array] = lax.platform_dependent(pooled, cpu=alike, default=whole)
+    return pieces
+
+
+def _cut_alike(lengths: Sequence[int], pooled: jax.Array) -> list[jax.Array]:
+    """Cut with one kernel for all pieces of a length.
+
+    XLA's CPU backend compiles equal kernels once, and a slice at an offset that it knows is unlike
+    all others: 12 ms of LLVM for every parameter, of 13 ms in all. So the offsets come out of a
+    conditional, whose branches agree.
+    """
+
+    def starts() -> tuple[jax.Array, ...]:
+        return tuple(jnp.asarray(s, jnp.int32) for s in np.cumsum([0, *lengths[:-1]]))
+
+    unseen = lax.cond(jnp.isfinite(pooled[0, 0, 0]), starts, starts)
+    pieces = zip(unseen, lengths, strict=True)
+    return [lax.dynamic_slice_in_dim(pooled, start, length) for start, length in pieces]
 
 
 def _turned(matrices: jax.Array, tall: bool) -> jax.Array:
