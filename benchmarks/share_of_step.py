@@ -24,7 +24,7 @@ import optax
 import tyro
 
 import optax_muon
-from optax_muon.models.llama import Llama
+from optax_muon.models.training import family
 from optax_muon.models.training.presets import PRESETS
 from optax_muon.models.training.train import State, next_token_loss, update
 
@@ -94,11 +94,12 @@ def measure(case: Case, repeats: int) -> list[Row]:
 def contestants(case: Case) -> dict[str, _bench.Contestant]:
     """The gradient alone, and the steps of all optimizers."""
     sizes = PRESETS[case.preset].model
-    model = Llama(sizes)
+    model = family.model(sizes)
     shape = (case.batch, sizes.context + 1)
     tokens = jnp.asarray(np.random.default_rng(0).integers(sizes.vocab, size=shape, dtype=np.int32))
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1])["params"]
-    gradient = jax.value_and_grad(functools.partial(next_token_loss, model))
+    params = jax.jit(model.init)(jax.random.key(0))
+    loss = functools.partial(next_token_loss, model)
+    gradient = jax.value_and_grad(lambda params, tokens: loss(params, tokens)[0])
     transformations = {
         ADAMW: optax.adamw(_jax.MUON["learning_rate"], b2=0.95),
         OURS: optax_muon.muon(**_jax.MUON),

@@ -88,7 +88,7 @@ def test_text_too_short_for_one_sequence_is_refused(tmp_path, size, part):
 
 def test_a_batch_is_a_function_of_seed_and_step():
     tokens = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
-    draw = functools.partial(data.batch, tokens, size=4, context=16)
+    draw = functools.partial(data.starts, tokens, size=4, context=16)
     np.testing.assert_array_equal(draw(1, 2), draw(1, 2))
     assert (draw(1, 2) != draw(1, 3)).any()
     assert (draw(1, 2) != draw(2, 1)).any()
@@ -96,13 +96,15 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 def test_windows_are_pieces_of_the_text_and_reach_its_end():
     tokens = np.arange(40, dtype=np.uint8)
-    draws = np.concatenate([data.batch(tokens, 0, step, 8, context=16) for step in range(200)])
+    starts = [data.starts(tokens, 0, step, 8, context=16) for step in range(200)]
+    draws = data.windows(tokens, np.concatenate(starts), context=16)
     np.testing.assert_array_equal(np.diff(draws), 1)
     assert draws.dtype == np.int32
     assert (draws.min(), draws.max()) == (0, 39)
 
 
 def test_held_out_windows_do_not_overlap_and_span_the_text():
-    windows = data.held_out_batch(np.arange(100, dtype=np.uint8), size=50, context=9)
+    tokens = np.arange(100, dtype=np.uint8)
+    windows = data.windows(tokens, data.held_out_starts(tokens, size=50, context=9), context=9)
     assert windows.shape == (10, 10)
     np.testing.assert_array_equal(windows.ravel(), np.arange(100))

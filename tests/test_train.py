@@ -22,11 +22,12 @@ from optax_muon.models.stops import Diverged, Interrupted
 from optax_muon.models.training import data
 from optax_muon.models.training.checkpoints import Checkpoints
 from optax_muon.models.training.contestants import OPTIMIZERS, Contestant, lineup, transformation
-from optax_muon.models.training.flops import newton_schulz_flops, step_flops
+from optax_muon.models.training.flops import newton_schulz_flops, run_flops
 from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.presets import PRESETS, Tuning
 from optax_muon.models.training.run import Run, Trainer
-from optax_muon.models.training.train import Record, Setup, init
+from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import Record, init
 
 TINY = PRESETS["tiny"]
 SETUP = Setup(TINY.model, TINY.batch, TINY.steps, seed=0, eval_every=10, eval_sequences=128)
@@ -88,7 +89,7 @@ def train(folder, contestant, text, stop_after=math.inf):
 
 def saved(folder, contestant):
     with Checkpoints(folder.checkpoints(contestant.name)) as checkpoints:
-        state = init(SETUP, transformation(contestant, SETUP.steps))
+        state = init(SETUP, transformation(contestant, SETUP))
         return checkpoints.latest, checkpoints.restore(state)
 
 
@@ -235,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(text, tmp_path, capsys):
 
 
 def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path, monkeypatch):
-    def explode(schedule, weight_decay):
+    def explode(schedule, weight_decay, views):
         return optax.sgd(lambda count: jnp.where(count < 25, 0.1, jnp.inf))
 
     monkeypatch.setitem(OPTIMIZERS, "explosive", explode)
@@ -350,7 +351,7 @@ def outcome(name, losses, flops, step_seconds=0.1):
         Record(step, 1.0, 1.0, 1e-3, step_seconds, loss)
         for step, loss in zip(steps, losses, strict=True)
     ]
-    return report.Outcome(contestant, records, flops, update_seconds=0.02)
+    return report.Outcome(contestant, records, lambda n: n * flops, update_seconds=0.02)
 
 
 def test_the_fractions_are_those_of_the_crossing():
@@ -376,14 +377,14 @@ def test_flops_are_six_per_weight_and_token_and_the_products_of_newton_schulz():
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
     weights = 256 * 32 + 2 * layer + 32
     scores = 12 * model.depth * model.context * model.width
-    assert step_flops(SETUP, LINEUP[0], params) == 8 * 32 * (6 * weights + scores)
+    assert run_flops(SETUP, LINEUP[0], params) == 8 * 32 * (6 * weights + scores)
 
     def products(m, n):  # X X^T, A A, (b A + c A A) X: five times, two operations each
         return 5 * 2 * (m * m * n + m * m * m + m * m * n)
 
     layer = 2 * products(32, 32) + 2 * products(16, 32) + 3 * products(32, 64)
     assert newton_schulz_flops(params) == 2 * layer
-    assert step_flops(SETUP, LINEUP[1], params) - step_flops(SETUP, LINEUP[0], params) == 2 * layer
+    assert run_flops(SETUP, LINEUP[1], params) - run_flops(SETUP, LINEUP[0], params) == 2 * layer
 
 
 def test_muon_at_adamws_numbers_is_not_run_twice():

@@ -12,15 +12,15 @@ from pathlib import Path
 from rich.console import Console
 
 from optax_muon.models.commands import report, sweep_report
-from optax_muon.models.llama import Llama, LlamaConfig
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training import data, sweep
 from optax_muon.models.training.contestants import lineup
+from optax_muon.models.training.family import model_of
 from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.presets import Preset, Tuning, preset
 from optax_muon.models.training.run import Run, train_all
 from optax_muon.models.training.sample import continuation
-from optax_muon.models.training.train import Setup
+from optax_muon.models.training.setup import Setup
 
 EVAL_SEQUENCES = 128
 """16 kB at context 128, the same for all contestants; looking takes about a tenth of the time."""
@@ -189,7 +189,7 @@ class Sample:
         _at_least(0, "temperature", self.temperature)
         folder = Folder(self.runs / self.run)
         config = folder.read_config()
-        model = Llama(LlamaConfig(**config["setup"]["model"]))
+        model = model_of(config)
         names = [self.contestant] if self.contestant else [c["name"] for c in config["contestants"]]
         params = folder.newest_params(names)
         prompt = self.prompt.encode()

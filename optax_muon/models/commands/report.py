@@ -10,13 +10,14 @@ held-out curve at or below it, still in the middle of its schedule.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -30,10 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from optax_muon.models.training.contestants import Contestant, transformation
-from optax_muon.models.training.flops import step_flops
+from optax_muon.models.training.flops import run_flops
 from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.run import Run
-from optax_muon.models.training.train import Record, Setup, State, init, update
+from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import Record, State, init, update
 
 COLUMNS = ("optimizer", "lr", "decay", "loss", "reached", "steps", "FLOPs", "step", "share")
 COLORS = {"adamw": "#6b7280", "muon-carried": "#2b8cbe", "muon-tuned": "#d95f0e"}
@@ -46,13 +48,13 @@ class Outcome:
     Attributes:
         contestant: the optimizer and its numbers.
         records: its steps.
-        flops: operations of one step, the optimizer's with the model's.
+        flops: operations of so many first steps, the optimizer's with the model's.
         update_seconds: median wall time of the optimizer's update alone.
     """
 
     contestant: Contestant
     records: Sequence[Record]
-    flops: int
+    flops: Callable[[float], float]
     update_seconds: float
 
     @property
@@ -96,7 +98,9 @@ class Comparison:
     @property
     def flops(self) -> float | None:
         """The operations up to that step as a fraction of all of AdamW's."""
-        return None if self.steps is None else self.steps * self.outcome.flops / self.adamw.flops
+        if self.reached is None:
+            return None
+        return self.outcome.flops(self.reached) / self.adamw.flops(self.adamw.records[-1].step)
 
     @property
     def cells(self) -> list[str]:
@@ -261,9 +265,9 @@ _update = jax.jit(update, static_argnums=0, donate_argnums=1)
 
 
 def _outcome(run: Run, contestant: Contestant, folder: Folder) -> Outcome:
-    tx = transformation(contestant, run.setup.steps)
+    tx = transformation(contestant, run.setup)
     state = init(run.setup, tx)
-    flops = step_flops(run.setup, contestant, state.params)
+    flops = functools.partial(run_flops, run.setup, contestant, state.params)
     records = folder.journal.read(contestant.name)
     return Outcome(contestant, records, flops, update_seconds(tx, state))
 

@@ -1,7 +1,7 @@
 """The optimizers that are compared, as data: AdamW, Muon at AdamW's numbers, Muon at its own.
 
-All see the same batches, the same linear warm-up and cosine decay to a tenth, and the same clipping
-of the gradient's global norm; only the transformation and its two tuned numbers differ. The paper
+All see the same batches, the same schedule (`setup.py`), and the same clipping of the gradient's
+global norm; only the transformation and its two tuned numbers differ. The paper
 ("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2) claims that the numbers tuned
 for AdamW can be reused for Muon: the second contestant. What Muon can do when it is tuned with the
 same budget is the third. `presets.py` owns the numbers, `sweep.py` finds them.
@@ -16,22 +16,29 @@ from collections.abc import Callable
 import optax
 
 import optax_muon
+from optax_muon.models.training import family
 from optax_muon.models.training.presets import Tuning
+from optax_muon.models.training.setup import Setup
 
-WARM_UP = 0.1
-FINAL_LR = 0.1
 CLIP_NORM = 1.0
 
 
-def _adamw(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+def _adamw(
+    schedule: optax.Schedule, weight_decay: float, views: Views
+) -> optax.GradientTransformation:
+    del views
     return optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay)
 
 
-def _muon(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    return optax_muon.muon(schedule, weight_decay=weight_decay)
+def _muon(
+    schedule: optax.Schedule, weight_decay: float, views: Views
+) -> optax.GradientTransformation:
+    return optax_muon.muon(schedule, weight_decay=weight_decay, views=views)
 
 
-OPTIMIZERS: dict[str, Callable[[optax.Schedule, float], optax.GradientTransformation]] = {
+Views = dict[str, optax_muon.View] | None
+
+OPTIMIZERS: dict[str, Callable[[optax.Schedule, float, Views], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "muon": _muon,
 }
@@ -53,25 +60,24 @@ class Contestant:
     optimizer: str
     tuning: Tuning
 
-    def schedule(self, steps: int) -> optax.Schedule:
-        """Learning rate by step: linear warm-up over the first tenth, cosine to a tenth."""
-        return optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=self.tuning.lr,
-            warmup_steps=max(1, round(WARM_UP * steps)),
-            decay_steps=steps,
-            end_value=FINAL_LR * self.tuning.lr,
-        )
-
 
 @functools.cache  # `train.py` compiles a step per transformation, so the same one stays one object
-def transformation(contestant: Contestant, steps: int) -> optax.GradientTransformation:
-    """The contestant's optax chain for a run of `steps` steps."""
-    optimizer = OPTIMIZERS[contestant.optimizer]
-    return optax.chain(
+def transformation(contestant: Contestant, setup: Setup) -> optax.GradientTransformation:
+    """The contestant's optax chain for a run."""
+    tuning, optimizer = contestant.tuning, OPTIMIZERS[contestant.optimizer]
+    links = [
         optax.clip_by_global_norm(CLIP_NORM),
-        optimizer(contestant.schedule(steps), contestant.tuning.weight_decay),
-    )
+        optimizer(setup.learning_rate(tuning.lr), tuning.weight_decay, views(setup)),
+    ]
+    if setup.qk_clip is not None:
+        attentions = family.model(setup.model).attentions
+        links.append(optax_muon.qk_clip(attentions, setup.qk_clip))
+    return optax.chain(*links)
+
+
+def views(setup: Setup) -> Views:
+    """Which matrices Muon gets; None decides by role."""
+    return family.model(setup.model).per_head_views if setup.per_head else None
 
 
 def lineup(adamw: Tuning, muon: Tuning) -> tuple[Contestant, ...]:

@@ -81,22 +81,25 @@ def load(pattern: str | None, context: int) -> Corpus:
     return Corpus(train, held_out, f"{_title(pattern)}: {len(files)} files, {how}")
 
 
-def batch(tokens: np.ndarray, seed: int, step: int, size: int, context: int) -> np.ndarray:
-    """Windows at random places, int32 `[size, context + 1]`, a pure function of its arguments.
-
-    >>> tokens = np.arange(100, dtype=np.uint8)
-    >>> batch(tokens, seed=0, step=3, size=2, context=4).shape
-    (2, 5)
-    """
+def starts(tokens: np.ndarray, seed: int, step: int, size: int, context: int) -> np.ndarray:
+    """Random places of windows, int64 `[size]`, a pure function of its arguments."""
     random = np.random.Generator(np.random.Philox(key=[seed, step]))
-    return _windows(tokens, random.integers(0, len(tokens) - context, size), context)
+    return random.integers(0, len(tokens) - context, size)
 
 
-def held_out_batch(tokens: np.ndarray, size: int, context: int) -> np.ndarray:
-    """At most `size` windows spread evenly, int32 `[<= size, context + 1]`; no two overlap."""
+def held_out_starts(tokens: np.ndarray, size: int, context: int) -> np.ndarray:
+    """Places of at most `size` windows spread evenly, int64; no two windows overlap."""
     count = min(size, len(tokens) // (context + 1))
-    starts = np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
-    return _windows(tokens, starts, context)
+    return np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
+
+
+def windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
+    """The windows that begin at `starts`, `[..]`: int32 `[.., context + 1]`.
+
+    >>> windows(np.arange(9, dtype=np.uint8), np.array([0, 5]), context=2).tolist()
+    [[0, 1, 2], [5, 6, 7]]
+    """
+    return tokens[starts[..., None] + np.arange(context + 1)].astype(np.int32)
 
 
 def is_held_out(name: str) -> bool:
@@ -120,10 +123,6 @@ def _split(texts: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray, str]:
 
 def _join(texts: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(b"\0" + text for text in texts), np.uint8)
-
-
-def _windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
-    return tokens[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
 def _standard_library() -> tuple[Path, list[Path]]:

@@ -1,10 +1,12 @@
 """How many floating-point operations a step costs: the model's and the optimizer's.
 
-A multiplication and an addition count two. The model's are 6 per token and multiplying parameter
-(2 forward, 4 backward; Kaplan et al., arXiv 2001.08361, section 2.1) and `12 t width` per token and
-layer for the attention scores (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B). Embedding
-look-ups, norms and AdamW's dozen operations per parameter are left out: with the 2048 tokens of a
-`small` step, about a thousandth. Work that the backward pass repeats to save memory is not counted.
+A multiplication and an addition count two. The model's are 6 per token and parameter that the token
+is multiplied with (2 forward, 4 backward; Kaplan et al., arXiv 2001.08361, section 2.1): of experts
+those it goes to. Attention scores are another `6 t` per token and feature of all heads' queries and
+values (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B: `12 t width` per layer where both have
+`width` features). Embedding look-ups and AdamW's dozen operations per parameter are left out: with
+the 2048 tokens of a `small` step, about a thousandth. Work that the backward pass repeats to save
+memory is not counted.
 
 Muon's Newton-Schulz on an `m x n` matrix, `m <= n`, is 5 steps of `X X^T`, `A A`, `B X`, that is of
 `4 m^2 n + 2 m^3` operations (paper, arXiv 2502.16982, section 2.1).
@@ -12,39 +14,47 @@ Muon's Newton-Schulz on an `m x n` matrix, `m <= n`, is 5 steps of `X X^T`, `A A
 
 from __future__ import annotations
 
-import jax
 import optax
 
 import optax_muon
-from optax_muon.models.training.contestants import Contestant
-from optax_muon.models.training.train import Setup
+from optax_muon.models.training import family
+from optax_muon.models.training.contestants import Contestant, Views, views
+from optax_muon.models.training.setup import Setup
 
 NEWTON_SCHULZ_STEPS = 5
 
 
-def step_flops(setup: Setup, contestant: Contestant, params: optax.Params) -> int:
-    """Operations of one training step: model and optimizer."""
-    optimizer = newton_schulz_flops(params) if contestant.optimizer == "muon" else 0
-    return model_flops(setup, params) + optimizer
+def run_flops(
+    setup: Setup, contestant: Contestant, params: optax.Params, steps: float = 1.0
+) -> float:
+    """Operations of the first steps of a run, model and optimizer; the last may be a part of one.
+
+    Args:
+        setup: what all contestants share.
+        contestant: the optimizer.
+        params: arrays or `ShapeDtypeStruct`s.
+        steps: how many.
+    """
+    optimizer = 0
+    if contestant.optimizer == "muon":
+        optimizer = newton_schulz_flops(params, views(setup))
+    return setup.sequences(steps) * sequence_flops(setup) + steps * optimizer
 
 
-def model_flops(setup: Setup, params: optax.Params) -> int:
-    """Operations of one step's forward and backward pass."""
-    model = setup.model
-    lookups = 0 if model.tie else model.vocab * model.width
-    multiplying = sum(leaf.size for leaf in jax.tree.leaves(params)) - lookups
-    scores = 12 * model.depth * model.context * model.width
-    return setup.tokens_per_step * int(6 * multiplying + scores)
+def sequence_flops(setup: Setup) -> int:
+    """Operations of one sequence's forward and backward pass."""
+    model, context = family.model(setup.model), setup.model.context
+    return context * 6 * (model.active + context * model.attended)
 
 
-def newton_schulz_flops(params: optax.Params) -> int:
+def newton_schulz_flops(params: optax.Params, views: Views = None) -> int:
     """Operations of Muon's polynomial over all matrices that `optax_muon.label` gives it.
 
     >>> import jax.numpy as jnp
     >>> newton_schulz_flops({"dense": {"kernel": jnp.ones([8, 16])}})  # 5 (4 * 64 * 16 + 2 * 512)
     25600
     """
-    blocks = (block for row in optax_muon.label(params).rows for block in row.blocks)
+    blocks = (block for row in optax_muon.label(params, views).rows for block in row.blocks)
     return sum(
         NEWTON_SCHULZ_STEPS * block.batch * (4 * m * m * n + 2 * m**3)
         for block in blocks

@@ -14,7 +14,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from optax_muon.models.training.train import Record, Setup
+from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import Record
 
 
 class Progress:
@@ -60,7 +61,7 @@ class Progress:
     def step(self, title: str, record: Record) -> None:
         """Show a step."""
         task = self._tasks[title]
-        speed = f"{self._setup.tokens_per_step / record.seconds:,.0f}"
+        speed = f"{self._setup.tokens_at(record.step) / record.seconds:,.0f}"
         self._bars.update(task, completed=record.step, loss=f"{record.loss:.3f}", speed=speed)
         if record.val_loss is not None:
             self._bars.update(task, val_loss=f"{record.val_loss:.3f}")

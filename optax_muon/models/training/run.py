@@ -13,7 +13,8 @@ from optax_muon.models.training.contestants import Contestant, transformation
 from optax_muon.models.training.data import Corpus
 from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.progress import Progress
-from optax_muon.models.training.train import Record, Setup, State, init, train
+from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import Record, State, init, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Trainer:
         done = checkpoints.latest
         self.folder.journal.forget(contestant.name, after=done)
         self.progress.begin(contestant.title, done)
-        state = init(self.run.setup, transformation(contestant, self.run.setup.steps))
+        state = init(self.run.setup, transformation(contestant, self.run.setup))
         return (checkpoints.restore(state) if done else state), done
 
     def _is_due(self, record: Record) -> bool:

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.models.llama import Llama, logits
+from optax_muon.models.training.family import Model
 
 Carry = tuple[jax.Array, jax.Array]
 """The window of tokens, `[context]`, and how many of them are written."""
 
 
 def continuation(
-    model: Llama,
+    model: Model,
     params: optax.Params,
     prompt: bytes,
     length: int,
@@ -25,7 +25,7 @@ def continuation(
     """Draw `length` bytes after the prompt.
 
     Args:
-        model: the Llama.
+        model: the model.
         params: its parameters.
         prompt: what is there already; the model sees its last `context` bytes. An empty one means
             the beginning of a file.
@@ -46,7 +46,7 @@ def continuation(
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _draw(
-    model: Llama,
+    model: Model,
     params: optax.Params,
     window: jax.Array,
     count: jax.Array,
@@ -57,7 +57,7 @@ def _draw(
 
     def write(carry: Carry, key: jax.Array) -> tuple[Carry, jax.Array]:
         window, count = carry
-        last = logits(model, params, window[None])[0, count - 1]
+        last = model.forward(params, window[None])[0][0, count - 1]
         token = _choose(key, last, temperature).astype(jnp.int32)
         full = count == window.size
         window = jnp.where(full, jnp.roll(window, -1), window)

@@ -88,7 +88,7 @@ class Stages:
 
     def batch(self, step: int) -> int:
         """Sequences of the batch of a step."""
-        return self.batches[step >= self._grows_at]
+        return self.batches[step >= self.grows_at]
 
     def learning_rate(self, step: ArrayLike) -> jax.Array:
         """Learning rate of a step; an `optax.Schedule`."""
@@ -96,17 +96,17 @@ class Stages:
         stages = three_stage_schedule(
             peak,
             warmup=self.warmup,
-            decay=self._decayed_at,
+            decay=self.decayed_at,
             floor=floor,
             rewarm=self.rewarm,
             again=again,
-            cooldown=self.steps - self._decayed_at - self.rewarm,
+            cooldown=self.steps - self.decayed_at - self.rewarm,
         )
         return jnp.asarray(stages(step))
 
     def router_rate(self, step: ArrayLike) -> jax.Array:
         """Rate at which `update_bias` moves the router biases in a step; an `optax.Schedule`."""
-        return jnp.where(jnp.asarray(step) < self._decayed_at, self.bias_rate, 0.0)
+        return jnp.where(jnp.asarray(step) < self.decayed_at, self.bias_rate, 0.0)
 
     @property
     def steps(self) -> int:
@@ -114,17 +114,19 @@ class Stages:
         return self._step_at(self.decayed + self.cooldown)
 
     @property
-    def _grows_at(self) -> int:
+    def grows_at(self) -> int:
+        """The step from which the batch is the larger one."""
         return round(self.grows / (self.batches[0] * self.context))
 
     @property
-    def _decayed_at(self) -> int:
+    def decayed_at(self) -> int:
+        """The step at which the cosine ends."""
         return self._step_at(self.decayed)
 
     def _step_at(self, tokens: float) -> int:
         """The step by which so many tokens have been seen, after the batch has grown."""
-        rest = tokens - self._grows_at * self.batches[0] * self.context
-        return self._grows_at + round(rest / (self.batches[1] * self.context))
+        rest = tokens - self.grows_at * self.batches[0] * self.context
+        return self.grows_at + round(rest / (self.batches[1] * self.context))
 
 
 MOONLIGHT = Stages(

@@ -22,7 +22,8 @@ from optax_muon.models.training.data import Corpus
 from optax_muon.models.training.presets import Tuning
 from optax_muon.models.training.progress import Progress
 from optax_muon.models.training.run import Interrupt
-from optax_muon.models.training.train import Setup, init, train
+from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import init, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _run(
     """The point with its loss."""
     contestant = point.contestant
     progress.begin(contestant.title, done=0)
-    state = init(setup, transformation(contestant, setup.steps))
+    state = init(setup, transformation(contestant, setup))
     try:
         for record, _ in train(setup, contestant, corpus, state):
             progress.step(contestant.title, record)

@@ -4,6 +4,13 @@
 yields and saves what it should, the sweep (`sweep.py`) only looks at the last record. The batch of
 a step is a function of the seed and the step, so going on from a saved state gives the same
 numbers, bit for bit, as never having stopped.
+
+`step` is the whole of training in one function, for any model and any mesh; `abstract` is the state
+it takes as shapes alone, so that it compiles without a parameter in memory:
+
+    with jax.set_mesh(mesh):
+        state = abstract(model, tx, mesh)
+        jax.jit(step, static_argnums=(0, 1)).lower(model, tx, state, tokens, rate).compile()
 """
 
 from __future__ import annotations
@@ -13,55 +20,52 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from optax_muon.models.llama import Llama, LlamaConfig, logits
+import optax_muon
+from optax_muon.models import balance
+from optax_muon.models.moonlight import Report
 from optax_muon.models.stops import Diverged
+from optax_muon.models.training import family
 from optax_muon.models.training.contestants import Contestant, transformation
-from optax_muon.models.training.data import Corpus, batch, held_out_batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What all contestants share.
-
-    Attributes:
-        model: the Llama's sizes.
-        batch: sequences in a step.
-        steps: optimizer steps of the whole schedule.
-        seed: of the initial parameters and of the order of the data.
-        eval_every: steps between two looks at the held-out text.
-        eval_sequences: held-out sequences of each look, always the same ones.
-    """
-
-    model: LlamaConfig
-    batch: int
-    steps: int
-    seed: int
-    eval_every: int
-    eval_sequences: int
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens predicted in one step."""
-        return self.batch * self.model.context
+from optax_muon.models.training.data import Corpus, held_out_starts, starts
+from optax_muon.models.training.family import Model
+from optax_muon.models.training.placement import ALONE, Placement
+from optax_muon.models.training.setup import Setup
 
 
 class State(NamedTuple):
-    """Everything that training changes: parameters and the optimizer's state."""
+    """Everything that training changes."""
 
     params: optax.Params
+    """The parameters, float32."""
     opt_state: optax.OptState
+    """The optimizer's state."""
+    bias: jax.Array | None = None
+    """Router biases, `[moe_depth, experts]` float32; None where there is no router."""
+
+
+class Measured(NamedTuple):
+    """What a step says of itself, before its update."""
+
+    loss: jax.Array
+    """Mean over the step's tokens, nats."""
+    grad_norm: jax.Array
+    """Global norm of the gradient before clipping."""
+    report: Report | None
+    """Of a model that makes one; of several micro-batches together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one step says about itself.
+    """What one step says about itself; what only a Moonlight says is None of a Llama.
 
     Attributes:
         step: counted from 1.
@@ -70,6 +74,11 @@ class Record:
         lr: learning rate of the update.
         seconds: wall time of the step, without evaluation.
         val_loss: held-out loss after the update, nats per token; None between evaluations.
+        max_logit: largest attention logit.
+        max_logits: largest attention logit of each layer.
+        high_logits: share of attention logits above `moonlight.HIGH_LOGIT`.
+        imbalance: largest load of an expert over the mean, less one, in the worst layer.
+        router_entropy: mean entropy of the routers' scores, nats.
     """
 
     step: int
@@ -78,15 +87,173 @@ class Record:
     lr: float
     seconds: float
     val_loss: float | None = None
+    max_logit: float | None = None
+    max_logits: list[float] | None = None
+    high_logits: float | None = None
+    imbalance: float | None = None
+    router_entropy: float | None = None
 
 
-def init(setup: Setup, tx: optax.GradientTransformation) -> State:
-    """The state before the first step; the parameters are equal for every optimizer."""
-    return _init(Llama(setup.model), tx, jax.random.key(setup.seed))
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    state: State,
+    tokens: jax.Array,
+    rate: jax.Array | float = 0.0,
+    weights: jax.Array | None = None,
+) -> tuple[State, Measured]:
+    """One step of training: gradients, the optimizer, the router biases.
+
+    To be jitted with `model` and `tx` static. Accumulating `k` micro-batches is one big batch: the
+    gradient is that of the mean over all tokens, the load is their sum, the largest logit the
+    largest of all. One micro-batch is in memory at a time.
+
+    Args:
+        model: the model.
+        tx: the optimizer; it is handed `max_logits`, `[depth, heads]`, for `optax_muon.qk_clip`.
+        state: before the step; on a mesh as `shardings` lays it out.
+        tokens: `[k, b, t + 1]` int32; on a mesh, `b` lies over `layers.BATCH`.
+        rate: change of a router bias, float32; a schedule is called by the caller.
+        weights: of the predictions of `tokens[..., 1:]`, `[k, b, t]` float32, such as 1 for answers
+            and 0 for prompts; the loss is the weighted mean. None weighs all the same.
+
+    Returns:
+        The state after the step, and what was measured in it.
+    """
+    grads, loss, report = gradients(model, state, tokens, weights)
+    max_logits = None if report is None else report.max_logits
+    new = update(tx, state, grads, max_logits)
+    if report is not None and state.bias is not None:
+        new = new._replace(bias=balance.update_bias(state.bias, report.load, rate))
+    return new, Measured(loss, optax.tree.norm(grads), report)
+
+
+def gradients(
+    model: Model, state: State, tokens: jax.Array, weights: jax.Array | None = None
+) -> tuple[optax.Updates, jax.Array, Report | None]:
+    """Gradient, loss and report of all micro-batches together; arguments as of `step`."""
+    parts = tokens.shape[0]
+    if weights is not None:
+        weights = weights * (parts / weights.sum())
+
+    def one(tokens: jax.Array, weights: jax.Array | None) -> Any:
+        loss = jax.value_and_grad(next_token_loss, argnums=1, has_aux=True)
+        (value, report), grads = loss(model, state.params, tokens, state.bias, weights)
+        return grads, value, report
+
+    if parts == 1:
+        return one(tokens[0], None if weights is None else weights[0])
+
+    def add(total: optax.Updates, part: Any) -> tuple[optax.Updates, Any]:
+        grads, value, report = one(*part)
+        total = jax.tree.map(lambda a, b: a + b * (1 / parts), total, grads)
+        return total, (value, report)
+
+    zero = jax.tree.map(jnp.zeros_like, state.params)
+    grads, (losses, reports) = jax.lax.scan(add, zero, (tokens, weights))
+    return grads, losses.mean(), together(reports)
+
+
+def together(reports: Report | None) -> Report | None:
+    """The report of several micro-batches, stacked along a first axis, as if they were one."""
+    if reports is None:
+        return None
+    return Report(
+        max_logits=reports.max_logits.max(axis=0),
+        high_logits=reports.high_logits.mean(axis=0),
+        load=reports.load.sum(axis=0),
+        entropy=reports.entropy.mean(axis=0),
+    )
+
+
+def update(
+    tx: optax.GradientTransformation,
+    state: State,
+    grads: optax.Updates,
+    max_logits: jax.Array | None = None,
+) -> State:
+    """One step of the optimizer alone."""
+    tx = optax.with_extra_args_support(tx)
+    said = {} if max_logits is None else {"max_logits": max_logits}
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **said)
+    return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+
+def next_token_loss(
+    model: Model,
+    params: optax.Params,
+    tokens: jax.Array,
+    bias: jax.Array | None = None,
+    weights: jax.Array | None = None,
+) -> tuple[jax.Array, Report | None]:
+    """Cross-entropy of each next token in nats, and the model's report.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        tokens: `[b, t + 1]` int32.
+        bias: of its router.
+        weights: `[b, t]` float32. The loss is the sum over tokens of weight and cross-entropy, over
+            the number of tokens. None is a weight of 1.
+    """
+    losses, report = model.losses(params, tokens[:, :-1], tokens[:, 1:], bias)
+    return (losses if weights is None else losses * weights).mean(), report
+
+
+# ---- the state -----------------------------------------------------------------------------------
+
+
+def init(setup: Setup, tx: optax.GradientTransformation, mesh: Mesh | None = None) -> State:
+    """The state before the first step, on a mesh as `shardings` says.
+
+    The parameters are equal for every optimizer, and on every mesh up to rounding.
+    """
+    model = family.model(setup.model)
+    key = jax.random.key(setup.seed)
+    if mesh is None:
+        return _initial_state(model, tx, key)
+    # The momenta of a jitted program lie where its outputs are asked to.
+    jitted = jax.jit(functools.partial(_state, model, tx), out_shardings=shardings(model, tx, mesh))
+    return jitted(key)
+
+
+def shardings(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """A `State` of `NamedSharding`s; the mesh must be ambient."""
+    shapes = jax.eval_shape(functools.partial(_state, model, tx), jax.random.key(0))
+    params = model.shardings(mesh)
+    opt_state = optax_muon.state_shardings(tx, shapes.params, params)
+    bias: Any = None if shapes.bias is None else NamedSharding(mesh, P())
+    return State(params, opt_state, bias)
+
+
+def abstract(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state as `ShapeDtypeStruct`s on a mesh, which must be ambient."""
+    shapes = jax.eval_shape(functools.partial(_state, model, tx), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(model, tx, mesh),
+    )
+
+
+def _state(model: Model, tx: optax.GradientTransformation, key: jax.Array) -> State:
+    params = model.init(key)
+    return State(params, tx.init(params), model.zero_bias())
+
+
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def train(
-    setup: Setup, contestant: Contestant, corpus: Corpus, state: State, done: int = 0
+    setup: Setup,
+    contestant: Contestant,
+    corpus: Corpus,
+    state: State,
+    done: int = 0,
+    placement: Placement = ALONE,
 ) -> Iterator[tuple[Record, State]]:
     """Train from step `done` to the end of the schedule.
 
@@ -96,6 +263,7 @@ def train(
         corpus: the text.
         state: after `done` steps; it is donated, so use the yielded one instead.
         done: steps already taken.
+        placement: devices and micro-batches; its mesh, if it has one, must be ambient.
 
     Yields:
         The record of each step and the state after it, valid until the next one is asked for.
@@ -103,55 +271,84 @@ def train(
     Raises:
         Diverged: at the first loss, gradient or held-out loss that is not finite.
     """
-    model, tx = Llama(setup.model), transformation(contestant, setup.steps)
-    schedule = contestant.schedule(setup.steps)
-    held_out = held_out_batch(corpus.held_out, setup.eval_sequences, setup.model.context)
-    for step in range(done + 1, setup.steps + 1):
-        tokens = batch(corpus.train, setup.seed, step, setup.batch, setup.model.context)
+    model, tx = family.model(setup.model), transformation(contestant, setup)
+    schedule = setup.learning_rate(contestant.tuning.lr)
+    context, rows = setup.model.context, setup.batch // placement.accumulate
+    for number in range(done + 1, setup.steps + 1):
+        size = setup.batch_at(number)
+        places = starts(corpus.train, setup.seed, number, size, context).reshape(-1, rows)
+        tokens = placement.sequences(corpus.train, places, context)
+        rate = np.float32(setup.bias_rate(number - 1))
         start = time.perf_counter()
-        state, (loss, grad_norm) = _step(model, tx, state, tokens)
-        loss, grad_norm = float(loss), float(grad_norm)
+        state, told = _step(model, tx, state, tokens, rate)
+        told = {name: np.asarray(value).tolist() for name, value in told.items()}
         seconds = time.perf_counter() - start
-        record = Record(step, loss, grad_norm, float(schedule(step - 1)), seconds)
-        if step % setup.eval_every == 0 or step == setup.steps:
-            record = dataclasses.replace(record, val_loss=evaluate(model, state.params, held_out))
+        record = Record(number, lr=float(schedule(number - 1)), seconds=seconds, **told)
+        if number % setup.eval_every == 0 or number == setup.steps:
+            val_loss = evaluate(setup, state, corpus, placement)
+            record = dataclasses.replace(record, val_loss=val_loss)
         yield _finite(record, contestant), state
 
 
-def evaluate(model: Llama, params: optax.Params, tokens: np.ndarray) -> float:
-    """Mean loss over `tokens`, `[sequences, context + 1]`, in nats per token."""
-    return float(_loss(model, params, tokens))
-
-
-def next_token_loss(model: Llama, params: optax.Params, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of each next token, nats."""
-    scores = logits(model, params, tokens[:, :-1])
-    losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
-    return losses.mean()
-
-
-_loss = jax.jit(next_token_loss, static_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(model: Llama, tx: optax.GradientTransformation, key: jax.Array) -> State:
-    params = model.init(key, jnp.zeros([1, 1], jnp.int32))["params"]
-    return State(params, tx.init(params))
+def evaluate(setup: Setup, state: State, corpus: Corpus, placement: Placement = ALONE) -> float:
+    """Mean loss over the held-out sequences of the setup, in nats per token."""
+    context, rows = setup.model.context, setup.batch // placement.accumulate
+    places = held_out_starts(corpus.held_out, setup.eval_sequences, context)
+    count = len(places)
+    # Filled up to whole micro-batches with sequences that weigh nothing.
+    places = np.resize(places, -(-count // rows) * rows)
+    shares = (np.arange(len(places)) < count).astype(np.float32) * (len(places) / count)
+    tokens = placement.sequences(corpus.held_out, places.reshape(-1, rows), context)
+    weights = placement.put(np.repeat(shares.reshape(-1, rows, 1), context, axis=2))
+    model = family.model(setup.model)
+    return float(_held_out_loss(model, state.params, tokens, state.bias, weights))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _step(
-    model: Llama, tx: optax.GradientTransformation, state: State, tokens: jax.Array
-) -> tuple[State, tuple[jax.Array, jax.Array]]:
-    loss_and_grads = jax.value_and_grad(functools.partial(next_token_loss, model))
-    loss, grads = loss_and_grads(state.params, tokens)
-    return update(tx, state, grads), (loss, optax.tree.norm(grads))
+    model: Model,
+    tx: optax.GradientTransformation,
+    state: State,
+    tokens: jax.Array,
+    rate: jax.Array,
+) -> tuple[State, dict[str, jax.Array]]:
+    """`step`, and of what it measured that which a record holds."""
+    state, (loss, grad_norm, report) = step(model, tx, state, tokens, rate)
+    return state, {"loss": loss, "grad_norm": grad_norm, **_told(report)}
 
 
-def update(tx: optax.GradientTransformation, state: State, grads: optax.Updates) -> State:
-    """One step of the optimizer alone."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), opt_state)
+def _told(report: Report | None) -> dict[str, jax.Array]:
+    if report is None:
+        return {}
+    attention = {
+        "max_logit": report.max_logits.max(),
+        "max_logits": report.max_logits.max(axis=1),
+        "high_logits": report.high_logits.mean(),
+    }
+    if not report.load.size:
+        return attention
+    return {
+        **attention,
+        "imbalance": balance.imbalance(report.load).max(),
+        "router_entropy": report.entropy.mean(),
+    }
+
+
+_initial_state = jax.jit(_state, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _held_out_loss(
+    model: Model,
+    params: optax.Params,
+    tokens: jax.Array,
+    bias: jax.Array | None,
+    weights: jax.Array,
+) -> jax.Array:
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return next_token_loss(model, params, part[0], bias, part[1])[0]
+
+    return jax.lax.map(one, (tokens, weights)).mean()
 
 
 def _finite(record: Record, contestant: Contestant) -> Record:
