@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,10 @@ from optax_muon.models.training.train import State
 
 POSITION = "position"
 """The item that says where a run is beyond its arrays."""
+
+_DROPPED = "dropped"
+"""The folder that a step no longer kept is moved to: a kill while files are deleted one by one
+would else leave half a step among the whole ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +73,10 @@ class Checkpoints:
         self.path = path.absolute()
         self._settings = settings
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=(keep or Keep()).policy, cleanup_tmp_directories=True
+            preservation_policy=(keep or Keep()).policy, todelete_subdir=_DROPPED
         )
         self._manager = ocp.CheckpointManager(self.path, options=options)
+        self._has_written = False
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -81,6 +87,8 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._has_written:
+            self._clear()
         self._manager.close()
 
     @property
@@ -104,6 +112,8 @@ class Checkpoints:
                 seed or key that data and randomness come from.
         """
         if step not in self._manager.all_steps():
+            self._clear()
+            self._has_written = True
             args = checkpoint.save_args(state._asdict(), self._settings)
             place = ocp.args.JsonSave(checkpoint.plain({"step": step, **(position or {})}))
             args = ocp.args.Composite(**dict(args.items()), **{POSITION: place})
@@ -149,6 +159,19 @@ class Checkpoints:
         """
         args = ocp.args.Composite(**{POSITION: ocp.args.JsonRestore()})
         return self._read(self._step(step), args)[POSITION]
+
+    def _clear(self) -> None:
+        """Delete steps that are not kept, and half ones of a killed process.
+
+        Only who writes may: for others a half step may be one that is being written.
+        """
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for path in (
+                self.path / _DROPPED,
+                *self.path.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"),
+            ):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _restore(self, like: Mapping[str, Any], step: int) -> dict[str, Any]:
         here = checkpoint.describe(like, self._settings)
