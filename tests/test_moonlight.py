@@ -8,6 +8,7 @@ import functools
 import math
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -417,6 +418,53 @@ def test_experts_take_as_many_tokens_as_they_may_the_first_ones_first(capacity, 
             taken[expert] += 1
     assert (taken.max() > slots) == (capacity in (1.0, 0.5)), "some are dropped, or none"
     np.testing.assert_allclose(np.reshape(y, [16, 6]), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 5, 32])
+def test_blocks_of_rows_change_nothing_forward_or_backward(block, monkeypatch):
+    params, x, chosen, gates, y = mixture(None)
+    pull_of = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
+
+    def gradients(apply):
+        return jax.jit(lambda *given: jax.vjp(apply, *given)[1](pull_of))(params, x, gates)
+
+    def naive(params, x, gates):
+        """Every expert on every token, in the gates' places."""
+        hidden = nn.silu(jnp.einsum("btd,edf->betf", x, params["gate_proj"]))
+        hidden *= jnp.einsum("btd,edf->betf", x, params["up_proj"])
+        each = jnp.einsum("betf,efd->betd", hidden, params["down_proj"])
+        return jnp.einsum("betd,btke,btk->btd", each, jax.nn.one_hot(chosen, 5), gates)
+
+    monkeypatch.setattr("optax_muon.models.mixture.BLOCK", block)
+    experts = Experts(5, 4, "float32")
+
+    def blocked(params, x, gates):
+        return experts.apply({"params": params}, x, chosen, gates)
+
+    np.testing.assert_allclose(jax.jit(blocked)(params, x, gates), y, rtol=1e-6, atol=1e-6)
+    for a, b in zip(
+        jax.tree.leaves(gradients(blocked)), jax.tree.leaves(gradients(naive)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())  # sums of up to 16 tokens
+
+
+def test_a_device_holds_a_block_of_rows_and_not_all_that_could_come():
+    tokens, width, k = 4096, 64, 6
+    experts = Experts(8, 64, "float32")
+    arrays = ((1, tokens, width), (1, tokens, k), (1, tokens, k))
+    kinds = (jnp.float32, jnp.int32, jnp.float32)
+    x, chosen, gates = map(jax.ShapeDtypeStruct, arrays, kinds)
+    params = jax.eval_shape(experts.init, jax.random.key(0), x, chosen, gates)
+
+    def temporary(block, monkeypatch):
+        monkeypatch.setattr("optax_muon.models.mixture.BLOCK", block)
+        loss = jax.grad(lambda p, *given: experts.apply(p, *given).sum())
+        program = jax.jit(loss).lower(params, x, chosen, gates).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        blocks, whole = temporary(1024, patch), temporary(tokens * k, patch)
+    assert blocks < whole / 4
 
 
 def test_a_bias_chooses_and_does_nothing_else():

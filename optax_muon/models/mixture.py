@@ -11,6 +11,11 @@ Experts are stacked, `[experts, rows, cols]`. On a mesh with an `expert` axis ea
 of them: it gathers the tokens of its expert group, applies its own experts, and the sums go back
 (an all-gather and a reduce-scatter of the tokens, nothing of the experts). No token is dropped,
 unless a capacity says how many an expert takes.
+
+Without a capacity all tokens of a group may go to the experts of one device: with 16 sequences of
+8192 tokens and 6 choices, 786432 rows where 49152 are its fair share. Memory for the most that can
+come would be 16 times too much, so a device takes its rows `BLOCK` at a time, in as many turns as
+its rows need; the backward pass makes each block again.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,10 +31,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from optax_muon.models.grouped import grouped_dot
-from optax_muon.models.layers import BATCH, place, there
+from optax_muon.models.layers import BATCH, place, there, varying
 
 EXPERT = "expert"
 """The mesh axis that experts lie over."""
+
+BLOCK = 16384
+"""Rows that a device's experts work on at once: for Moonlight 64 MiB, and 44 MiB inside."""
 
 
 class Routing(NamedTuple):
@@ -119,8 +127,9 @@ class Experts(nn.Module):
         )
         apply = functools.partial(_mix, experts=self.experts, capacity=self.capacity)
         if not jax.sharding.get_abstract_mesh().empty:
-            tokens, expert, tensor = P(there(BATCH)), there(EXPERT), there("tensor")
-            into, out = P(expert, None, tensor), P(expert, tensor, None)
+            tokens = P(there(BATCH))
+            expert, fsdp, tensor = (there(axis) for axis in (EXPERT, "fsdp", "tensor"))
+            into, out = P(expert, fsdp, tensor), P(expert, tensor, fsdp)
             apply = jax.shard_map(
                 apply, in_specs=(tokens, tokens, tokens, (into, into, out)), out_specs=tokens
             )
@@ -131,21 +140,8 @@ class Experts(nn.Module):
         return self.param(name, normal, (self.experts, rows, cols)).astype(self.dtype)
 
 
-class Slots(NamedTuple):
-    """Where the experts of a device work on which tokens.
-
-    An assignment is one of the `n k` pairs of a token and an expert chosen for it, token-major.
-    """
-
-    source: jax.Array
-    """Assignment in each slot, `[slots]`; `n k` where the slot is empty."""
-    target: jax.Array
-    """Slot of each assignment, `[n k]`; past the last slot where it has none."""
-    product: Callable[[jax.Array, jax.Array], jax.Array]
-    """Multiplies `[slots, d]` with each slot's expert out of `[experts, d, f]`."""
-
-
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
+"""Of gate and up `[experts, width, hidden]`, of down `[experts, hidden, width]`."""
 
 
 def _mix(
@@ -159,7 +155,11 @@ def _mix(
 ) -> jax.Array:
     """One device's part: its own experts on the tokens of its expert group."""
     first: int | jax.Array = 0
-    here = kernels[0].shape[0]
+    here, dtype = kernels[0].shape[0], x.dtype
+    if there("fsdp"):
+        gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)
+        gate, up, down = kernels
+        kernels = gather(gate, axis=1), gather(up, axis=1), gather(down, axis=2)
     if there(EXPERT):
         x, chosen, gates = (
             jax.lax.all_gather(y, EXPERT, axis=0, tiled=True) for y in (x, chosen, gates)
@@ -167,45 +167,140 @@ def _mix(
         first = jax.lax.axis_index(EXPERT) * here
     mine = chosen.reshape(-1) - first
     mine = jnp.where((mine >= 0) & (mine < here), mine, here)
+    gate, up, down = (varying(kernel, "data") for kernel in kernels)
+    rows, flat = varying(x.reshape(-1, x.shape[-1]), "tensor"), varying(gates, "tensor").reshape(-1)
     if capacity is None:
-        slots = _sorted(mine, here)
+        y = _all(rows, flat, (gate, up, down), mine)
     else:
-        tokens = mine.size // gates.shape[-1]  # an expert can have no more
-        slots = _padded(mine, here, min(tokens, math.ceil(capacity * mine.size / experts)))
-    y = _apply(x.reshape(-1, x.shape[-1]), gates, kernels, slots).reshape(x.shape)
+        tokens = rows.shape[0]  # an expert can have no more
+        most = min(tokens, math.ceil(capacity * mine.size / experts))
+        y = _first(rows, flat, (gate, up, down), mine, most)
+    y = y.reshape(x.shape)
     if there("tensor"):
         y = jax.lax.psum(y, "tensor")
-    if there(EXPERT):
-        y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
-    return y.astype(x.dtype)
+    return _home(y, dtype) if there(EXPERT) else y.astype(dtype)
 
 
-def _apply(x: jax.Array, gates: jax.Array, kernels: Kernels, slots: Slots) -> jax.Array:
-    """Gated sums, `[n, d]` float32, of tokens `[n, d]`."""
-    n, k = x.shape[0], gates.shape[-1]
-    gate, up, down = kernels
-    h = x.at[slots.source // k].get(mode="fill", fill_value=0)
-    y = slots.product(nn.silu(slots.product(h, gate)) * slots.product(h, up), down)
-    y = y.at[slots.target].get(mode="fill", fill_value=0).reshape(n, k, -1)
-    # Sums of k and over devices are float32; only what is added is rounded.
-    return jnp.einsum("nkd,nk->nd", y.astype(jnp.float32), gates.reshape(n, k))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _home(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sums over devices, float32, each of the tokens that the device brought."""
+    return jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True).astype(dtype)
 
 
-def _sorted(mine: jax.Array, experts: int) -> Slots:
-    """A slot per assignment, by expert; those of other devices (`mine == experts`) come last."""
-    order = jnp.argsort(mine, stable=True)
+def _home_forward(y: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return _home(y, dtype), None
+
+
+def _home_backward(dtype: jnp.dtype, saved: None, dy: jax.Array) -> tuple[jax.Array]:
+    """Gathered as it comes, half the bytes of float32 in bfloat16."""
+    del dtype, saved
+    return (jax.lax.all_gather(dy, EXPERT, axis=0, tiled=True).astype(jnp.float32),)
+
+
+_home.defvjp(_home_forward, _home_backward)
+
+
+# ---- a device's tokens, gates and experts --------------------------------------------------------
+#
+# An assignment is one of the `n k` pairs of a token and an expert chosen for it, token-major. Each
+# has a gate, `[n k]` float32, and `mine`, `[n k]`, says which of a device's experts it is, or how
+# many experts there are where it is another device's. Results are gated sums, `[n, width]` float32:
+# sums of k and over devices are float32; only what is added is rounded.
+
+
+class Order(NamedTuple):
+    """Assignments by expert, those of other devices last, in blocks."""
+
+    source: jax.Array
+    """Assignments, `[blocks, block]`."""
+    ends: jax.Array
+    """How many the experts up to each have, `[experts]`."""
+
+    @property
+    def turns(self) -> jax.Array:
+        """Blocks that hold all assignments of the device."""
+        return -(-self.ends[-1] // self.source.shape[1])
+
+    def block(self, i: jax.Array, assignments: int) -> tuple[jax.Array, jax.Array]:
+        """Assignments of a block and how many of them each expert has; `n k` past the last."""
+        size = self.source.shape[1]
+        ends = jnp.clip(self.ends - i * size, 0, size)
+        source = jnp.where(jnp.arange(size) < ends[-1], self.source[i], assignments)
+        return source, jnp.diff(ends, prepend=0)
+
+
+Saved = tuple[jax.Array, jax.Array, Kernels, Order]
+
+
+@jax.custom_vjp
+def _all(x: jax.Array, gates: jax.Array, kernels: Kernels, mine: jax.Array) -> jax.Array:
+    """All of a device's assignments, in blocks."""
+    return _all_forward(x, gates, kernels, mine)[0]
+
+
+def _all_forward(
+    x: jax.Array, gates: jax.Array, kernels: Kernels, mine: jax.Array
+) -> tuple[jax.Array, Saved]:
+    order = _ordered(mine, kernels[0].shape[0])
+    k = gates.size // x.shape[0]
+
+    def add(i: jax.Array, y: jax.Array) -> jax.Array:
+        source, sizes = order.block(i, gates.size)
+        part = _gated(_rows(x, source // k), _rows(gates, source), kernels, sizes)
+        return y.at[source // k].add(part, mode="drop")
+
+    y = jax.lax.fori_loop(0, order.turns, add, jnp.zeros_like(x, jnp.float32))
+    return y, (x, gates, kernels, order)
+
+
+def _all_backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array, jax.Array, Kernels, None]:
+    x, gates, kernels, order = saved
+    k = gates.size // x.shape[0]
+
+    def add(i: jax.Array, total: Any) -> Any:
+        dx, d_gates, d_kernels = total
+        source, sizes = order.block(i, gates.size)
+        gated = functools.partial(_gated, sizes=sizes)
+        pull = jax.vjp(gated, _rows(x, source // k), _rows(gates, source), kernels)[1]
+        dh, d_gate, more = pull(_rows(dy, source // k))
+        return (
+            dx.at[source // k].add(dh.astype(jnp.float32), mode="drop"),
+            d_gates.at[source].set(d_gate, mode="drop"),
+            jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_kernels, more),
+        )
+
+    given = (x, gates, kernels)
+    zero = jax.tree.map(lambda y: jnp.zeros_like(y, jnp.float32), given)
+    total = jax.lax.fori_loop(0, order.turns, add, zero)
+    return *jax.tree.map(lambda y, like: y.astype(like.dtype), total, given), None
+
+
+_all.defvjp(_all_forward, _all_backward)
+
+
+def _ordered(mine: jax.Array, experts: int) -> Order:
+    block = min(BLOCK, mine.size)
+    source = jnp.pad(jnp.argsort(mine, stable=True), (0, -mine.size % block))
     sizes = jnp.zeros([experts], jnp.int32).at[mine].add(1, mode="drop")
-    return Slots(order, jnp.argsort(order), lambda x, w: grouped_dot(x, w, sizes))
+    return Order(source.reshape(-1, block), jnp.cumsum(sizes))
 
 
-def _padded(mine: jax.Array, experts: int, capacity: int) -> Slots:
-    """`capacity` slots per expert, for the assignments that come first."""
+def _gated(h: jax.Array, gates: jax.Array, kernels: Kernels, sizes: jax.Array) -> jax.Array:
+    y = _swiglu(h, kernels, lambda x, w: grouped_dot(x, w, sizes))
+    return y.astype(jnp.float32) * gates[:, None]
+
+
+def _first(
+    x: jax.Array, gates: jax.Array, kernels: Kernels, mine: jax.Array, capacity: int
+) -> jax.Array:
+    """Of every expert the `capacity` assignments that come first, each a slot of the expert."""
+    experts, k = kernels[0].shape[0], gates.size // x.shape[0]
     order = jnp.argsort(mine, stable=True)
     sizes = jnp.zeros([experts + 1], jnp.int32).at[mine].add(1)
     starts = jnp.cumsum(sizes) - sizes
-    place = jnp.arange(capacity)[None]
-    source = order.at[starts[:-1, None] + place].get(mode="fill", fill_value=mine.size)
-    source = jnp.where(place < sizes[:-1, None], source, mine.size).reshape(-1)
+    slot = jnp.arange(capacity)[None]
+    source = order.at[starts[:-1, None] + slot].get(mode="fill", fill_value=mine.size)
+    source = jnp.where(slot < sizes[:-1, None], source, mine.size).reshape(-1)
     rank = jnp.argsort(order) - starts[mine]
     fits = (rank < capacity) & (mine < experts)
     target = jnp.where(fits, mine * capacity + rank, experts * capacity)
@@ -214,7 +309,22 @@ def _padded(mine: jax.Array, experts: int, capacity: int) -> Slots:
         stacked = jnp.einsum("ecd,edf->ecf", x.reshape(experts, capacity, -1), w)
         return stacked.reshape(experts * capacity, -1)
 
-    return Slots(source, target, product)
+    y = _swiglu(_rows(x, source // k), kernels, product)
+    y = _rows(y, target).reshape(*x.shape[:1], k, -1).astype(jnp.float32)
+    return jnp.einsum("nkd,nk->nd", y, gates.reshape(-1, k))
+
+
+def _swiglu(
+    h: jax.Array, kernels: Kernels, product: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """`product` multiplies rows with each one's expert, `[experts, d, f]`."""
+    gate, up, down = kernels
+    return product(nn.silu(product(h, gate)) * product(h, up), down)
+
+
+def _rows(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows of `x`, zero past the last."""
+    return x.at[at].get(mode="fill", fill_value=0)
 
 
 def _entropy(scores: jax.Array) -> jax.Array:
