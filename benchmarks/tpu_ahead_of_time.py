@@ -16,43 +16,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
 import re
-import resource
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import _jax
 import _table
+import _topologies
 import jax
-import numpy as np
 import optax
-from jax.experimental import topologies
+from _topologies import MACHINES, Machine
 from jax.sharding import AxisType, Mesh
 
 import optax_muon
 from optax_muon.models import shapes
 
-HERE = Path(__file__).parent
-TABLE = HERE / "results" / "tpu_ahead_of_time.csv"
+TABLE = Path(__file__).parent / "results" / "tpu_ahead_of_time.csv"
 PAGE = TABLE.with_suffix(".md")
 LIMIT = 240
 """Seconds of processor time that a row may take."""
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU to ask what it is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "PYTHONPATH": str(HERE.parent / "tests"),  # collectives.py counts for the tests too
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +52,9 @@ class Tree:
     extents: dict[int, tuple[int, int]]
     """Devices along the axes, by chips of a slice."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """TPU chips, as libtpu names them."""
-
-    topology: str
-    chips: int
-    """Chips of a slice."""
-    slices: int = 1
-    """Slices, joined by the data-center network; parameters are copied over them."""
+    def on(self, machine: Machine) -> dict[str, int]:
+        """The axes of a slice and their devices."""
+        return dict(zip(self.axes, self.extents[machine.chips], strict=True))
 
 
 _LLAMA = {16: (4, 4), 64: (16, 4), 256: (32, 8), 512: (64, 8)}
@@ -87,14 +68,6 @@ TREES = {
         ("expert", "fsdp"),
         {16: (4, 4), 64: (16, 4), 256: (16, 16), 512: (64, 8)},
     ),
-}
-MACHINES = {
-    "v5e 4x4": Machine("v5e:4x4", 16),
-    "v5p 4x4x4": Machine("v5p:4x4x4", 64),
-    "2 slices of v5e 8x8": Machine("v5e:8x8", 64, slices=2),
-    "v5e 16x16": Machine("v5e:16x16", 256),
-    "v6e 16x16": Machine("v6e:16x16", 256),
-    "v5p 8x8x8": Machine("v5p:8x8x8", 512),
 }
 OPTIMIZERS = ("optax-muon", "optax.contrib.muon")
 
@@ -162,24 +135,12 @@ def fill_table() -> None:
 
 def in_process(tree: str, machine: str, optimizer: str) -> Row:
     """Compile a row in a process of its own."""
-    command = [sys.executable, __file__, tree, machine, optimizer]
-    mesh = describe(TREES[tree], MACHINES[machine])
-    failed = functools.partial(Row, optimizer, tree, machine, mesh)
-    done = subprocess.run(
-        command,
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT)),
-    )
-    if done.returncode == 0:
-        return Row(**json.loads(done.stdout.splitlines()[-1]))
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return failed(f"not compiled in {LIMIT} s")
-    if "exceeds available" in done.stderr or "CompileTimeHbmOom" in done.stderr:
-        needs = re.search(r"Used ([\d.]+[GM]) of ([\d.]+[GM]) hbm", done.stderr)
-        return failed("out of memory" + (f": needs {needs[1]} of {needs[2]}" if needs else ""))
-    raise RuntimeError(done.stderr)
+    found = _topologies.in_process(__file__, (tree, machine, optimizer), LIMIT)
+    if isinstance(found, str):
+        chips = MACHINES[machine]
+        mesh = _topologies.in_words(chips, TREES[tree].on(chips))
+        return Row(optimizer, tree, machine, mesh, found)
+    return Row(**found)
 
 
 def compile_row(tree: str, machine: str, optimizer: str) -> Row:
@@ -187,7 +148,8 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     from collectives import counts, moved
 
     ours = optimizer == "optax-muon"
-    mesh = mesh_of(TREES[tree], MACHINES[machine], AxisType.Explicit if ours else AxisType.Auto)
+    chips, axes = MACHINES[machine], TREES[tree].on(MACHINES[machine])
+    mesh = _topologies.mesh_of(chips, axes, AxisType.Explicit if ours else AxisType.Auto)
     params = jax.tree.map(lambda leaf: leaf.on(mesh), TREES[tree].make())
     # Types do not say which mesh axis crosses slices; these abstract arrays do.
     plan = optax_muon.plan(params)
@@ -201,7 +163,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
         optimizer,
         tree,
         machine,
-        describe(TREES[tree], MACHINES[machine]),
+        _topologies.in_words(chips, axes),
         "compiled",
         *(kinds.pop(kind, 0) for kind in ("all-to-all", "all-gather", "all-reduce")),
         others=sum(kinds.values()),
@@ -216,25 +178,6 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
         compile_s=round(seconds),
         hlo_mb=round(len(text) / 1e6, 2),
     )
-
-
-def mesh_of(tree: Tree, machine: Machine, kind: AxisType) -> Mesh:
-    """The machine's chips as a mesh, slices first."""
-    slices = {"num_slices": machine.slices} if machine.slices > 1 else {}
-    chips = topologies.get_topology_desc(
-        platform="tpu", topology_name=machine.topology, **slices
-    ).devices
-    axes, extents = tree.axes, tree.extents[machine.chips]
-    if slices:
-        axes, extents = ("slice", *axes), (machine.slices, *extents)
-    return Mesh(np.array(chips).reshape(extents), axes, axis_types=(kind,) * len(axes))
-
-
-def describe(tree: Tree, machine: Machine) -> str:
-    """The mesh in words."""
-    axes = zip(tree.axes, tree.extents[machine.chips], strict=True)
-    slices = [("slice", machine.slices)] if machine.slices > 1 else []
-    return " x ".join(f"{axis} {extent}" for axis, extent in (*slices, *axes))
 
 
 def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
@@ -280,13 +223,18 @@ where there are fewer matrices than chips."""
 
 def page(rows: Sequence[Row]) -> str:
     """The table for people."""
-    names = ("jax", "libtpu", "optax")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    lines = ["# One Muon update, compiled ahead of time for TPUs", "", INTRODUCTION, "", versions]
+    title = "# One Muon update, compiled ahead of time for TPUs"
+    lines = [title, "", INTRODUCTION, "", _topologies.versions()]
     for tree in TREES:
-        lines += ["", f"## {tree}", "", _line(HEADS), _line("---" for _ in HEADS)]
         lines += [
-            _line(cells(row))
+            "",
+            f"## {tree}",
+            "",
+            _topologies.line(HEADS),
+            _topologies.line("---" for _ in HEADS),
+        ]
+        lines += [
+            _topologies.line(cells(row))
             for machine, optimizer in itertools.product(MACHINES, OPTIMIZERS)
             for row in rows
             if (row.tree, row.machine, row.optimizer) == (tree, machine, optimizer)
@@ -313,10 +261,6 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.compile_s:.0f} s",
         f"{row.hlo_mb:.1f} MB",
     )
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""TPU chips that nobody here has: their meshes, and programs compiled for them.
+
+libtpu compiles for any TPU on any computer: the collectives, their bytes and dtypes, the temporary
+memory and the operations of a device stand in the compiled program. Nothing runs, so no time of a
+step is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU to ask what it is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # collectives.py counts for the tests too.
+    "PYTHONPATH": str(Path(__file__).parent.parent / "tests"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """TPU chips, as libtpu names them."""
+
+    topology: str
+    chips: int
+    """Chips of a slice."""
+    slices: int = 1
+    """Slices, joined by the data-center network; parameters are copied over them."""
+
+
+MACHINES = {
+    "v5e 4x4": Machine("v5e:4x4", 16),
+    "v5p 4x4x4": Machine("v5p:4x4x4", 64),
+    "2 slices of v5e 8x8": Machine("v5e:8x8", 64, slices=2),
+    "v5e 16x16": Machine("v5e:16x16", 256),
+    "v6e 16x16": Machine("v6e:16x16", 256),
+    "v5p 8x8x8": Machine("v5p:8x8x8", 512),
+}
+
+
+def extents_of(machine: Machine, axes: Mapping[str, int]) -> dict[str, int]:
+    """The axes of all chips: those of a slice, after the slices if there are several."""
+    return ({"slice": machine.slices} if machine.slices > 1 else {}) | dict(axes)
+
+
+def mesh_of(machine: Machine, axes: Mapping[str, int], kind: AxisType) -> Mesh:
+    """The machine's chips as a mesh of these axes of a slice, slices first."""
+    slices = {"num_slices": machine.slices} if machine.slices > 1 else {}
+    chips = topologies.get_topology_desc(
+        platform="tpu", topology_name=machine.topology, **slices
+    ).devices
+    extents = extents_of(machine, axes)
+    shape = tuple(extents.values())
+    return Mesh(np.array(chips).reshape(shape), tuple(extents), axis_types=(kind,) * len(shape))
+
+
+def in_words(machine: Machine, axes: Mapping[str, int]) -> str:
+    """The mesh in words."""
+    return " x ".join(f"{axis} {extent}" for axis, extent in extents_of(machine, axes).items())
+
+
+def in_process(script: str, arguments: Sequence[str], seconds: int) -> dict[str, Any] | str:
+    """What a script prints last, as JSON, in a process of its own; or why it did not compile.
+
+    Args:
+        script: its path.
+        arguments: of its command line.
+        seconds: of processor time that it may take.
+
+    Raises:
+        RuntimeError: when it fails for another reason than time or the chips' memory.
+    """
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds)),
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"not compiled in {seconds} s"
+    if "exceeds available" in done.stderr or "CompileTimeHbmOom" in done.stderr:
+        needs = re.search(r"Used ([\d.]+[GM]) of ([\d.]+[GM]) hbm", done.stderr)
+        return "out of memory" + (f": needs {needs[1]} of {needs[2]}" if needs else "")
+    raise RuntimeError(done.stderr)
+
+
+def versions() -> str:
+    """What compiled."""
+    names = ("jax", "libtpu", "optax")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def line(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
