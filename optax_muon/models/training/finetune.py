@@ -1,0 +1,248 @@
+"""Fine-tuning on prompts and answers: a pretrained model, one optimizer, a line down to zero.
+
+The paper pretrains and fine-tunes with Muon and with AdamW, in all four ways: two epochs, the
+learning rate falling linearly from 5e-5 to 0 (arXiv 2502.16982, section 3.5). The loss is that of
+the answers alone (`answers.py`); a batch's is the mean over all its answers' tokens. Router biases
+stay as pretraining left them, as in the paper's last stage.
+
+A run of it is a run like any other (`run.py`, `folder.py`), of one contestant: `sample` and
+`spectra` read it, and it goes on after a stop, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_muon.models import huggingface
+from optax_muon.models.moonlight import Report
+from optax_muon.models.stops import Diverged, UsageError
+from optax_muon.models.training import family
+from optax_muon.models.training.answers import VOCAB, Answers, Examples, rows
+from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.contestants import Contestant, transformation
+from optax_muon.models.training.family import Model
+from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.presets import Tuning
+from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import Record, State, init, next_token_loss, update
+
+LINEAR = "linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSetup(Setup):
+    """A setup whose learning rate falls along a line, from its peak in the first step to 0.
+
+    Attributes:
+        epochs: how often every example is seen.
+    """
+
+    schedule: str = LINEAR
+    epochs: int = 2
+
+    def learning_rate(self, peak: float) -> optax.Schedule:
+        """Learning rate by step, from 0.
+
+        >>> from optax_muon.models.training.presets import PRESETS
+        >>> setup = AnswerSetup(PRESETS["tiny"].model, 8, 100, 0, 20, 1)
+        >>> [round(float(setup.learning_rate(5e-5)(step)), 7) for step in (0, 50, 100)]
+        [5e-05, 2.5e-05, 0.0]
+        """
+        return optax.linear_schedule(peak, 0.0, self.steps)
+
+
+class Pretrained(NamedTuple):
+    """Where fine-tuning begins."""
+
+    model: Model
+    params: optax.Params
+    bias: jax.Array | None
+    """Router biases, `[moe_depth, experts]` float32; None where there is no router."""
+
+
+class Judged(NamedTuple):
+    """What a model makes of examples."""
+
+    loss: float
+    """Mean over the answers' tokens, nats."""
+    exact: float
+    """Share of the answers of which every token, the end too, is the likeliest one: greedy decoding
+    writes them without a fault."""
+
+
+def pretrained(run: Path, contestant: str | None = None) -> Pretrained:
+    """The model of a run, with its newest parameters.
+
+    Args:
+        run: a folder of `optax-muon train`, `finetune` or `import-hf`.
+        contestant: whose parameters; None is the last one that has any.
+
+    Raises:
+        UsageError: when there is no run, it has no such checkpoint, or its tokens are no bytes.
+    """
+    folder = Folder(run)
+    config = folder.read_config()
+    model = family.model_of(config)
+    if model.config.vocab != VOCAB:
+        raise UsageError(
+            f"{run} has a vocabulary of {model.config.vocab}; finetune reads bytes, it must be "
+            f"{VOCAB}"
+        )
+    if "contestants" not in config:
+        _, params, bias = huggingface.load(run)
+        return Pretrained(model, _float32(params), model.zero_bias() if bias is None else bias)
+    setup = _setup(config["setup"], model)
+    everyone = {c["name"]: _contestant(c) for c in config["contestants"]}
+    if contestant is not None and contestant not in everyone:
+        raise UsageError(f"{run} has no contestant {contestant!r}; it has {', '.join(everyone)}")
+    for name in [contestant] if contestant else reversed(everyone):
+        path = folder.checkpoints(name)
+        if path.exists():
+            with Checkpoints(path) as checkpoints:
+                if checkpoints.latest:
+                    like = init(setup, transformation(everyone[name], setup))
+                    state = checkpoints.restore(like)
+                    return Pretrained(model, state.params, state.bias)
+    raise UsageError(f"{run} has no checkpoint of {contestant or ' or '.join(everyone)}")
+
+
+def begin(start: Pretrained, setup: AnswerSetup, contestant: Contestant) -> State:
+    """The state before the first step; what `start` holds is copied, as steps donate theirs."""
+    params = jax.tree.map(jnp.copy, start.params)
+    bias = None if start.bias is None else jnp.copy(start.bias)
+    return State(params, jax.jit(transformation(contestant, setup).init)(params), bias)
+
+
+def finetune(
+    setup: AnswerSetup, contestant: Contestant, answers: Answers, state: State, done: int = 0
+) -> Iterator[tuple[Record, State]]:
+    """Train on answers from step `done` to the end.
+
+    Args:
+        setup: its `steps` are `answers.steps` of the training part.
+        contestant: the optimizer.
+        answers: the examples.
+        state: after `done` steps; it is donated, so use the yielded one instead.
+        done: steps already taken.
+
+    Yields:
+        The record of each step and the state after it, valid until the next one is asked for.
+
+    Raises:
+        Diverged: at the first loss, gradient or held-out loss that is not finite.
+    """
+    model, tx = family.model(setup.model), transformation(contestant, setup)
+    schedule = setup.learning_rate(contestant.tuning.lr)
+    for number in range(done + 1, setup.steps + 1):
+        places = rows(len(answers.train), setup.seed, number, setup.batch, setup.epochs)
+        examples = answers.train.at(places)
+        start = time.perf_counter()
+        state, loss, norm = _step(model, tx, state, examples.tokens, examples.weights)
+        loss, norm = float(loss), float(norm)
+        seconds = time.perf_counter() - start
+        record = Record(number, loss, norm, float(schedule(number - 1)), seconds)
+        if number % setup.eval_every == 0 or number == setup.steps:
+            found = judge(model, state.params, state.bias, answers.held_out, setup.batch)
+            record = dataclasses.replace(record, val_loss=found.loss)
+        yield _finite(record, contestant), state
+
+
+def judge(
+    model: Model,
+    params: optax.Params,
+    bias: jax.Array | None,
+    examples: Examples,
+    batch: int,
+) -> Judged:
+    """What a model makes of examples, `batch` of them at a time."""
+    places = np.arange(-(-len(examples) // batch) * batch)
+    places[len(examples) :] = -1
+    parts = map(examples.at, places.reshape(-1, batch))
+    found = [_judge(model, params, bias, part.tokens, part.weights) for part in parts]
+    loss, exact = np.sum(np.asarray(found, np.float64), axis=0)
+    return Judged(loss / float(examples.weights.sum()), exact / len(examples))
+
+
+def answer_loss(
+    model: Model,
+    params: optax.Params,
+    tokens: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None = None,
+) -> tuple[jax.Array, Report | None]:
+    """Mean cross-entropy of the answers' tokens in nats, and the model's report.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        tokens: `[b, t + 1]` int32.
+        weights: `[b, t]` float32, 1 for the predictions that count and 0 for others.
+        bias: of its router.
+    """
+    share = weights * (weights.size / weights.sum())
+    return next_token_loss(model, params, tokens, bias, share)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    state: State,
+    tokens: jax.Array,
+    weights: jax.Array,
+) -> tuple[State, jax.Array, jax.Array]:
+    """The state after a step, and loss and norm of the gradient before it."""
+    of_params = jax.value_and_grad(answer_loss, argnums=1, has_aux=True)
+    (loss, report), grads = of_params(model, state.params, tokens, weights, state.bias)
+    max_logits = None if report is None else report.max_logits
+    return update(tx, state, grads, max_logits), loss, optax.tree.norm(grads)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judge(
+    model: Model,
+    params: optax.Params,
+    bias: jax.Array | None,
+    tokens: jax.Array,
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the losses of all answers' tokens, and how many answers are exact."""
+    scores, _ = model.forward(params, tokens[:, :-1], bias)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
+    right = (scores.argmax(axis=-1) == tokens[:, 1:]) | (weights == 0)
+    exact = right.all(axis=1) & (weights.sum(axis=1) > 0)
+    return (losses * weights).sum(), exact.sum()
+
+
+def _setup(config: Mapping[str, Any], model: Model) -> Setup:
+    """The setup that a `config.json` holds."""
+    kind = AnswerSetup if "epochs" in config else Setup
+    return kind(**{**config, "model": model.config})
+
+
+def _contestant(config: Mapping[str, Any]) -> Contestant:
+    """The contestant that a `config.json` holds."""
+    return Contestant(**{**config, "tuning": Tuning(**config["tuning"])})
+
+
+def _float32(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+def _finite(record: Record, contestant: Contestant) -> Record:
+    for name in ("loss", "grad_norm", "val_loss"):
+        value = getattr(record, name)
+        if value is not None and not math.isfinite(value):
+            raise Diverged(f"{contestant.name}: {name} is {value} at step {record.step}")
+    return record
