@@ -140,6 +140,34 @@ def merged(path: Path, kind: type[Row], rows: Sequence[Row], cases: Sequence[str
     return sorted([*kept, *rows], key=lambda row: cases.index(row.case))
 
 
+def run(
+    options: Options,
+    name: str,
+    kind: type[Row],
+    cases: Sequence[Case],
+    measure: Callable[[Case], Iterable[Row]],
+    page: Callable[[Sequence[Row]], Sequence[str]],
+    picture: Callable[[Sequence[Row]], matplotlib.figure.Figure],
+    finish: Callable[[Sequence[Row]], list[Row]] = list,
+) -> None:
+    """Measure the cases that are picked, and write the tables.
+
+    Args:
+      options: which cases, and where the tables go.
+      name: of the files.
+      kind: the dataclass of the rows.
+      cases: all of them; `str` names a case, in its rows too.
+      measure: makes the rows of a case.
+      page: the lines of the table for people.
+      picture: of the same rows.
+      finish: completes rows that depend on others, once all of them are there.
+    """
+    picked = [case for case in cases if options.picks(str(case))]
+    rows = [row for case in each(picked, name) for row in measure(case)]
+    rows = finish(merged(options.folder / f"{name}.csv", kind, rows, [*map(str, cases)]))
+    publish(options, name, kind, rows, page(rows), picture(rows))
+
+
 def publish(
     options: Options,
     name: str,

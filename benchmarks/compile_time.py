@@ -10,6 +10,7 @@ before; the program's size is that of its HLO text.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -61,16 +62,9 @@ def main(options: _bench.Options) -> None:
     """Measure, and write the tables."""
     layers = (1, 2) if options.quick else LAYERS
     cases = [Case(depth, scanned) for scanned in (False, True) for depth in layers]
-    picked = [case for case in cases if options.picks(str(case))]
     jax.jit(jnp.sin).lower(0.0).compile()  # the compiler itself starts once
-    rows = [
-        row
-        for case in _bench.each(picked, "compile_time")
-        for row in measure(case, min(3, options.repeats))
-    ]
-    table = options.folder / "compile_time.csv"
-    rows = growth(_bench.merged(table, Row, rows, [str(case) for case in cases]))
-    _bench.publish(options, "compile_time", Row, rows, page(rows), picture(rows))
+    measured = functools.partial(measure, turns=min(3, options.repeats))
+    _bench.run(options, "compile_time", Row, cases, measured, page, picture, growth)
 
 
 def measure(case: Case, turns: int) -> list[Row]:

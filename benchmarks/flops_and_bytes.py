@@ -62,15 +62,11 @@ class Row:
 def main(options: _bench.Options) -> None:
     """Count, and write the tables."""
     cases = every(options.quick)
-    picked = [case for case in cases if options.picks(case)]
-    rows = [
-        row
-        for case in _bench.each(picked, "flops_and_bytes")
-        for row in measure(case, _trees.abstract(cases[case]()))
-    ]
-    table = options.folder / "flops_and_bytes.csv"
-    rows = _bench.merged(table, Row, rows, list(cases))
-    _bench.publish(options, "flops_and_bytes", Row, rows, page(rows), picture(rows))
+
+    def measured(case: str) -> list[Row]:
+        return measure(case, _trees.abstract(cases[case]()))
+
+    _bench.run(options, "flops_and_bytes", Row, list(cases), measured, page, picture)
 
 
 def every(quick: bool) -> dict[str, Callable[[], _trees.Tree]]:

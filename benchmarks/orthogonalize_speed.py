@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,17 +76,8 @@ KINDS = ("float32", "bfloat16")
 
 def main(options: _bench.Options) -> None:
     """Measure, and write the tables."""
-    every = cases(options.quick)
-    picked = [case for case in every if options.picks(str(case))]
-    rows = [
-        row
-        for case in _bench.each(picked, "orthogonalize_speed")
-        for row in measure(case, options.repeats)
-    ]
-    table = options.folder / "orthogonalize_speed.csv"
-    names = [str(case) for case in every]
-    rows = _bench.merged(table, Row, rows, names)
-    _bench.publish(options, "orthogonalize_speed", Row, rows, page(rows), picture(rows))
+    measured = functools.partial(measure, repeats=options.repeats)
+    _bench.run(options, "orthogonalize_speed", Row, cases(options.quick), measured, page, picture)
 
 
 def measure(case: _stacks.Case, repeats: int) -> list[Row]:

@@ -64,15 +64,8 @@ def main(options: _bench.Options) -> None:
     """Measure, and write the tables."""
     batches = TOY if options.quick else BATCHES
     cases = [Case(preset, batch) for preset in batches for batch in batches[preset]]
-    picked = [case for case in cases if options.picks(str(case))]
-    rows = [
-        row
-        for case in _bench.each(picked, "share_of_step")
-        for row in measure(case, options.repeats)
-    ]
-    table = options.folder / "share_of_step.csv"
-    rows = _bench.merged(table, Row, rows, [str(case) for case in cases])
-    _bench.publish(options, "share_of_step", Row, rows, page(rows), picture(rows))
+    measured = functools.partial(measure, repeats=options.repeats)
+    _bench.run(options, "share_of_step", Row, cases, measured, page, picture)
 
 
 def measure(case: Case, repeats: int) -> list[Row]:

@@ -7,7 +7,8 @@ and gives the same leaves to Adam. torch.optim.Muon takes matrices only: each is
 own, stacks taken apart, convolutions flattened; torch.optim.AdamW(foreach=True) has the other
 leaves. torch's Newton-Schulz runs in bfloat16 as it comes, in float32 with its cast replaced by a
 copy, and in bfloat16 through torch.compile. Ours is timed in float32 and with bfloat16 operands.
-optax.adamw on all leaves is there for scale.
+"The rest" is ours with the orthogonalization left out: momentum, casts, stacking and unstacking,
+scale, decay and learning rate. optax.adamw on all leaves is there for scale.
 
     python benchmarks/update_speed.py
 """
@@ -32,10 +33,11 @@ import tyro
 import optax_muon
 
 OURS, OURS_SHORT = "ours float32", "ours bfloat16"
+REST = "the rest"
 OPTAX, ADAMW = "optax float32", "optax.adamw"
 TORCH, TORCH_SHORT = "torch float32", "torch bfloat16"
 TORCH_COMPILED = "torch compiled"
-CONTESTANTS = (OURS, OURS_SHORT, OPTAX, TORCH, TORCH_SHORT, TORCH_COMPILED, ADAMW)
+CONTESTANTS = (OURS, OURS_SHORT, OPTAX, TORCH, TORCH_SHORT, TORCH_COMPILED, REST, ADAMW)
 COMPARISONS = ((OURS, OPTAX), (OURS, TORCH), (OURS_SHORT, OPTAX), (OURS_SHORT, TORCH_SHORT))
 """Ours and the peer, for the geometric means."""
 
@@ -59,13 +61,11 @@ class Row:
 def main(options: _bench.Options) -> None:
     """Measure, and write the tables."""
     trees = _trees.TOYS if options.quick else _trees.TREES
-    rows = [
-        row
-        for case in _bench.each([case for case in trees if options.picks(case)], "update_speed")
-        for row in measure(case, trees[case](), options)
-    ]
-    rows = _bench.merged(options.folder / "update_speed.csv", Row, rows, list(trees))
-    _bench.publish(options, "update_speed", Row, rows, page(rows), picture(rows))
+
+    def measured(case: str) -> list[Row]:
+        return measure(case, trees[case](), options)
+
+    _bench.run(options, "update_speed", Row, list(trees), measured, page, picture)
 
 
 def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Row]:
@@ -92,6 +92,7 @@ def contestants(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Con
     transformations = {
         OURS: optax_muon.muon(**_jax.MUON),
         OURS_SHORT: optax_muon.muon(**_jax.MUON, orthogonalizer=short),
+        REST: optax_muon.muon(**_jax.MUON, orthogonalizer=lambda x: x),
         OPTAX: _jax.contrib_muon(params),
         ADAMW: optax.adamw(_jax.MUON["learning_rate"], b2=0.95),
     }

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from optax_muon.polar.coefficients import Row
 from optax_muon.polar.columns import WHOLE, Columns
 from optax_muon.polar.count import Count
-from optax_muon.polar.gram import Gram, default_restarts
+from optax_muon.polar.gram import Gram
 from optax_muon.polar.plain import Plain
 from optax_muon.polar.symmetric import WHOLE_PRODUCTS, Panels, Products
 
@@ -75,7 +75,7 @@ def choose(
     dtype = jnp.dtype(dtype)
     plain = Plain(_products(m, dtype, platform, least=3, most=4))
     halves = _products(m, dtype, platform, least=2, most=8)
-    gram = Gram(default_restarts(len(rows), dtype), halves)
+    gram = Gram.of(len(rows), dtype, products=halves)
 
     def price(form: Form) -> float:
         count = form.count(m, n, rows, devices)

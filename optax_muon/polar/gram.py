@@ -14,6 +14,8 @@ and (12 k + 22) m^3 with two, counting a multiply-add as 2: the Gram form is che
 The form is that of Dao-AILab, gram-newton-schulz, 2026. The plain form is in `plain.py`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import operator
@@ -73,6 +75,18 @@ class Gram:
     """Steps, counted from 0, before which the Gram matrix is formed anew."""
     products: Products = WHOLE_PRODUCTS
     """How products of Hermitian matrices that commute are made: all but the last of a span."""
+
+    @classmethod
+    def of(
+        cls,
+        steps: int,
+        dtype: DTypeLike,
+        restarts: Sequence[int] | None = None,
+        products: Products = WHOLE_PRODUCTS,
+    ) -> Gram:
+        """Take these restarts, or where they are None those of the compute dtype."""
+        chosen = default_restarts(steps, dtype) if restarts is None else tuple(restarts)
+        return cls(chosen, products)
 
     def __call__(self, x: jax.Array, rows: Sequence[Row], columns: Columns = WHOLE) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps.

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_muon.polar.coefficients import KELLER, Coefficients
 from optax_muon.polar.columns import WHOLE, Columns
 from optax_muon.polar.forms import Form, choose
-from optax_muon.polar.gram import Gram, default_restarts
+from optax_muon.polar.gram import Gram
 from optax_muon.polar.normalize import as_matrices, normalize
 from optax_muon.polar.precision import adjoint, on_platform
 
@@ -132,8 +132,7 @@ def gram_newton_schulz(
 
     def polynomial(x: jax.Array, platform: str) -> jax.Array:
         del platform
-        spans = default_restarts(len(rows), x.dtype) if restarts is None else tuple(restarts)
-        return Gram(spans)(x, rows, columns)
+        return Gram.of(len(rows), x.dtype, restarts)(x, rows, columns)
 
     return _on_short_side(polynomial, x, coefficients.safety, dtype, columns)
 

@@ -134,7 +134,10 @@ class Work:
 
     def on(self, rows: int, cols: int, devices: int = 1) -> Cost:
         """Cost of one matrix `[rows, cols]`, its columns spread over so many devices."""
-        share = self.of(rows, cols, devices)
+        return self.cost(self.of(rows, cols, devices), rows, cols, devices)
+
+    def cost(self, share: Share, rows: int, cols: int, devices: int = 1) -> Cost:
+        """Cost of what a matrix `[rows, cols]` asks of each of the devices that share it."""
         gram = rows * rows
         memory = rows * cols // devices * (2 * self.itemsize + 4) + gram * (2 * self.itemsize + 8)
         if devices == 1:

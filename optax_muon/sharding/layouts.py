@@ -207,7 +207,9 @@ class Search:
         cut = any(role.split > 1 for role in roles)
         name = SPLIT if cut else HOME if roles else LOCAL
         lot = Lot(name, 0, count, padding, roles, Cost())
-        one = self.work.on(self.shape.rows, self.shape.cols, lot.sharing)
+        whole = (self.shape.rows, self.shape.cols)
+        share = self.work.of(*whole, lot.sharing)
+        one = self.work.cost(share, *whole, lot.sharing)
         rounds = _rounds(lot.owned, one.memory, self.memory)
         held = lot.owned // rounds
         rows, cols = self.shape.tile
@@ -222,16 +224,17 @@ class Search:
             messages=rounds * (one.messages + trips + shared),
             memory=held * one.memory + 2 * moved // rounds,
         )
-        form = self.work.of(self.shape.rows, self.shape.cols, lot.sharing).form
-        return dataclasses.replace(lot, cost=cost, rounds=rounds, form=form)
+        return dataclasses.replace(lot, cost=cost, rounds=rounds, form=share.form)
 
     def _gather(self, count: int) -> Lot:
         """The paper's Algorithm 1: every device gathers whole matrices and works on all of them."""
         roles = tuple(Role(a, size, ROWS, 1) for a, size in self.shape.rows_over)
         roles += tuple(Role(a, size, COLS, 1) for a, size in self.shape.cols_over)
         lot = Lot(GATHER if roles else LOCAL, 0, count, 0, roles, Cost())
-        one = self.work.on(self.shape.rows, self.shape.cols)
-        bytes_ = count * self.shape.rows * self.shape.cols * self.work.itemsize if roles else 0
+        rows, cols = self.shape.rows, self.shape.cols
+        share = self.work.of(rows, cols)
+        one = self.work.cost(share, rows, cols)
+        bytes_ = count * rows * cols * self.work.itemsize if roles else 0
         rounds = _rounds(count, one.memory, self.memory)
         cost = Cost(
             flops=count * one.flops,
@@ -239,10 +242,9 @@ class Search:
             wire=_missing(bytes_, lot.exchange),
             least=_missing(bytes_, lot.exchange),
             messages=rounds * bool(roles),
-            memory=count // rounds * (one.memory + self.shape.rows * self.shape.cols * 4),
+            memory=count // rounds * (one.memory + rows * cols * 4),
         )
-        form = self.work.of(self.shape.rows, self.shape.cols).form
-        return dataclasses.replace(lot, cost=cost, rounds=rounds, form=form)
+        return dataclasses.replace(lot, cost=cost, rounds=rounds, form=share.form)
 
 
 @functools.lru_cache(maxsize=4096)

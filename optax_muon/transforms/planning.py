@@ -18,7 +18,6 @@ from optax_muon.polar import (
     Gram,
     Row,
     choose,
-    default_restarts,
     gram_newton_schulz,
     newton_schulz,
 )
@@ -113,38 +112,36 @@ def _share(
 ) -> Callable[..., Share] | None:
     """Count the forms of this package; what another orthogonalizer does is not known."""
     if function is newton_schulz:
-        return _Counted(rows, options.get("form"))
+        return _Chosen(rows, options.get("form"))
     if function is gram_newton_schulz:
-        return _Counted(rows, _GramAt(len(rows), options.get("restarts")))
+        restarts = options.get("restarts")
+        return _OnGram(rows, None if restarts is None else tuple(restarts))
     return None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Counted:
-    """Counts one matrix in the form that it will be worked on in."""
+class _Chosen:
+    """Counts one matrix as `newton_schulz` works on it."""
 
     rows: tuple[Row, ...]
-    form: Form | _GramAt | None
-    """None is what `newton_schulz` chooses."""
+    form: Form | None
 
     def __call__(self, m: int, n: int, devices: int, dtype: np.dtype, platform: str) -> Share:
-        form = self.form
-        if form is None:
-            form = choose(m, n, self.rows, dtype=dtype, platform=platform, devices=devices)
-        elif isinstance(form, _GramAt):
-            form = form(dtype)
-        count = form.count(m, n, self.rows, devices)
-        return Share(count.flops, count.sums, count.gathers, str(form))
+        form = self.form or choose(m, n, self.rows, dtype=dtype, platform=platform, devices=devices)
+        return _counted(form, m, n, self.rows, devices)
 
 
 @dataclasses.dataclass(frozen=True)
-class _GramAt:
-    """The Gram form that `gram_newton_schulz` takes in a compute dtype."""
+class _OnGram:
+    """Counts one matrix as `gram_newton_schulz` works on it."""
 
-    steps: int
+    rows: tuple[Row, ...]
     restarts: tuple[int, ...] | None
 
-    def __call__(self, dtype: np.dtype) -> Gram:
-        if self.restarts is None:
-            return Gram(default_restarts(self.steps, dtype))
-        return Gram(tuple(self.restarts))
+    def __call__(self, m: int, n: int, devices: int, dtype: np.dtype, platform: str) -> Share:
+        return _counted(Gram.of(len(self.rows), dtype, self.restarts), m, n, self.rows, devices)
+
+
+def _counted(form: Form, m: int, n: int, rows: tuple[Row, ...], devices: int) -> Share:
+    count = form.count(m, n, rows, devices)
+    return Share(count.flops, count.sums, count.gathers, str(form))
