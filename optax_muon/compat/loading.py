@@ -7,6 +7,8 @@ the coefficients in optax's state are left behind: here they are an option of th
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,17 +55,52 @@ def from_optax(
     [theirs] = _found(state, MuonState)
     [adam] = _found(state, optax.ScaleByAdamState)
 
-    def move(ours: Any) -> Any:
-        if isinstance(ours, MomentumState):
-            averages = _like(ours.mu, theirs.mu, "Muon")
-            return ours._replace(mu=jax.tree.map(lambda m: m / (1 - beta), averages))
-        if isinstance(ours, optax.ScaleByAdamState):
-            moments = {k: _like(getattr(ours, k), getattr(adam, k), "Adam") for k in ("mu", "nu")}
-            return ours._replace(**moments)
-        return ours
+    sources = {"Muon": named_leaves(theirs.mu)}
+    sources |= {kind: named_leaves(getattr(adam, kind)) for kind in ("mu", "nu")}
 
-    moved = jax.tree.map(move, tx.init(params), is_leaf=_holds_momentum)
+    def take(path: str, kind: str, group: str) -> jax.Array:
+        if path not in sources[kind]:
+            raise ValueError(
+                f"{path} is in the {group} group here and was not in optax's;"
+                " pass muon(views=...) the dimension numbers of that run."
+            )
+        return sources[kind][path]
+
+    moved = filled(
+        tx.init(params),
+        momentum=lambda path, _: take(path, "Muon", "Muon") / (1 - beta),
+        moment=lambda kind, path, _: take(path, kind, "Adam"),
+    )
     return optax.tree.set(moved, count=theirs.count)
+
+
+def filled(
+    state: optax.OptState,
+    momentum: Callable[[str, jax.Array], jax.Array],
+    moment: Callable[[str, str, jax.Array], jax.Array],
+) -> optax.OptState:
+    """A state of `optax_muon.muon` with its momenta replaced, in its own dtypes.
+
+    Args:
+      state: a fresh one.
+      momentum: `(path, leaf) -> momentum` of a parameter of Muon's, in the sum form.
+      moment: `("mu" or "nu", path, leaf) -> moment` of one of Adam's.
+    """
+
+    def fill(take: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, leaf: take(path_name(path), leaf).astype(leaf.dtype), tree
+        )
+
+    def move(node: Any) -> Any:
+        if isinstance(node, MomentumState):
+            return node._replace(mu=fill(momentum, node.mu))
+        if isinstance(node, optax.ScaleByAdamState):
+            new = {k: fill(functools.partial(moment, k), getattr(node, k)) for k in ("mu", "nu")}
+            return node._replace(**new)
+        return node
+
+    return jax.tree.map(move, state, is_leaf=_holds_momentum)
 
 
 def _holds_momentum(node: Any) -> bool:
@@ -79,19 +116,3 @@ def _found(state: optax.OptState, kind: type) -> list[Any]:
             f"The state has {len(found)} {kind.__name__}; a state of optax.contrib.muon has one."
         )
     return found
-
-
-def _like(ours: Any, theirs: Any, group: str) -> Any:
-    """The leaves of `theirs`, in the tree and dtypes of `ours`."""
-    leaves = named_leaves(theirs)
-
-    def take(path: Any, leaf: jax.Array) -> jax.Array:
-        name = path_name(path)
-        if name not in leaves:
-            raise ValueError(
-                f"{name} is in the {group} group here and was not in optax's;"
-                " pass muon(views=...) the dimension numbers of that run."
-            )
-        return leaves[name].astype(leaf.dtype)
-
-    return jax.tree.map_with_path(take, ours)
