@@ -56,6 +56,18 @@ def test_any_step_is_read_back_and_its_parameters_alone(tmp_path):
         same(checkpoints.params(2), state_at(2).params)
 
 
+def test_shapes_and_single_arrays_are_read_without_the_rest(tmp_path):
+    with Checkpoints(tmp_path / "muon") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_at(step))
+        shapes = checkpoints.shapes()
+        assert shapes["params"]["dense/kernel"] == jax.ShapeDtypeStruct((4, 8), np.float32)
+        assert sorted(shapes["opt_state"]) == ["count", "mu/dense/kernel", "nu/dense/kernel"]
+        same(checkpoints.array("params", "dense/kernel", 1), state_at(1).params["dense"]["kernel"])
+        same(checkpoints.array("bias", ""), state_at(2).bias)
+        same(checkpoints.some({"bias": state_at(0).bias}), {"bias": state_at(2).bias})
+
+
 def test_a_saved_step_is_not_saved_again(tmp_path):
     with Checkpoints(tmp_path / "muon", Keep(last=5)) as checkpoints:
         for step in (3, 1, 3):

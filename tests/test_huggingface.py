@@ -20,6 +20,10 @@ from optax_muon.models.commands import cli
 from optax_muon.models.huggingface import export_checkpoint, import_checkpoint, load
 from optax_muon.models.moonlight import CONFIGS, Moonlight, forward, leaves, shardings
 from optax_muon.models.stops import UsageError
+from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.presets import PRESETS
+from optax_muon.models.training.train import State
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -296,6 +300,93 @@ def peak(function, *args, **options):
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+# ---- training runs -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(checkpoint, tmp_path):
+    """A training run that began with a checkpoint and has saved it, and other states around it."""
+    import_checkpoint(checkpoint(), tmp_path / "start")
+    config, params, bias = load(tmp_path / "start")
+    run = Folder(tmp_path / "run")
+    saved = State(params, {"mu": params}, bias)
+    others = jax.jit(functools.partial(jax.tree.map, lambda x: x + 1))(saved)
+    named = {"contestants": [{"name": "adamw"}, {"name": "muon"}], "start": str(tmp_path / "start")}
+    run.claim(
+        {"setup": {"model": dataclasses.asdict(config)}, **named}, resume=False, overwrite=False
+    )
+    for name, states in {"adamw": [others, saved], "muon": [saved, others]}.items():
+        with Checkpoints(run.checkpoints(name)) as checkpoints:
+            for step, state in enumerate(states, 1):
+                checkpoints.save(step, state)
+    return run
+
+
+@pytest.mark.parametrize("options", [["--contestant", "adamw"], ["--step", "1"]], ids=" ".join)
+def test_a_training_run_is_exported_bit_for_bit(options, trained, checkpoint, tmp_path):
+    out = tmp_path / "new/back"
+    cli.main(["export-hf", str(trained.path), "--out", str(out), *options])
+    assert tensors_in(out) == tensors_in(checkpoint())
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (checkpoint() / "config.json").read_text()
+    )
+    assert sorted(path.name for path in out.parent.iterdir()) == ["back"]
+
+
+def test_a_training_run_that_began_here_loads_in_transformers(trained, tmp_path):
+    shutil.rmtree(tmp_path / "start")
+    cli.main(["export-hf", str(trained.path), "--out", str(tmp_path / "back"), "--step", "1"])
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    tokens = torch.tensor(tokens_of())
+    with torch.no_grad():
+        np.testing.assert_allclose(again(tokens).logits, peer()(tokens).logits, atol=1e-5)
+
+
+def test_a_training_run_is_read_a_leaf_at_a_time(trained, tmp_path, monkeypatch):
+    read, array = [], Checkpoints.array
+
+    def spied(self, *which):
+        read.append(array(self, *which))
+        return read[-1]
+
+    monkeypatch.setattr(Checkpoints, "array", spied)
+    monkeypatch.setattr(Checkpoints, "restore", None)
+    monkeypatch.setattr(Checkpoints, "params", None)
+    cli.main(["export-hf", str(trained.path), "--out", str(tmp_path / "back")])
+    config, _ = huggingface.read_config(tmp_path / "start")
+    assert [leaf.shape for leaf in read] == list(huggingface.leaf_shapes(config).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--contestant", "sgd"], "run has no contestant 'sgd'; it has adamw, muon"),
+        (["--step", "7"], "muon has no checkpoint of step 7; it has 1, 2"),
+    ],
+)
+def test_what_a_training_run_lacks_is_refused(options, message, trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["export-hf", str(trained.path), "--out", str(tmp_path / "new/back"), *options])
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "start"]
+
+
+def test_contestants_of_no_training_run_are_refused(trained, tmp_path, capsys):
+    where = [str(tmp_path / "start"), "--out", str(tmp_path / "back")]
+    with pytest.raises(SystemExit):
+        cli.main(["export-hf", *where, "--step", "1"])
+    assert "start is no training run; it has neither contestants nor" in capsys.readouterr().err
+
+
+def test_a_llama_is_refused(trained, tmp_path, capsys):
+    config = trained.read_config()
+    config["setup"]["model"] = dataclasses.asdict(PRESETS["tiny"].model)
+    trained.config.write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        cli.main(["export-hf", str(trained.path), "--out", str(tmp_path / "back")])
+    assert "run trained a Llama" in capsys.readouterr().err
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """`optax-muon import-hf` and `export-hf`: checkpoints of Hugging Face to and from a run's folder.
 
-The work is done in `models/huggingface.py`.
+The work is done in `models/huggingface.py`, and for training runs in `models/training/export.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from optax_muon.models.huggingface import (
     read_config,
 )
 from optax_muon.models.moonlight import MoonlightConfig, count
+from optax_muon.models.stops import UsageError
+from optax_muon.models.training.export import as_imported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +47,26 @@ class ImportHF:
 class ExportHF:
     """Make a Hugging Face checkpoint of a run, which `transformers` loads as DeepseekV3ForCausalLM.
 
-    Dtypes stay as they are. The tokenizer's files are not part of a run: copy them beside.
+    Dtypes stay as they are. The tokenizer's files are not part of a run: copy them beside. Of a
+    training run the parameters are first laid out in a temporary folder beside the new one.
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run: of import-hf, or of a training run."""
     out: Path
     """Folder of the checkpoint to make."""
+    contestant: str | None = None
+    """Whose parameters, of a training run; by default the last optimizer that has any."""
+    step: int | None = None
+    """After how many steps, of a training run; by default the newest checkpoint."""
 
     def __call__(self) -> None:
         """Copy, then say what it is."""
-        export_checkpoint(self.run, self.out, _shown)
-        config, _ = read_config(self.run)
+        if self.out.exists():  # before anything is read
+            raise UsageError(f"{self.out} exists; give a folder that does not")
+        with as_imported(self.run, self.out, self.contestant, self.step) as run:
+            export_checkpoint(run, self.out, _shown)
+            config, _ = read_config(run)
         Console(stderr=True).out(f"{self.out}: {_describe(config)}", highlight=False)
 
 

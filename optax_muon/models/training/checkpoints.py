@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -145,11 +147,51 @@ class Checkpoints:
             UsageError: as `restore`.
         """
         step = self._step(step)
-        if like is None:
-            leaves = self._description(step)["leaves"]["params"]
-            shapes = {path: jax.ShapeDtypeStruct(**leaf) for path, leaf in leaves.items()}
-            like = traverse_util.unflatten_dict(shapes, sep="/")  # type: ignore[no-untyped-call]
-        return self._restore({"params": like}, step)["params"]
+        shapes = like if like is not None else _tree(self.shapes(step)["params"])
+        return self._restore({"params": shapes}, step)["params"]
+
+    def some(self, like: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
+        """Some of a state's parts alone, such as its parameters and router biases.
+
+        Args:
+            like: each part by its name in the state, as `restore` takes it.
+            step: after how many steps; None is the newest.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        return self._restore(like, self._step(step))
+
+    def shapes(self, step: int | None = None) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Shape and dtype of every array, by part of the state and path in it.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        leaves = self._description(self._step(step))["leaves"]
+        return {
+            part: {path: jax.ShapeDtypeStruct(**leaf) for path, leaf in named.items()}
+            for part, named in leaves.items()
+        }
+
+    def array(self, part: str, path: str, step: int | None = None) -> np.ndarray:
+        """One array alone, on the host: memory stays near its size, whatever the state's.
+
+        Args:
+            part: of the state, such as `params`.
+            path: of the leaf in it; empty where the part is a lone array.
+            step: after how many steps; None is the newest.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        step = self._step(step)
+        leaf = ocp.RestoreArgs(restore_type=np.ndarray)
+        tree, restore = _tree({path: self.shapes(step)[part][path]}), _tree({path: leaf})
+        args = ocp.args.PyTreeRestore(tree, restore_args=restore, partial_restore=True)
+        with self._one_error(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(self.path / str(step) / part, args=args)
+        return jax.tree.leaves(found)[0]
 
     def position(self, step: int | None = None) -> dict[str, Any]:
         """Where the run was: what `save` was given, and `step`; None is the newest.
@@ -185,9 +227,15 @@ class Checkpoints:
         return self._read(step, checkpoint.description_args())["description"]
 
     def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        with self._one_error(step):
+            return self._manager.restore(step, args=args)
+
+    @contextlib.contextmanager
+    def _one_error(self, step: int) -> Iterator[None]:
+        """Whatever is wrong with the files of a step, and which other steps there are."""
         try:
             with checkpoint.readable(self.path / str(step)):
-                return self._manager.restore(step, args=args)
+                yield
         except ValueError as error:
             others = ", ".join(str(other) for other in self.steps if other != step)
             way = f"; without that folder the run goes on from one of {others}" if others else ""
@@ -201,3 +249,10 @@ class Checkpoints:
             there = ", ".join(map(str, steps))
             raise UsageError(f"{self.path} has no checkpoint of step {step}; it has {there}")
         return steps[-1] if step is None else step
+
+
+def _tree(leaves: Mapping[str, Any]) -> Any:
+    """The tree that paths spell; a lone array is saved in a list."""
+    if "" in leaves:
+        return [leaves[""]]
+    return traverse_util.unflatten_dict(leaves, sep="/")  # type: ignore[no-untyped-call]

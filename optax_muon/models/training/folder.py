@@ -18,8 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import optax
-
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training.checkpoints import Checkpoints
 from optax_muon.models.training.train import Record
@@ -75,8 +73,8 @@ class Folder:
         config: dict[str, Any] = json.loads(self.config.read_text())
         return config
 
-    def newest_params(self, contestants: Sequence[str]) -> optax.Params:
-        """The newest saved parameters of the last of these contestants that has any.
+    def trained(self, contestants: Sequence[str]) -> Path:
+        """The checkpoints of the last of these contestants that has any.
 
         Raises:
             UsageError: when none has.
@@ -85,7 +83,7 @@ class Folder:
             if path.exists():
                 with Checkpoints(path) as checkpoints:
                     if checkpoints.latest:
-                        return checkpoints.params()
+                        return path
         raise UsageError(f"{self.path} has no checkpoint of {' or '.join(contestants)}")
 
     def _same_config(self, config: dict[str, Any]) -> None:
