@@ -183,13 +183,15 @@ def _few_at_a_time(orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
     together = next(n for n in ((2, 3, 1) if middling else (1,)) if count % n == 0)
     one = jax.jit(orthogonalizer)  # traced once, for all of them
 
-    def turn(some: jax.Array) -> jax.Array:
-        return jnp.concatenate([one(some[i : i + 1]) for i in range(together)])
+    def turn(index: jax.Array, x: jax.Array) -> jax.Array:
+        start = index * together
+        some = lax.dynamic_slice_in_dim(x, start, together)
+        done = [one(some[i : i + 1]) for i in range(together)]
+        return lax.dynamic_update_slice_in_dim(x, jnp.concatenate(done), start, 0)
 
-    if count == together:
-        return turn(x)
-    done: jax.Array = lax.map(turn, x.reshape(-1, together, *x.shape[1:]))
-    return done.reshape(x.shape)
+    # In place: `lax.map` would fill a second stack with zeros, and copy the first to cut it.
+    done: jax.Array = lax.fori_loop(0, count // together, turn, x)
+    return done
 
 
 def _exchange(
