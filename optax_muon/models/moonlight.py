@@ -592,7 +592,8 @@ def leaves(config: MoonlightConfig) -> Tree:
     Leaf(shape=(3, 8, 88, 128), spec=P...(None, 'expert', 'tensor', 'fsdp'))
     """
     initial = functools.partial(_initial, Moonlight(config))
-    shapes = jax.eval_shape(_auto(initial, P()), jax.random.key(0))
+    # No key is made: the ambient mesh may be of no computer.
+    shapes = jax.eval_shape(_auto(initial, P()), jax.eval_shape(jax.random.key, 0))
 
     def leaf(path: tuple[jax.tree_util.DictKey, ...], shape: jax.ShapeDtypeStruct) -> Leaf:
         name = path_name(path)

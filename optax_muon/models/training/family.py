@@ -174,7 +174,7 @@ class LlamaModel:
     @property
     def _leaves(self) -> Any:
         """Every parameter's shape and spec."""
-        shapes = jax.eval_shape(automatic(self._initial, P()), jax.random.key(0))
+        shapes = jax.eval_shape(automatic(self._initial, P()), jax.eval_shape(jax.random.key, 0))
 
         def leaf(path: tuple[jax.tree_util.DictKey, ...], shape: jax.ShapeDtypeStruct) -> Leaf:
             name = path_name(path)

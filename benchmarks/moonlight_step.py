@@ -1,0 +1,315 @@
+"""Compile whole training steps of Moonlight 16B-A3B for TPU pods, and read what the programs do.
+
+A step is the paper's: 2048 sequences of 8192 tokens in micro-batches, bfloat16 products of float32
+parameters, the gradient's mean over the micro-batches clipped at a global norm of 1, Muon for every
+matrix and AdamW for the rest, router biases moved by their experts' load; parameters, momenta and
+biases are donated. It is `models/training/train.py`'s own step, on Explicit mesh axes.
+
+    pip install -e '.[train,tpu]' && python benchmarks/moonlight_step.py
+
+Every row is a process of its own with a time limit, and rows that stand in the table are kept:
+delete a line of results/moonlight_step.csv to compile it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _table
+import _topologies
+import jax
+import jax.numpy as jnp
+from _topologies import MACHINES
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_muon
+from optax_muon.models import mixture
+from optax_muon.models.layers import BATCH, there
+from optax_muon.models.moonlight import CONFIGS, MoonlightConfig, count, leaves
+from optax_muon.models.shapes import leaves_on
+from optax_muon.models.training import family, flops, train
+from optax_muon.models.training.contestants import Contestant, transformation
+from optax_muon.models.training.presets import Tuning
+from optax_muon.models.training.setup import THREE_STAGE, Setup
+
+TABLE = Path(__file__).parent / "results" / "moonlight_step.csv"
+PAGE = TABLE.with_suffix(".md")
+LIMIT = 1200
+"""Seconds of processor time that a row may take."""
+MUON = Contestant("muon", "Muon", "muon", Tuning(4.2e-4, 0.1))
+"""The paper's numbers (arXiv 2502.16982, section 3.3)."""
+OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
+"""For libtpu: without it, all but v5p multiply every row with every expert of the chip."""
+SEQUENCES = 2048
+STEPS = 175_834
+"""Of the paper's 5.7T tokens; no size of the program depends on them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How a step is cut over a machine."""
+
+    machine: str
+    axes: Mapping[str, int]
+    """Mesh axes."""
+    accumulate: int
+    """Micro-batches."""
+    hbm_gib: float
+    """Memory of a chip that libtpu gives to programs."""
+
+
+CASES = {
+    case.machine: case
+    for case in (
+        Case("v5p 4x4x4", {"fsdp": 4, "expert": 16}, 8, 95.74),
+        Case("v5e 16x16", {"fsdp": 16, "expert": 16}, 8, 15.75),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One step on one machine; per device but for the first lines, 0 where nothing compiled."""
+
+    machine: str
+    mesh: str
+    sequences: int
+    """In a step, on all devices."""
+    tokens: int
+    """In a step, on all devices."""
+    accumulate: int
+    """Micro-batches of a step."""
+    outcome: str
+    """`compiled`, which is to say that it fits; or why not."""
+    arguments_gib: float = 0.0
+    """Memory of parameters, momenta, biases and tokens."""
+    donated_gib: float = 0.0
+    """Of these, memory that the results are written to."""
+    output_gib: float = 0.0
+    """Memory of the results."""
+    temporary_gib: float = 0.0
+    """Memory of everything else at its height."""
+    total_gib: float = 0.0
+    """All of it."""
+    hbm_gib: float = 0.0
+    """What there is."""
+    tflop: float = 0.0
+    """Operations of all products as compiled, loops as often as they turn."""
+    model_tflop: float = 0.0
+    """6 per token and parameter that it is multiplied with, head and attention scores included."""
+    paper_tflop: float = 0.0
+    """6 per token and active parameter, embedding and head left out, as the paper counts them."""
+    optimizer_tflop: float = 0.0
+    """Operations of the orthogonalizations, as planned."""
+    optimizer_mib: float = 0.0
+    """Result bytes of the optimizer's collectives, as planned."""
+    all_gather: int = 0
+    """How many, every turn of a loop counted."""
+    all_gather_mib: float = 0.0
+    """Bytes of their results."""
+    all_reduce: int = 0
+    all_reduce_mib: float = 0.0
+    reduce_scatter: int = 0
+    reduce_scatter_mib: float = 0.0
+    all_to_all: int = 0
+    all_to_all_mib: float = 0.0
+    others: int = 0
+    others_mib: float = 0.0
+    compile_s: float = 0.0
+    """Seconds of processor time, on whatever computer this was."""
+    hlo_mb: float = 0.0
+    """Length of the program's text."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Fill the table; with an argument, compile the row of this machine and print it."""
+    if arguments:
+        print(json.dumps(dataclasses.asdict(compile_row(CASES[arguments[0]]))))
+    elif importlib.util.find_spec("libtpu") is None:
+        print("libtpu is missing: pip install -e '.[tpu]'")
+    else:
+        fill_table()
+
+
+def fill_table() -> None:
+    """Compile the rows that are not in the table yet."""
+    rows = _table.read(TABLE, Row)
+    for case in CASES.values():
+        if case.machine not in {row.machine for row in rows}:
+            found = _topologies.in_process(__file__, [case.machine], LIMIT)
+            row = Row(**said(case), outcome=found) if isinstance(found, str) else Row(**found)
+            print(f"{case.machine}: {row.outcome}", flush=True)
+            rows.append(row)
+            _table.write(TABLE, Row, rows)
+    PAGE.write_text(page(rows))
+
+
+def said(case: Case) -> dict[str, Any]:
+    """What is known of a row before it compiles."""
+    return {
+        "machine": case.machine,
+        "mesh": _topologies.in_words(MACHINES[case.machine], case.axes),
+        "sequences": SEQUENCES,
+        "tokens": SEQUENCES * CONFIGS["moonlight-16b-a3b"].context,
+        "accumulate": case.accumulate,
+    }
+
+
+def compile_row(case: Case) -> Row:
+    """Compile a step and read the program."""
+    mesh = _topologies.mesh_of(MACHINES[case.machine], case.axes, AxisType.Explicit)
+    setup = setup_of(CONFIGS["moonlight-16b-a3b"], SEQUENCES)
+    start = time.process_time()
+    program = compile_step(setup, mesh, case.accumulate, OPTIONS)
+    seconds = time.process_time() - start
+    read = measures(program, setup, mesh, case.accumulate)
+    return Row(
+        **said(case), outcome="compiled", hbm_gib=case.hbm_gib, compile_s=round(seconds), **read
+    )
+
+
+def setup_of(config: MoonlightConfig, sequences: int) -> Setup:
+    """The paper's run, of a model of these sizes."""
+    return Setup(config, sequences, STEPS, 0, 100, sequences, THREE_STAGE, router_rate=1e-3)
+
+
+def compile_step(
+    setup: Setup, mesh: Mesh, accumulate: int, options: Mapping[str, Any] | None = None
+) -> Any:
+    """Compile a step of training with Muon, from shapes alone; `options` are the compiler's."""
+    model, tx = family.model(setup.model), transformation(MUON, setup)
+    with jax.set_mesh(mesh):
+        shape = (accumulate, setup.batch // accumulate, setup.model.context + 1)
+        over = NamedSharding(mesh, P(None, there(BATCH)))
+        step = jax.jit(
+            functools.partial(train.step, model, tx),
+            donate_argnums=0,
+            out_shardings=(train.shardings(model, tx, mesh), None),
+        )
+        return step.lower(
+            train.abstract(model, tx, mesh),
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over),
+            jax.ShapeDtypeStruct((), jnp.float32),
+        ).compile(dict(options or {}))
+
+
+def measures(program: Any, setup: Setup, mesh: Mesh, accumulate: int) -> dict[str, Any]:
+    """What a device holds, computes and receives in a step."""
+    import collectives
+
+    text, memory = program.as_text(), program.memory_analysis()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "donated": memory.alias_size_in_bytes,
+        "output": memory.output_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+    }
+    sizes["total"] = sum(sizes.values()) - 2 * sizes["donated"]
+    plan = optax_muon.plan(leaves_on(leaves(setup.model), mesh))
+    tokens = setup.batch * setup.model.context / mesh.size
+    return {
+        **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
+        "tflop": round(collectives.flops(text, turns(setup, mesh, accumulate)) / 1e12, 1),
+        "model_tflop": round(setup.batch * flops.sequence_flops(setup) / mesh.size / 1e12, 1),
+        "paper_tflop": round(6 * count(setup.model).active * tokens / 1e12, 1),
+        "optimizer_tflop": round(plan.cost.flops / 1e12, 3),
+        "optimizer_mib": round(plan.cost.bytes / 2**20, 1),
+        **received(text),
+        "hlo_mb": round(len(text) / 1e6, 2),
+    }
+
+
+def turns(setup: Setup, mesh: Mesh, accumulate: int) -> int:
+    """Blocks of rows that a device's experts work on in a layer, where all are chosen alike."""
+    config = setup.model
+    rows = setup.batch // accumulate * config.context * config.chosen // mesh.size
+    return -(-rows // mixture.BLOCK)
+
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "others")
+
+
+def received(text: str) -> dict[str, Any]:
+    """Collectives by kind: how many, and MiB of their results."""
+    from collectives import collectives
+
+    found = dict.fromkeys(KINDS, (0, 0))
+    for each in collectives(text):
+        kind = each.kind if each.kind in KINDS else "others"
+        times, size = found[kind]
+        found[kind] = times + each.times, size + each.times * each.bytes
+    names = {kind: kind.replace("-", "_") for kind in found}
+    return {names[kind]: times for kind, (times, _) in found.items()} | {
+        f"{names[kind]}_mib": round(size / 2**20, 1) for kind, (_, size) in found.items()
+    }
+
+
+INTRODUCTION = """\
+Made by `benchmarks/moonlight_step.py`, which says what is compiled; the CSV next to this file has
+the same numbers. Everything is per chip and step, a step being {tokens:.1f} million tokens on all
+chips. Memory is the compiler's own analysis of the program, which is refused where it does not fit.
+Operations are those of all products in the compiled program, a multiply-add counted as two, every
+turn of a loop counted; blocks of rows that come to a chip's experts as often as if all experts were
+chosen alike. They include what the backward pass makes again, attention scores that the mask throws
+away and the optimizer's. The model's own are 6 per token and parameter that it is multiplied with,
+and 6 per attention score and feature. The optimizer's are those of its orthogonalizations, as
+planned. Collectives are counted with every turn of a loop, MiB are those of their results.
+
+The compiler is given `--xla_tpu_enable_ragged_dot_kernel=true`, which a v5p has by default; on a
+v5e training wants it in `LIBTPU_INIT_ARGS`. Without it XLA makes of the product of rows and the
+expert of each the products of all rows and all experts of the chip, four here."""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The table for people, a column for each machine."""
+    tokens = SEQUENCES * CONFIGS["moonlight-16b-a3b"].context / 1e6
+    title = "# One training step of Moonlight 16B-A3B, compiled ahead of time for TPUs"
+    columns = [cells(row) for row in rows]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    lines = [title, "", INTRODUCTION.format(tokens=tokens), "", _topologies.versions(), ""]
+    table = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    return "\n".join([*lines, *_table.markdown(["", *(row.machine for row in rows)], table)]) + "\n"
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row as text, by what it is."""
+    head = {
+        "mesh": row.mesh,
+        "micro-batches": f"{row.accumulate} of {row.sequences // row.accumulate} sequences",
+        "outcome": row.outcome,
+    }
+    if row.outcome != "compiled":
+        return head
+    optimizer = row.optimizer_tflop / row.tflop
+    kinds = {"all-gathers": "all_gather", "all-reduces": "all_reduce"}
+    kinds |= {"reduce-scatters": "reduce_scatter", "all-to-alls": "all_to_all", "others": "others"}
+    return head | {
+        "parameters, momenta, biases, tokens": f"{row.arguments_gib:.2f} GiB",
+        "results, all but a report in their place": f"{row.output_gib:.2f} GiB",
+        "temporary": f"{row.temporary_gib:.2f} GiB",
+        "total": f"{row.total_gib:.2f} of {row.hbm_gib:.2f} GiB",
+        "operations of all products": f"{row.tflop:.0f} Tflop",
+        "the model's own": f"{row.model_tflop:.0f} Tflop, {row.model_tflop / row.tflop:.0%}",
+        "6 N D of the paper's 2.24B active": f"{row.paper_tflop:.0f} Tflop",
+        "the optimizer's": f"{row.optimizer_tflop:.2f} Tflop, {optimizer:.2%}",
+        **{
+            name: f"{getattr(row, kind)}, {getattr(row, f'{kind}_mib'):.0f} MiB"
+            for name, kind in kinds.items()
+        },
+        "of all, the optimizer's as planned": f"{row.optimizer_mib:.0f} MiB",
+        "compiled in": f"{row.compile_s:.0f} s",
+        "program": f"{row.hlo_mb:.1f} MB",
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
