@@ -254,7 +254,7 @@ def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path, monkeypatch)
 
 
 def test_an_unknown_preset_is_refused(capsys):
-    assert "unknown preset 'huge'; there are tiny, small" in refused(
+    assert "unknown model 'huge'; there are tiny, small" in refused(
         capsys, "train", "--preset", "huge"
     )
 

@@ -92,7 +92,7 @@ def test_points_survive_the_file(tmp_path):
 
 
 def test_the_report_marks_the_best_of_each_and_names_the_machine():
-    text = sweep_report.markdown(POINTS, "tiny")
+    text = sweep_report.markdown(POINTS, "tiny", "byte")
     assert "| AdamW | 0.001 | 0.1 | 2.5000 |" in text
     assert "| AdamW | 0.002 | 0.1 | **2.2500** |" in text
     assert "| Muon | 0.002 | 0.1 | **2.0000** |" in text
@@ -103,7 +103,7 @@ def test_the_report_marks_the_best_of_each_and_names_the_machine():
 
 def test_an_optimizer_that_always_diverged_has_no_best_point():
     assert sweep.best([Point("adamw", 1.0, 0.1)], "adamw") is None
-    assert "Best Muon" not in sweep_report.markdown(POINTS[:2], "tiny")
+    assert "Best Muon" not in sweep_report.markdown(POINTS[:2], "tiny", "byte")
 
 
 @pytest.mark.skipif(not COMMITTED.exists(), reason="results are not part of a source archive")

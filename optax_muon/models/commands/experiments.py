@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, Literal
 
+import optax
+import tyro
 from rich.console import Console
 
+import optax_muon
 from optax_muon.models.commands import report, sweep_report
+from optax_muon.models.llama import LlamaConfig
 from optax_muon.models.stops import UsageError
-from optax_muon.models.training import data, sweep
-from optax_muon.models.training.contestants import lineup
-from optax_muon.models.training.family import model_of
+from optax_muon.models.training import data, family, processes, sweep
+from optax_muon.models.training.begin import Start
+from optax_muon.models.training.contestants import lineup, views
+from optax_muon.models.training.data import Corpus
+from optax_muon.models.training.family import Config
 from optax_muon.models.training.folder import Folder
-from optax_muon.models.training.presets import Preset, Tuning, preset
+from optax_muon.models.training.placement import Placement, parse
+from optax_muon.models.training.presets import PRESETS, Preset, Tuning, preset
 from optax_muon.models.training.run import Run, train_all
 from optax_muon.models.training.sample import continuation
 from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import shapes
 
 EVAL_SEQUENCES = 128
 """16 kB at context 128, the same for all contestants; looking takes about a tenth of the time."""
@@ -30,46 +39,123 @@ EVAL_SEQUENCES = 128
 class Experiment:
     """What `train` and `sweep` have in common."""
 
-    preset: str = "small"
-    """Size of the model, the batch and the run: tiny, small, medium, base or large."""
+    model: Annotated[str, tyro.conf.arg(aliases=["--preset"])] = "small"
+    """What to train, and with it the batch, the steps, the learning rates and the schedule. A
+    Llama: tiny, small, medium, base or large. A mixture of experts as in the paper: moonlight-tiny,
+    moonlight-small or moonlight-16b-a3b. All of them recompute layers in the backward pass."""
     data: str | None = None
-    """Text to learn: a file, a folder or a quoted glob; Python's own standard library if absent."""
+    """Text to learn: a file, a folder or a quoted glob, as bytes; or a .npy file of integer tokens,
+    which stays on disk. Python's own standard library if absent."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the data."""
     steps: int | None = None
-    """Optimizer steps of each run; the preset's own if absent."""
+    """Optimizer steps of each run; the model's own if absent."""
     batch: int | None = None
-    """Sequences in a step; the preset's own if absent."""
+    """Sequences in a step; the model's own if absent."""
     context: int | None = None
-    """Bytes in a sequence; the preset's own if absent."""
+    """Tokens in a sequence; the model's own if absent."""
     eval_every: int = 20
     """Steps between two looks at the held-out text."""
+    schedule: Literal["cosine", "three-stage"] | None = None
+    """Of the learning rate. cosine: up for a tenth of the steps, down to a tenth of the peak.
+    three-stage: the paper's, at the same parts of the run: up, down along a cosine, up again and
+    down to zero; the batch doubles early. The model's own if absent."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the matrix products; parameters and optimizer state are float32 always. The model's own
+    if absent."""
+    per_head: bool = False
+    """Give Muon a matrix per attention head, where else it has one per layer."""
+    router_rate: float | None = None
+    """How far an expert's bias moves in a step towards balance; the model's own if absent."""
+    qk_clip: float | None = None
+    """Scale back queries and keys of heads whose largest attention logit is above this; the paper
+    of the method takes 100. Off if absent. Moonlights only."""
+    mesh: str | None = None
+    """Devices to share the work, as axes and sizes: data=2,fsdp=2,expert=2. data holds copies of
+    the parameters, fsdp parts of them, expert the experts, tensor heads and hidden units. The sizes
+    multiply to the number of devices. One device if absent."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch is worked through in, for less memory; the result is the
+    same."""
 
     def check(self) -> None:
-        """Refuse counts that are too small."""
+        """Refuse counts that are too small, and what the model does not have."""
         for name, least in (
             ("steps", 1),
             ("batch", 1),
             ("context", 1),
             ("eval_every", 1),
             ("seed", 0),
+            ("accumulate", 1),
+            ("router_rate", 0),
         ):
             _at_least(least, name, getattr(self, name))
+        if self.qk_clip is not None and not self.qk_clip > 0:
+            raise UsageError(f"--qk-clip is {self.qk_clip:g}, it must be positive")
+        if isinstance(self.row.model, LlamaConfig):
+            for name, needed in (
+                ("router_rate", "a router"),
+                ("qk_clip", "a report of its attention logits"),
+            ):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} needs a model with {needed}: --model "
+                        f"moonlight-...; {self.model} is a Llama"
+                    )
 
     @property
     def row(self) -> Preset:
         """The preset with its overrides."""
-        row = preset(self.preset)
-        model = dataclasses.replace(row.model, context=self.context or row.model.context)
-        return dataclasses.replace(
-            row, model=model, batch=self.batch or row.batch, steps=self.steps or row.steps
+        row = preset(self.model)
+        sizes = self.sizes(row)
+        sizes = dataclasses.replace(
+            sizes, context=self.context or sizes.context, dtype=self.dtype or sizes.dtype
         )
+        return dataclasses.replace(
+            row,
+            model=sizes,
+            batch=self.batch or row.batch,
+            steps=self.steps or row.steps,
+            schedule=self.schedule or row.schedule,
+            router_rate=row.router_rate if self.router_rate is None else self.router_rate,
+        )
+
+    def sizes(self, row: Preset) -> Config:
+        """The sizes of the model, before `--context` and `--dtype`."""
+        return row.model
 
     @property
     def setup(self) -> Setup:
         """What all contestants share."""
         row = self.row
-        return Setup(row.model, row.batch, row.steps, self.seed, self.eval_every, EVAL_SEQUENCES)
+        return Setup(
+            row.model,
+            row.batch,
+            row.steps,
+            self.seed,
+            self.eval_every,
+            EVAL_SEQUENCES,
+            row.schedule,
+            row.router_rate,
+            self.qk_clip,
+            self.per_head,
+        )
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text."""
+        model = self.row.model
+        return data.load(self.data, model.context, model.vocab)
+
+    def place(self) -> Placement:
+        """The devices; asks for them, so after `processes.start`.
+
+        Raises:
+            UsageError: when the mesh is none of these devices, or something does not divide.
+        """
+        place = Placement(None if self.mesh is None else parse(self.mesh), self.accumulate)
+        place.check(family.model(self.row.model), self.row.batch)
+        return place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +163,21 @@ class Train(Experiment):
     """Train one model with AdamW, with Muon at AdamW's numbers, and with Muon at its own.
 
     All see the same batches in the same order. Writes config.json, metrics.jsonl, checkpoints,
-    loss.png and summary.md, and prints when each Muon run reached AdamW's final loss. Ctrl-C saves.
+    routing.txt (which parameter is Muon's, and why), loss.png and summary.md, and prints when each
+    Muon run reached AdamW's final loss. Ctrl-C saves.
+
+    On several machines start the same command on each, with --distributed and --mesh; they need a
+    folder in common. A TPU pod: gcloud compute tpus tpu-vm ssh NAME --worker=all --command="...".
+    SLURM: srun --ntasks-per-node=GPUS optax-muon train --distributed --mesh data=4,fsdp=8.
     """
 
     name: str | None = None
-    """Folder of the run, inside `--runs`; the preset's name if absent."""
+    """Folder of the run, inside `--runs`; the model's name if absent."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Begin with the newest parameters of this run, or of a folder that import-hf has made, and
+    with its sizes; batch, steps and rates are those of --model."""
     adamw_lr: float | None = None
     """Peak learning rate of AdamW and of the Muon that takes over its numbers; swept if absent."""
     adamw_decay: float | None = None
@@ -94,41 +188,78 @@ class Train(Experiment):
     """Weight decay of Muon's own run; swept if absent."""
     save_every: int = 100
     """Steps between checkpoints, a multiple of `--eval-every`."""
+    distributed: bool = False
+    """This is one of several processes that train together; the environment says which (TPU pods,
+    SLURM, Open MPI, Kubernetes). Needs `--mesh`."""
     resume: bool = False
-    """Go on with the run in the folder, bit for bit as if it had never stopped."""
+    """Go on with the run in the folder, bit for bit as if it had never stopped; another --mesh or
+    --accumulate is fine."""
     overwrite: bool = False
     """Delete the run in the folder and start anew."""
 
     def __call__(self) -> None:
         """Train, then report."""
         self.check()
-        corpus = data.load(self.data, self.row.model.context)
+        if self.distributed:
+            processes.start()
+        placement, corpus = self.place(), self.corpus
         run = self._run(corpus)
-        folder = Folder(self.runs / (self.name or self.preset))
-        folder.claim(run.to_json(), resume=self.resume, overwrite=self.overwrite)
-        heading = f"{report.describe(run.preset, run.setup)}\n{corpus.origin}"
-        Console(stderr=True).out(heading, highlight=False)
-        train_all(run, corpus, folder)
-        report.publish(run, corpus.origin, folder)
+        folder = Folder(self.runs / (self.name or self.model))
+        processes.first(lambda: self._claim(folder, run, corpus))
+        with placement.ambient:
+            train_all(run, corpus, folder, placement)
+            seconds = report.update_times(run, placement)
+        if processes.is_first():
+            report.publish(run, corpus.origin, folder, seconds)
 
     def check(self) -> None:
         """Refuse options that contradict each other."""
         super().check()
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
+        if self.distributed and self.mesh is None:
+            raise UsageError("--distributed needs --mesh, which says how devices share the work")
         if self.save_every % self.eval_every:
             raise UsageError(
                 f"--save-every {self.save_every} must be a multiple of --eval-every "
                 f"{self.eval_every}: only evaluated parameters are saved"
             )
 
-    def _run(self, corpus: data.Corpus) -> Run:
+    def sizes(self, row: Preset) -> Config:
+        """Those of the run that this one begins with, if it does."""
+        if self.start is None:
+            return row.model
+        given, own = Start(self.start).model, family.model(row.model)
+        if given.kind != own.kind:
+            fits = type(given.config)
+            fitting = [name for name, each in PRESETS.items() if type(each.model) is fits]
+            raise UsageError(
+                f"--from {self.start} is a {given.kind} and --model {self.model} a {own.kind}; "
+                f"give the batch, steps and rates of one of {', '.join(fitting)}"
+            )
+        return given.config
+
+    def _claim(self, folder: Folder, run: Run, corpus: Corpus) -> None:
+        """Make the folder this run's own, and say what begins."""
+        folder.claim(run.to_json(), resume=self.resume, overwrite=self.overwrite)
+        params = shapes(family.model(run.setup.model), optax.identity()).params
+        labels = optax_muon.label(params, views(run.setup))
+        (folder.path / "routing.txt").write_text(f"{labels}\n")
+        heading = f"{report.describe(run.preset, run.setup)}\n{corpus.origin}"
+        Console(stderr=True).out(heading, highlight=False)
+
+    def _run(self, corpus: Corpus) -> Run:
         row = self.row
         adamw = _override(row.adamw, self.adamw_lr, self.adamw_decay)
         muon = _override(row.muon, self.muon_lr, self.muon_decay)
-        contestants = lineup(adamw, muon)
         return Run(
-            self.preset, self.data, corpus.fingerprint, self.setup, contestants, self.save_every
+            self.model,
+            self.data,
+            corpus.fingerprint,
+            self.setup,
+            lineup(adamw, muon),
+            self.save_every,
+            None if self.start is None else str(self.start),
         )
 
 
@@ -153,15 +284,17 @@ class Sweep(Experiment):
         """Run the missing points, then report."""
         self.check()
         points = sweep.grid({"adamw": self.adamw_lr, "muon": self.muon_lr}, self.decay)
-        corpus = data.load(self.data, self.row.model.context)
+        placement, corpus = self.place(), self.corpus
         # Only the final loss counts, so the held-out text is looked at once.
         setup = dataclasses.replace(self.setup, eval_every=self.row.steps)
         folder = Folder(self.out)
         config = {"setup": dataclasses.asdict(setup), "fingerprint": corpus.fingerprint}
         folder.claim(config, resume=folder.config.exists(), overwrite=False)
         table = sweep.Table(self.out / "sweep.csv")
-        sweep.run_all(setup, corpus, points, table)
-        sweep_report.publish(table.read(), report.describe(self.preset, setup), self.out)
+        with placement.ambient:
+            sweep.run_all(setup, corpus, points, table, placement)
+        heading = report.describe(self.model, setup)
+        sweep_report.publish(table.read(), heading, setup.unit, self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +320,12 @@ class Sample:
         """Print the prompt and its continuation."""
         _at_least(1, "length", self.length)
         _at_least(0, "temperature", self.temperature)
-        folder = Folder(self.runs / self.run)
-        config = folder.read_config()
-        model = model_of(config)
-        names = [self.contestant] if self.contestant else [c["name"] for c in config["contestants"]]
-        params = folder.newest_params(names)
+        start = Start(self.runs / self.run, self.contestant)
+        params, bias = start.weights()
         prompt = self.prompt.encode()
-        text = continuation(model, params, prompt, self.length, self.temperature, self.seed)
+        text = continuation(
+            start.model, params, bias, prompt, self.length, self.temperature, self.seed
+        )
         Console().out((prompt + text).decode(errors="replace"), highlight=False)
 
 

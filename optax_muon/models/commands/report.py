@@ -17,25 +17,30 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import optax
+from jax.sharding import Mesh
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from optax_muon.models.commands import routing_report
+from optax_muon.models.moonlight import MoonlightConfig
 from optax_muon.models.training.contestants import Contestant, transformation
+from optax_muon.models.training.family import Config, model
 from optax_muon.models.training.flops import run_flops
 from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.placement import ALONE, Placement
 from optax_muon.models.training.run import Run
 from optax_muon.models.training.setup import Setup
-from optax_muon.models.training.train import Record, State, init, update
+from optax_muon.models.training.train import Record, State, init, shapes, update
 
 COLUMNS = ("optimizer", "lr", "decay", "loss", "reached", "steps", "FLOPs", "step", "share")
 COLORS = {"adamw": "#6b7280", "muon-carried": "#2b8cbe", "muon-tuned": "#d95f0e"}
@@ -136,72 +141,89 @@ def crossing(curve: Sequence[tuple[int, float]], level: float) -> float | None:
     return None
 
 
-def compare(run: Run, folder: Folder) -> list[Comparison]:
+Seconds = Mapping[Contestant, float]
+"""Median wall time of the update alone."""
+
+
+def compare(run: Run, folder: Folder, seconds: Seconds) -> list[Comparison]:
     """Every contestant beside AdamW, which is the first."""
-    outcomes = [_outcome(run, contestant, folder) for contestant in run.contestants]
+    outcomes = [_outcome(run, each, folder, seconds[each]) for each in run.contestants]
     return [Comparison(outcome, outcomes[0]) for outcome in outcomes]
 
 
-def update_seconds(tx: optax.GradientTransformation, state: State, repeats: int = 11) -> float:
-    """Median wall time of the compiled update alone; gradients' values do not matter to it."""
-    grads = jax.tree.map(jnp.ones_like, state.params)
+def update_times(run: Run, placement: Placement = ALONE) -> Seconds:
+    """Time every contestant's update; the placement's mesh is ambient."""
+    return {each: _update_seconds(run.setup, each, placement.mesh) for each in run.contestants}
+
+
+def _update_seconds(
+    setup: Setup, contestant: Contestant, mesh: Mesh | None, repeats: int = 11
+) -> float:
+    """Median wall time of the compiled update alone; what gradients hold does not matter to it."""
+    tx = transformation(contestant, setup)
+    state = init(setup, tx, mesh)
+    grads, max_logits = _gradients(setup.model, state)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state = _update(tx, state, grads)
+        state = _update(tx, state, grads, max_logits)
         jax.tree.map(lambda leaf: leaf.block_until_ready(), state)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])  # the first one compiles
 
 
-def publish(run: Run, origin: str, folder: Folder) -> None:
-    """Write `summary.md` and `loss.png`, and print the table."""
-    comparisons = compare(run, folder)
+def publish(run: Run, origin: str, folder: Folder, seconds: Seconds) -> None:
+    """Write `summary.md` and the pictures, and print the tables."""
+    comparisons = compare(run, folder, seconds)
     heading = describe(run.preset, run.setup)
     (folder.path / "summary.md").write_text(markdown(run, origin, comparisons))
-    plot(comparisons, heading, folder.path / "loss.png")
-    table = Table(*COLUMNS, title=heading, box=box.SIMPLE, collapse_padding=True)
-    for each in comparisons:
-        table.add_row(*each.cells)
+    plot(comparisons, heading, run.setup.unit, folder.path / "loss.png")
     console = Console()
-    console.print(table)
+    _print(console, heading, [COLUMNS, *(each.cells for each in comparisons)])
     console.print(f"\n{explain(run.setup)}\n", highlight=False, markup=False)
+    if routed := _routed(run, comparisons):
+        routing_report.plot(routed, COLORS, folder.path / "experts.png")
+        _print(console, "attention and experts", routing_report.table(routed))
+        console.print(f"\n{routing_report.explain()}\n", highlight=False, markup=False)
     console.out(f"All of it is in {folder.path}", highlight=False)
 
 
 def markdown(run: Run, origin: str, comparisons: Sequence[Comparison]) -> str:
     """The table, what it means, and where it was measured."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(each.cells for each in comparisons)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     parts = [
         f"# {describe(run.preset, run.setup)}",
         f"{origin}.",
-        table,
+        _markdown_table([COLUMNS, *(each.cells for each in comparisons)]),
         explain(run.setup),
         "![loss](loss.png)",
-        machine(),
     ]
-    return "\n\n".join(parts) + "\n"
+    if routed := _routed(run, comparisons):
+        table = _markdown_table(routing_report.table(routed))
+        parts += [table, routing_report.explain(), "![experts](experts.png)"]
+    return "\n\n".join([*parts, machine()]) + "\n"
 
 
 def describe(preset: str, setup: Setup) -> str:
     """An experiment in a line."""
-    model = setup.model
+    sizes = setup.model
+    experts = f", {sizes.experts} experts" if isinstance(sizes, MoonlightConfig) else ""
+    growing = "" if setup.grows_at == setup.steps else f", twice that after {setup.grows_at}"
     return (
-        f"{preset}: Llama of width {model.width}, depth {model.depth}; "
-        f"{setup.steps} steps of {setup.batch} x {model.context} bytes, seed {setup.seed}"
+        f"{preset}: {model(sizes).kind} of width {sizes.width}, depth {sizes.depth}{experts}; "
+        f"{setup.steps} steps of {setup.batch} x {sizes.context} {setup.unit}s{growing}, "
+        f"seed {setup.seed}"
     )
 
 
 def explain(setup: Setup) -> str:
     """How to read the table."""
     return (
-        "loss: final, on text held out of training, nats per byte. reached: the step at which a "
-        "run had AdamW's final loss, and that as a part of AdamW's steps and of its FLOPs (the "
-        "model's and Newton-Schulz's). AdamW's final loss comes at the end of its schedule; a Muon "
-        "run is taken in the middle of its own, of the same length, linearly between evaluations "
-        f"{setup.eval_every} steps apart. step: median time. share: the optimizer's part of it, "
-        "the median time of its update alone, on this machine."
+        f"loss: final, on text held out of training, nats per {setup.unit}. reached: the step at "
+        "which a run had AdamW's final loss, and that as a part of AdamW's steps and of its FLOPs "
+        "(the model's and Newton-Schulz's). AdamW's final loss comes at the end of its schedule; a "
+        "Muon run is taken in the middle of its own, of the same length, linearly between "
+        f"evaluations {setup.eval_every} steps apart. step: median time. share: the "
+        "optimizer's part of it, the median time of its update alone, on this machine."
     )
 
 
@@ -217,11 +239,14 @@ def machine() -> str:
     )
 
 
-def plot(comparisons: Sequence[Comparison], title: str, path: Path) -> None:
+def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -> None:
     """Held-out curves, AdamW's final loss, and where each Muon run crosses it."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot(
-        title=title, xlabel="step", ylabel="held-out loss, nats per byte (log scale)", yscale="log"
+        title=title,
+        xlabel="step",
+        ylabel=f"held-out loss, nats per {unit} (log scale)",
+        yscale="log",
     )
     level = comparisons[0].adamw.val_loss
     axes.axhline(level, color=COLORS["adamw"], linestyle=":", linewidth=1)
@@ -264,12 +289,37 @@ def _mark_crossing(axes: Axes, each: Comparison, step: float, drop: float) -> No
 _update = jax.jit(update, static_argnums=0, donate_argnums=1)
 
 
-def _outcome(run: Run, contestant: Contestant, folder: Folder) -> Outcome:
-    tx = transformation(contestant, run.setup)
-    state = init(run.setup, tx)
-    flops = functools.partial(run_flops, run.setup, contestant, state.params)
-    records = folder.journal.read(contestant.name)
-    return Outcome(contestant, records, flops, update_seconds(tx, state))
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(config: Config, state: State) -> tuple[optax.Updates, jax.Array]:
+    """Gradients and largest attention logits such as a step makes."""
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    return grads, jnp.zeros([config.depth, config.heads], jnp.float32)
+
+
+def _outcome(run: Run, contestant: Contestant, folder: Folder, seconds: float) -> Outcome:
+    params = shapes(model(run.setup.model), optax.identity()).params
+    flops = functools.partial(run_flops, run.setup, contestant, params)
+    return Outcome(contestant, folder.journal.read(contestant.name), flops, seconds)
+
+
+def _routed(run: Run, comparisons: Sequence[Comparison]) -> routing_report.Records:
+    """The records of contestants with a router; none of a Llama."""
+    setup = run.setup.model
+    if not (isinstance(setup, MoonlightConfig) and setup.moe_depth):
+        return {}
+    return {each.outcome.contestant: each.outcome.records for each in comparisons}
+
+
+def _print(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*rows[0], title=title, box=box.SIMPLE, collapse_padding=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _percent(fraction: float | None) -> str:

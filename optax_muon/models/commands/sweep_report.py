@@ -16,19 +16,19 @@ HUES = {"adamw": COLORS["adamw"], "muon": COLORS["muon-tuned"]}
 LINES = ("-", "--", ":", "-.")
 
 
-def publish(points: Sequence[Point], heading: str, folder: Path) -> None:
-    """Write both files."""
-    (folder / "sweep.md").write_text(markdown(points, heading))
-    plot(points, folder / "sweep.png")
+def publish(points: Sequence[Point], heading: str, unit: str, folder: Path) -> None:
+    """Write both files; `unit` is what a token is."""
+    (folder / "sweep.md").write_text(markdown(points, heading, unit))
+    plot(points, unit, folder / "sweep.png")
 
 
-def markdown(points: Sequence[Point], heading: str) -> str:
+def markdown(points: Sequence[Point], heading: str, unit: str) -> str:
     """The table, the best points and the machine."""
     winners = [point for name in TITLES if (point := best(points, name))]
     lines = [
         f"# Sweep: {heading}",
         "",
-        "Final held-out loss, nats per byte; every point is one whole run on the same batches.",
+        f"Final held-out loss, nats per {unit}; every point is one whole run on the same batches.",
         "",
         "| optimizer | lr | decay | held-out loss |",
         "| --- | --- | --- | --- |",
@@ -42,11 +42,11 @@ def markdown(points: Sequence[Point], heading: str) -> str:
     return "\n".join(lines)
 
 
-def plot(points: Sequence[Point], path: Path) -> None:
+def plot(points: Sequence[Point], unit: str, path: Path) -> None:
     """Loss over learning rate, a line per optimizer and weight decay."""
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot(
-        xscale="log", xlabel="peak learning rate", ylabel="final held-out loss, nats per byte"
+        xscale="log", xlabel="peak learning rate", ylabel=f"final held-out loss, nats per {unit}"
     )
     decays = sorted({point.weight_decay for point in points})
     for name, title in TITLES.items():

@@ -19,9 +19,15 @@ from optax_muon.models.training.train import Record
 
 
 class Progress:
-    """A bar per contestant."""
+    """A bar per contestant.
 
-    def __init__(self, titles: Sequence[str], setup: Setup):
+    Args:
+        titles: of the contestants.
+        setup: what they share.
+        hidden: shows nothing, as in all processes but one.
+    """
+
+    def __init__(self, titles: Sequence[str], setup: Setup, *, hidden: bool = False):
         self._setup = setup
         self._bars = Bars(
             TextColumn("{task.description}"),
@@ -33,6 +39,7 @@ class Progress:
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=Console(stderr=True),
+            disable=hidden,
         )
         self._tasks = {
             title: self._bars.add_task(

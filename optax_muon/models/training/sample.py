@@ -17,6 +17,7 @@ Carry = tuple[jax.Array, jax.Array]
 def continuation(
     model: Model,
     params: optax.Params,
+    bias: jax.Array | None,
     prompt: bytes,
     length: int,
     temperature: float,
@@ -27,6 +28,7 @@ def continuation(
     Args:
         model: the model.
         params: its parameters.
+        bias: of its router; None where it has none.
         prompt: what is there already; the model sees its last `context` bytes. An empty one means
             the beginning of a file.
         length: bytes to write.
@@ -41,13 +43,14 @@ def continuation(
     window = jnp.zeros([context], jnp.int32).at[: len(seen)].set(jnp.array(list(seen), jnp.int32))
     count = jnp.asarray(len(seen), jnp.int32)
     keys = jax.random.split(jax.random.key(seed), length)
-    return bytes(_draw(model, params, window, count, keys, temperature).tolist())
+    return bytes(_draw(model, params, bias, window, count, keys, temperature).tolist())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 6))
 def _draw(
     model: Model,
     params: optax.Params,
+    bias: jax.Array | None,
     window: jax.Array,
     count: jax.Array,
     keys: jax.Array,
@@ -57,7 +60,7 @@ def _draw(
 
     def write(carry: Carry, key: jax.Array) -> tuple[Carry, jax.Array]:
         window, count = carry
-        last = model.forward(params, window[None])[0][0, count - 1]
+        last = model.forward(params, window[None], bias)[0][0, count - 1]
         token = _choose(key, last, temperature).astype(jnp.int32)
         full = count == window.size
         window = jnp.where(full, jnp.roll(window, -1), window)

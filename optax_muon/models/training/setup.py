@@ -55,6 +55,11 @@ class Setup:
         """
         return self._at(MOONLIGHT.grows_at) if self.schedule == THREE_STAGE else self.steps
 
+    @property
+    def unit(self) -> str:
+        """What a token is, for people."""
+        return "byte" if self.model.vocab == 256 else "token"
+
     def batch_at(self, step: int) -> int:
         """Sequences of the batch of a step, counted from 1."""
         return self.batch * (1 + (step > self.grows_at))

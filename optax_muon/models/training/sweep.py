@@ -19,6 +19,7 @@ from pathlib import Path
 from optax_muon.models.stops import Diverged, Interrupted, UsageError
 from optax_muon.models.training.contestants import Contestant, transformation
 from optax_muon.models.training.data import Corpus
+from optax_muon.models.training.placement import ALONE, Placement
 from optax_muon.models.training.presets import Tuning
 from optax_muon.models.training.progress import Progress
 from optax_muon.models.training.run import Interrupt
@@ -108,8 +109,14 @@ def best(points: Iterable[Point], optimizer: str) -> Point | None:
     return min(mine, key=lambda point: point.val_loss, default=None)
 
 
-def run_all(setup: Setup, corpus: Corpus, points: Sequence[Point], table: Table) -> None:
-    """Run every point that the table does not hold yet.
+def run_all(
+    setup: Setup,
+    corpus: Corpus,
+    points: Sequence[Point],
+    table: Table,
+    placement: Placement = ALONE,
+) -> None:
+    """Run every point that the table does not hold yet; the placement's mesh is ambient.
 
     Raises:
         Interrupted: on Ctrl-C; the finished points are in the table.
@@ -119,18 +126,23 @@ def run_all(setup: Setup, corpus: Corpus, points: Sequence[Point], table: Table)
     titles = [point.contestant.title for point in missing]
     with Interrupt() as interrupt, Progress(titles, setup) as progress:
         for point in missing:
-            table.append(_run(setup, corpus, point, progress, interrupt))
+            table.append(_run(setup, corpus, point, progress, interrupt, placement))
 
 
 def _run(
-    setup: Setup, corpus: Corpus, point: Point, progress: Progress, interrupt: Interrupt
+    setup: Setup,
+    corpus: Corpus,
+    point: Point,
+    progress: Progress,
+    interrupt: Interrupt,
+    placement: Placement,
 ) -> Point:
     """The point with its loss."""
     contestant = point.contestant
     progress.begin(contestant.title, done=0)
-    state = init(setup, transformation(contestant, setup))
+    state = init(setup, transformation(contestant, setup), placement.mesh)
     try:
-        for record, _ in train(setup, contestant, corpus, state):
+        for record, _ in train(setup, contestant, corpus, state, placement=placement):
             progress.step(contestant.title, record)
             if interrupt.pressed:
                 raise Interrupted("stopped; the finished points are saved")

@@ -149,6 +149,8 @@ def gradients(
 
     def add(total: optax.Updates, part: Any) -> tuple[optax.Updates, Any]:
         grads, value, report = one(*part)
+        # Kept apart: libtpu moves sums over devices out of the loop, and fails at some of them.
+        grads = jax.lax.optimization_barrier(grads)
         total = jax.tree.map(lambda a, b: a + b * (1 / parts), total, grads)
         return total, (value, report)
 
@@ -222,21 +224,25 @@ def init(setup: Setup, tx: optax.GradientTransformation, mesh: Mesh | None = Non
 
 def shardings(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
     """A `State` of `NamedSharding`s; the mesh must be ambient."""
-    shapes = jax.eval_shape(functools.partial(_state, model, tx), jax.random.key(0))
-    params = model.shardings(mesh)
-    opt_state = optax_muon.state_shardings(tx, shapes.params, params)
-    bias: Any = None if shapes.bias is None else NamedSharding(mesh, P())
+    state, params = shapes(model, tx), model.shardings(mesh)
+    opt_state = optax_muon.state_shardings(tx, state.params, params)
+    bias: Any = None if state.bias is None else NamedSharding(mesh, P())
     return State(params, opt_state, bias)
 
 
 def abstract(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     """The state as `ShapeDtypeStruct`s on a mesh, which must be ambient."""
-    shapes = jax.eval_shape(functools.partial(_state, model, tx), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
+        shapes(model, tx),
         shardings(model, tx, mesh),
     )
+
+
+def shapes(model: Model, tx: optax.GradientTransformation) -> State:
+    """The state as `ShapeDtypeStruct`s, wherever it may lie."""
+    key = jax.eval_shape(jax.random.key, 0)  # none is made: the ambient mesh may be of no computer
+    return jax.eval_shape(functools.partial(_state, model, tx), key)
 
 
 def _state(model: Model, tx: optax.GradientTransformation, key: jax.Array) -> State:

@@ -1,0 +1,107 @@
+"""Where a run begins: at random, or with the parameters of another run or of an imported one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from optax_muon.models import huggingface
+from optax_muon.models.stops import UsageError
+from optax_muon.models.training import family
+from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.family import Model
+from optax_muon.models.training.folder import Folder
+from optax_muon.models.training.setup import Setup
+from optax_muon.models.training.train import State, abstract, init, shapes, shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A run, or the folder of an import, to take parameters from.
+
+    Attributes:
+        path: its folder.
+        contestant: whose parameters; None is the last one trained.
+    """
+
+    path: Path
+    contestant: str | None = None
+
+    @property
+    def model(self) -> Model:
+        """Its model.
+
+        Raises:
+            UsageError: when there is none.
+        """
+        return family.model_of(Folder(self.path).read_config())
+
+    def weights(self, mesh: Mesh | None = None) -> tuple[optax.Params, jax.Array | None]:
+        """Its newest parameters, and router biases if there are any, in float32.
+
+        Args:
+            mesh: where they are to lie; it is ambient. None is the first device.
+
+        Raises:
+            UsageError: when there are none.
+        """
+        config = Folder(self.path).read_config()
+        layout = None if mesh is None else self.model.shardings(mesh)
+        if "contestants" not in config:
+            _, params, bias = huggingface.load(self.path, layout)
+            return _in_float32((params, bias))
+        names = [self.contestant or each["name"] for each in config["contestants"]]
+        for name in reversed(names):
+            path = Folder(self.path).checkpoints(name)
+            if path.exists():
+                with Checkpoints(path) as checkpoints:
+                    if checkpoints.latest:
+                        return self._saved(checkpoints, mesh)
+        raise UsageError(f"{self.path} has no checkpoint of {' or '.join(dict.fromkeys(names))}")
+
+    def _saved(
+        self, checkpoints: Checkpoints, mesh: Mesh | None
+    ) -> tuple[optax.Params, jax.Array | None]:
+        """Parameters and biases of the newest checkpoint."""
+        none = optax.identity()
+        like = shapes(self.model, none) if mesh is None else abstract(self.model, none, mesh)
+        saved = checkpoints.some({"params": like.params, "bias": like.bias})
+        return saved["params"], saved["bias"]
+
+
+def begin(
+    setup: Setup,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    start: Start | None = None,
+) -> State:
+    """The state before the first step of a run; the mesh, if there is one, is ambient.
+
+    Args:
+        setup: what all contestants share.
+        tx: the optimizer.
+        mesh: where the state lies.
+        start: whose parameters and router biases; None makes them at random.
+
+    Raises:
+        UsageError: as `Start.weights`.
+    """
+    if start is None:
+        return init(setup, tx, mesh)
+    model = family.model(setup.model)
+    params, bias = start.weights(mesh)
+    bias = model.zero_bias() if bias is None else bias
+    layout: Any = None if mesh is None else shardings(model, tx, mesh).opt_state
+    return State(params, jax.jit(tx.init, out_shardings=layout)(params), bias)
+
+
+_in_float32: Callable[[Any], Any] = jax.jit(
+    lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+)
