@@ -1,6 +1,7 @@
 """The checkpoints of a training run: which stay, what is read back, and what a kill leaves."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training.checkpoints import Checkpoints, Keep
+from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.train import State
 
 
@@ -158,3 +160,37 @@ def test_a_damaged_step_is_refused_and_the_others_named(tmp_path):
             assert str(error.value).endswith(f"the run goes on from one of {others}")
             assert len(str(error.value).splitlines()) == 1
         same(checkpoints.restore(state_at(0), 1), state_at(1))
+
+
+# The folder around them
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_cannot_be_claimed_whole_is_not_claimed(overwrite, tmp_path, monkeypatch):
+    """A process that dies between making the folder and its config leaves no folder in the way."""
+    folder = Folder(tmp_path / "run")
+    if overwrite:
+        folder.claim({"seed": 1}, resume=False, overwrite=False)
+
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", die)
+    with pytest.raises(KeyboardInterrupt):
+        folder.claim({"seed": 2}, resume=False, overwrite=overwrite)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    folder.claim({"seed": 2}, resume=False, overwrite=False)
+    assert folder.read_config() == {"seed": 2}
+    assert list(tmp_path.iterdir()) == [folder.path]
+
+
+def test_the_last_contestant_with_checkpoints_is_found(tmp_path):
+    folder = Folder(tmp_path)
+    with pytest.raises(UsageError, match="has no checkpoint of adamw or muon"):
+        folder.trained(["adamw", "muon"])
+    for name, step in [("adamw", 3), ("muon", 2)]:
+        with Checkpoints(folder.checkpoints(name)) as checkpoints:
+            checkpoints.save(step, state_at(step))
+        assert folder.trained(["adamw", "muon"]) == folder.checkpoints(name)
+    same(folder.newest_params(["muon", "adamw"]), state_at(3).params)

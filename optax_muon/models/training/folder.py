@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import optax
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training.checkpoints import Checkpoints
 from optax_muon.models.training.train import Record
+from optax_muon.models.weights import folder_at_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Folder:
             return self._same_config(config)
         if self.path.exists():
             self._clear(overwrite)
-        self.path.mkdir(parents=True)
-        self.config.write_text(json.dumps(config, indent=2) + "\n")
+        with folder_at_once(self.path) as draft:
+            Folder(draft).config.write_text(json.dumps(config, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """The config of the run that is here.
@@ -113,7 +114,10 @@ class Folder:
                 "--name makes another"
             )
         self.read_config()  # nothing but a run is ever deleted
-        shutil.rmtree(self.path)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{self.path.name}.", dir=self.path.parent
+        ) as gone:
+            self.path.rename(Path(gone) / self.path.name)  # all at once, should it be interrupted
 
 
 class Journal:
