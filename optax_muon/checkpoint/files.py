@@ -90,11 +90,14 @@ def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
 
 def restored(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """The items as they were given to `save_args`, of what orbax restored with `restore_args`."""
-    trees = _trees(like)
-    return {
-        name: item if name not in trees else found[name] if trees[name] is item else found[name][0]
-        for name, item in like.items()
-    }
+
+    def item(name: str) -> Any:
+        tree = like[name]
+        if not jax.tree.leaves(tree):
+            return tree  # nothing of it was saved
+        return found[name][0] if _is_lone(tree) else found[name]
+
+    return {name: item(name) for name in like}
 
 
 @contextlib.contextmanager
@@ -112,10 +115,15 @@ def readable(where: Path) -> Iterator[None]:
 def _trees(items: Mapping[str, Any]) -> dict[str, Any]:
     """The items that orbax can save: those with leaves, and lone leaves in a list."""
     return {
-        name: [item] if jax.tree.leaves(item)[0] is item else item
+        name: [item] if _is_lone(item) else item
         for name, item in items.items()
         if jax.tree.leaves(item)
     }
+
+
+def _is_lone(item: Any) -> bool:
+    """Whether an item is an array and no tree."""
+    return jax.tree.leaves(item)[0] is item
 
 
 def _abstract(leaf: Any) -> Any:
