@@ -489,12 +489,13 @@ def attention(
         seen_logits = jax.lax.stop_gradient(logits)
         high = (seen_logits > HIGH_LOGIT).astype(jnp.float32)
         y = jnp.einsum("bhs,bshe->bhe", weights, v)
-        return y, seen_logits.max(axis=(0, 2)), high.sum(axis=(0, 2))
+        return y, seen_logits.max(axis=2), high.sum(axis=2)
 
     queries = (q.swapaxes(0, 1), positions)
     y, largest, high = jax.lax.map(attend, queries, batch_size=query_block)
     pairs = q.shape[0] * q.shape[1] * (q.shape[1] + 1) / 2
-    return y.swapaxes(0, 1), (largest.max(axis=0), high.sum(axis=0) / pairs)
+    # Over sequences, and so over devices, once and not for every block.
+    return y.swapaxes(0, 1), (largest.max(axis=(0, 1)), high.sum(axis=(0, 1)) / pairs)
 
 
 class Counts(NamedTuple):
