@@ -167,3 +167,12 @@ def test_a_spec_may_name_an_axis_of_one_device(kind):
     found = meshes.run(case, kind)
     assert meshes.error(found.matrices, meshes.alone_of(case)) <= 1e-5
     assert {path: x.sharding for path, x in found.updates.items()} == case.shardings(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "fsdp"), P()])
+def test_the_whole_mesh_may_be_one_device(spec, kind):
+    case = meshes.case({"fsdp": 1}, meshes.layers(3, (64, 128), spec))
+    found = meshes.run(case, kind)
+    assert meshes.error(found.matrices, meshes.alone_of(case)) <= 1e-5
+    assert {path: x.sharding for path, x in found.updates.items()} == case.shardings(kind)

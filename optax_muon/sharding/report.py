@@ -22,7 +22,7 @@ def table(plan: Entry) -> str:
 
 def _title(plan: Entry) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    where = f"{plan['devices']} devices ({mesh})" if mesh else "one device"
+    where = f"{plan['devices']} devices ({mesh})" if plan["devices"] > 1 else "one device"
     return f"Muon on {where}: {plan['steps']} steps in {plan['dtype']}"
 
 

@@ -134,9 +134,12 @@ def _typed(leaf: Any) -> NamedSharding | None:
         sharding = jax.typeof(leaf).sharding
     else:
         sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding) and math.prod(sharding.mesh.axis_sizes) > 1:
-        return sharding
-    return None
+    return sharding if isinstance(sharding, NamedSharding) and _matters(sharding) else None
+
+
+def _matters(sharding: NamedSharding) -> bool:
+    """Whether it says anything: a mesh of one device does in types that name its axes."""
+    return math.prod(sharding.mesh.axis_sizes) > 1 or any(sharding.spec)
 
 
 def _given(leaves: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
@@ -180,7 +183,8 @@ def _one_mesh(named: Mapping[str, NamedSharding], mesh: AnyMesh | None) -> AnyMe
                 f" {axis_sizes(reference)}; put all parameters on one mesh."
             )
     found = next(iter(meshes.values()), None) or jax.sharding.get_abstract_mesh()
-    return None if math.prod(found.axis_sizes) <= 1 else found
+    several = math.prod(found.axis_sizes) > 1
+    return found if several or any(map(_matters, named.values())) else None
 
 
 def _off_mesh(given: Mapping[str, Any]) -> Whereabouts:
