@@ -12,11 +12,12 @@ AdamW for the parameters that are not matrices:
 
 `print(label(params))` shows which parameters it takes for matrices, and `print(plan(params))` where
 it works on them. The links of its chain (`orthogonalize`, `scale_by_shape`, `cautious_decay`,
-`normuon` ...) and the functions on matrices (`newton_schulz` ...) can be used alone; `compat.muon`
-is `optax.contrib.muon` on this engine.
+`normuon` ...) and the functions on matrices (`newton_schulz` ...) can be used alone. `checkpoint`
+saves states and refuses to restore what does not fit; `compat.muon` is `optax.contrib.muon` on this
+engine.
 """
 
-from optax_muon import compat
+from optax_muon import checkpoint, compat
 from optax_muon.checkpoint import state_shardings, zero1_shardings
 from optax_muon.matrices.rules import Rule, label
 from optax_muon.matrices.views import Split, View
@@ -69,6 +70,7 @@ __all__ = [
     "__version__",
     "baseline",
     "cautious_decay",
+    "checkpoint",
     "compat",
     "decoupled_decay",
     "gram_newton_schulz",
