@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 AXES = {"fsdp": 2, "expert": 4}
 SEQUENCES, PARTS = 16, 2
 CONFIG = dataclasses.replace(
-    CONFIGS["moonlight-tiny"], context=64, vocab=320, depth=2, dense_first=0
+    CONFIGS["moonlight-tiny"], context=64, query_block=16, vocab=320, depth=2, dense_first=0
 )
 
 
@@ -78,6 +78,15 @@ def test_tokens_go_to_experts_and_no_device_gathers_a_layers_experts():
     tokens = AXES["expert"] * SEQUENCES // PARTS // 8 * CONFIG.context * CONFIG.width * 4
     # What a layer gathers is the tokens of a group of four devices, or a quarter of the experts.
     assert max(each.bytes for each in gathered) == max(tokens, stack // AXES["expert"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("script")
+def test_nothing_is_exchanged_in_the_loops_inside_a_layer():
+    """Over blocks of queries, of which a layer has four, and of rows, of which devices differ."""
+    *_, program = compiled()
+    found = collectives.collectives(program.as_text())
+    assert max(each.times for each in found) == PARTS * CONFIG.moe_depth
 
 
 @pytest.mark.slow
