@@ -205,7 +205,7 @@ class Train(Experiment):
         placement, corpus = self.place(), self.corpus
         run = self._run(corpus)
         folder = Folder(self.runs / (self.name or self.model))
-        processes.first(lambda: self._claim(folder, run, corpus))
+        processes.first(lambda: self._claim(folder, run, f"{corpus.origin}\non {placement}"))
         with placement.ambient:
             train_all(run, corpus, folder, placement)
             seconds = report.update_times(run, placement)
@@ -239,13 +239,13 @@ class Train(Experiment):
             )
         return given.config
 
-    def _claim(self, folder: Folder, run: Run, corpus: Corpus) -> None:
+    def _claim(self, folder: Folder, run: Run, origin: str) -> None:
         """Make the folder this run's own, and say what begins."""
         folder.claim(run.to_json(), resume=self.resume, overwrite=self.overwrite)
         params = shapes(family.model(run.setup.model), optax.identity()).params
         labels = optax_muon.label(params, views(run.setup))
         (folder.path / "routing.txt").write_text(f"{labels}\n")
-        heading = f"{report.describe(run.preset, run.setup)}\n{corpus.origin}"
+        heading = f"{report.describe(run.preset, run.setup)}\n{origin}"
         Console(stderr=True).out(heading, highlight=False)
 
     def _run(self, corpus: Corpus) -> Run:

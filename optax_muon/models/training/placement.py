@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from optax_muon.matrices.paths import named_leaves
 from optax_muon.models.layers import BATCH
+from optax_muon.models.shapes import Leaf
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training.data import windows
 from optax_muon.models.training.family import Model
@@ -34,6 +36,13 @@ class Placement:
 
     mesh: Mesh | None = None
     accumulate: int = 1
+
+    def __str__(self) -> str:
+        """The devices, for people."""
+        devices = jax.device_count()
+        if self.mesh is not None:
+            return ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return f"1 of {devices} devices; --mesh shares the work" if devices > 1 else "1 device"
 
     @property
     def ambient(self) -> contextlib.AbstractContextManager[object]:
@@ -91,6 +100,8 @@ class Placement:
                 f"--batch {batch} does not divide into {self.accumulate} micro-batches{over}; "
                 f"it must be a multiple of {parts}"
             )
+        if self.mesh is not None:
+            _check_parameters(model, self.mesh)
 
     @staticmethod
     def _sharding(mesh: Mesh) -> NamedSharding:
@@ -125,3 +136,16 @@ def parse(text: str) -> Mesh:
         )
     kinds = (AxisType.Explicit,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+def _check_parameters(model: Model, mesh: Mesh) -> None:
+    """Refuse a parameter that the mesh does not cut into equal parts."""
+    params = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    for path, sharding in named_leaves(model.shardings(mesh)).items():
+        shape, over = params[path].shape, Leaf(params[path].shape, sharding.spec).over
+        ways = [math.prod(mesh.shape[axis] for axis in axes) for axes in over]
+        if any(size % n for size, n in zip(shape, ways, strict=False)):
+            raise UsageError(
+                f"--mesh cuts {path}, {list(shape)}, into {ways} parts, which do not divide it; "
+                "give smaller axes"
+            )

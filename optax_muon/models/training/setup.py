@@ -6,6 +6,7 @@ import dataclasses
 
 import optax
 
+from optax_muon.models.stops import UsageError
 from optax_muon.models.training.family import Config
 from optax_muon.models.training.schedules import MOONLIGHT, three_stage_schedule
 
@@ -13,6 +14,8 @@ WARM_UP = 0.1
 FINAL_LR = 0.1
 
 COSINE, THREE_STAGE = "cosine", "three-stage"
+FEWEST = 4
+"""Steps of a run in three stages: one up, one down, one up again, one to zero."""
 SCHEDULES = (COSINE, THREE_STAGE)
 """One cosine, and the paper's three stages at the same parts of a run of any length."""
 
@@ -72,6 +75,13 @@ class Setup:
         """Tokens predicted in a step, counted from 1."""
         return self.batch_at(step) * self.model.context
 
+    def __post_init__(self) -> None:
+        """Refuse a run too short for its stages."""
+        if self.schedule == THREE_STAGE and self.steps < FEWEST:
+            raise UsageError(
+                f"--steps is {self.steps}; --schedule {THREE_STAGE} needs at least {FEWEST}"
+            )
+
     def learning_rate(self, peak: float) -> optax.Schedule:
         """Learning rate by step, from 0.
 
@@ -88,7 +98,8 @@ class Setup:
                 end_value=FINAL_LR * peak,
             )
         top, floor, again = MOONLIGHT.rates
-        decayed, rewarm = self._at(MOONLIGHT.decayed_at), max(1, self._at(MOONLIGHT.rewarm))
+        rewarm = max(1, self._at(MOONLIGHT.rewarm))
+        decayed = min(self._at(MOONLIGHT.decayed_at), self.steps - rewarm - 1)
         return three_stage_schedule(
             peak,
             warmup=max(1, self._at(MOONLIGHT.warmup)),

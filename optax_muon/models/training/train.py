@@ -137,7 +137,7 @@ def gradients(
     """Gradient, loss and report of all micro-batches together; arguments as of `step`."""
     parts = tokens.shape[0]
     if weights is not None:
-        weights = weights * (parts / weights.sum())
+        weights = weights * (weights.size / weights.sum())
 
     def one(tokens: jax.Array, weights: jax.Array | None) -> Any:
         loss = jax.value_and_grad(next_token_loss, argnums=1, has_aux=True)

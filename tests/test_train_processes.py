@@ -1,0 +1,101 @@
+"""`optax-muon train --distributed` as SLURM would start it: two processes of four devices each."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import train_processes
+
+from optax_muon.models.commands.cli import main
+from optax_muon.models.stops import UsageError
+from optax_muon.models.training import processes as together
+from optax_muon.models.training.folder import Folder
+
+SECONDS = 400
+"""How long a start may take: about a minute on two idle cores."""
+
+
+def options(folder):
+    """What all starts have in common."""
+    size = ["--model", "moonlight-toy", "--eval-every", "2", "--save-every", "2"]
+    return [*size, "--data", str(folder / "text.py"), "--runs", str(folder / "runs")]
+
+
+def start(folder, *more):
+    """Run the command in two processes, wait for both, and leave none behind."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mesh = ["--distributed", "--mesh", "fsdp=2,expert=4"]
+    arguments = ["4", "train", *options(folder), *mesh, *more]
+    environment = {
+        "SLURM_JOB_ID": str(port),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        # The port that jax makes of the job may be taken; this one was free a moment ago.
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, train_processes.__file__, *arguments],
+            cwd=pathlib.Path(__file__).parents[1],
+            env={
+                **os.environ,
+                **environment,
+                "SLURM_PROCID": str(number),
+                "SLURM_LOCALID": str(number),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [each.communicate(timeout=SECONDS)[0] for each in started]
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    return [each.returncode for each in started], outputs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_two_processes_train_as_one_does(tmp_path):
+    text = "".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(300))
+    (tmp_path / "text.py").write_text(text)
+    codes, outputs = start(tmp_path, "--name", "two")
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "All of it is in" in outputs[0]
+    said = [line for line in outputs[1].splitlines() if "[Gloo]" not in line]
+    assert said == [], "only the first process speaks"
+    with jax.numpy_dtype_promotion("standard"):  # as in a process of its own
+        main(["train", *options(tmp_path), "--name", "one"])
+    two, one = (Folder(tmp_path / "runs" / name) for name in ("two", "one"))
+    assert sorted(path.name for path in two.path.iterdir()) == sorted(
+        path.name for path in one.path.iterdir()
+    )
+    for contestant in ("adamw", "muon-carried"):
+        pairs = zip(two.journal.read(contestant), one.journal.read(contestant), strict=True)
+        for there, here in pairs:
+            np.testing.assert_allclose(there.loss, here.loss, rtol=1e-4)
+            assert (there.step, there.val_loss is None) == (here.step, here.val_loss is None)
+    codes, outputs = start(tmp_path, "--name", "two")
+    assert codes == [2, 2]
+    assert "exists; --resume goes on with it" in outputs[0], "the first one knows why"
+    assert "the first process has refused" in outputs[1]
+
+
+def test_without_an_environment_the_start_is_refused(monkeypatch):
+    def nobody():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    with pytest.raises(UsageError, match="--distributed cannot start: coordinator_address"):
+        together.start()

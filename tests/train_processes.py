@@ -1,0 +1,35 @@
+"""One of several processes of `optax-muon train --distributed`: `test_train_processes.py`.
+
+Usage: train_processes.py DEVICES ARGUMENT..., with the devices of this process, and what the
+command line gets. SLURM's variables say which process it is.
+"""
+
+import sys
+
+import jax
+
+from optax_muon.models.commands.cli import main
+from optax_muon.models.moonlight import MoonlightConfig
+from optax_muon.models.training.presets import PRESETS, Preset, Tuning
+
+CONFIG = MoonlightConfig(
+    width=32,
+    depth=2,
+    heads=2,
+    nope_dim=8,
+    rope_dim=8,
+    v_dim=8,
+    kv_rank=16,
+    mlp=32,
+    expert_mlp=16,
+    experts=8,
+    chosen=2,
+    shared=1,
+    context=16,
+)
+SAME = Tuning(6e-3, 0.3)
+PRESETS["moonlight-toy"] = Preset(CONFIG, 16, 4, SAME, SAME, "", router_rate=2e-2)
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+    main(sys.argv[2:])
