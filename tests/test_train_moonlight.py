@@ -151,15 +151,17 @@ def test_router_biases_move_by_the_paper_rule_and_nothing_else_moves_them():
 
 
 def test_after_qk_clip_the_next_largest_logits_are_at_the_threshold():
-    tokens = drawn((1, 4, CONFIG.context + 1))
+    tokens = drawn((1, 8, CONFIG.context + 1))
     state = start()
-    _, told = jitted(MODEL, SGD, state, tokens)
+    _, told = jitted(MODEL, SGD, state, tokens, 0.0)
     threshold = float(np.median(told.report.max_logits))
     setup = dataclasses.replace(SETUP, qk_clip=threshold)
     contestant = dataclasses.replace(MUON, tuning=Tuning(1e-12, 0.0))  # a step that goes nowhere
     tx = transformation(contestant, setup)
-    clipped, _ = jitted(MODEL, tx, State(state.params, tx.init(state.params), state.bias), tokens)
-    _, again = jitted(MODEL, SGD, clipped._replace(opt_state=state.opt_state), tokens)
+    clipped, _ = jitted(
+        MODEL, tx, State(state.params, tx.init(state.params), state.bias), tokens, 0.0
+    )
+    _, again = jitted(MODEL, SGD, clipped._replace(opt_state=state.opt_state), tokens, 0.0)
     first = told.report.max_logits > threshold
     assert first.any() and not first.all()
     # The first layer's input does not change, so its heads come out exactly where they should.
@@ -175,10 +177,10 @@ def test_bfloat16_computes_from_float32_masters():
         np.dtype("float32"),
         np.dtype("int32"),
     }
-    after, told = jitted(family.model(low.model), tx, state, tokens)
+    after, told = jitted(family.model(low.model), tx, state, tokens, 0.0)
     dtypes = [[leaf.dtype for leaf in jax.tree.leaves(each)] for each in (after, state)]
     assert dtypes[0] == dtypes[1]
-    exact = jitted(MODEL, SGD, state._replace(opt_state=SGD.init(state.params)), tokens)[1]
+    exact = jitted(MODEL, SGD, state._replace(opt_state=SGD.init(state.params)), tokens, 0.0)[1]
     assert 0 < abs(float(told.loss - exact.loss)) < 0.02  # eps of bfloat16 is 2**-8
 
 

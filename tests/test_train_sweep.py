@@ -14,7 +14,8 @@ from optax_muon.models.training import sweep
 from optax_muon.models.training.presets import PRESETS, Tuning
 from optax_muon.models.training.sweep import Point, Table
 
-COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "sweep"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+COMMITTED = {"small": RESULTS / "sweep", "moonlight-tiny": RESULTS / "moonlight" / "sweep"}
 POINTS = [
     Point("adamw", 1e-3, 0.1, 2.5),
     Point("adamw", 2e-3, 0.1, 2.25),
@@ -106,22 +107,27 @@ def test_an_optimizer_that_always_diverged_has_no_best_point():
     assert "Best Muon" not in sweep_report.markdown(POINTS[:2], "tiny", "byte")
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="results are not part of a source archive")
+@pytest.mark.skipif(not RESULTS.exists(), reason="results are not part of a source archive")
+@pytest.mark.parametrize("name", COMMITTED)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_small_preset_runs_at_the_committed_sweeps_best_inside_its_grid(optimizer):
-    points = [p for p in Table(COMMITTED / "sweep.csv").read() if p.optimizer == optimizer]
+def test_presets_run_at_the_committed_sweeps_best_inside_its_grid(name, optimizer):
+    points = Table(COMMITTED[name] / "sweep.csv").read()
+    points = [point for point in points if point.optimizer == optimizer]
     winner = sweep.best(points, optimizer)
-    small = PRESETS["small"]
-    assert getattr(small, optimizer) == Tuning(winner.lr, winner.weight_decay)
+    row = PRESETS[name]
+    assert getattr(row, optimizer) == Tuning(winner.lr, winner.weight_decay)
     assert min(p.lr for p in points) < winner.lr < max(p.lr for p in points)
-    decays = [p.weight_decay for p in points]
-    assert min(decays) < winner.weight_decay < max(decays)
-    setup = json.loads((COMMITTED / "config.json").read_text())["setup"]
-    assert setup["model"] == dataclasses.asdict(small.model)
-    assert (setup["batch"], setup["steps"]) == (small.batch, small.steps)
+    decays = {p.weight_decay for p in points}
+    # Moonlight's decay was not swept, it is that of `small`.
+    inside = min(decays) < winner.weight_decay < max(decays)
+    assert inside if len(decays) > 1 else decays == {PRESETS["small"].muon.weight_decay}
+    setup = json.loads((COMMITTED[name] / "config.json").read_text())["setup"]
+    assert setup["model"] == dataclasses.asdict(row.model)
+    assert (setup["batch"], setup["steps"]) == (row.batch, row.steps)
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="results are not part of a source archive")
-def test_the_committed_sweep_gave_both_optimizers_the_same_budget():
-    names = [point.optimizer for point in Table(COMMITTED / "sweep.csv").read()]
+@pytest.mark.skipif(not RESULTS.exists(), reason="results are not part of a source archive")
+@pytest.mark.parametrize("folder", COMMITTED.values(), ids=COMMITTED)
+def test_the_committed_sweeps_gave_both_optimizers_the_same_budget(folder):
+    names = [point.optimizer for point in Table(folder / "sweep.csv").read()]
     assert names.count("adamw") == names.count("muon") == len(names) / 2

@@ -16,6 +16,7 @@ import itertools
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -243,7 +244,7 @@ def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -
     """Held-out curves, AdamW's final loss, and where each Muon run crosses it."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot(
-        title=title,
+        title=textwrap.fill(title, 90),
         xlabel="step",
         ylabel=f"held-out loss, nats per {unit} (log scale)",
         yscale="log",

@@ -47,7 +47,7 @@ def plot(runs: Records, colors: Mapping[str, str], path: Path) -> None:
         style = {"color": colors[contestant.name], "label": contestant.title, "linewidth": 1.2}
         upper.plot(steps, _series(records, "imbalance"), **style)
         lower.plot(steps, _series(records, "max_logit"), **style)
-    upper.set(ylabel="imbalance of experts,\nworst layer", yscale="log")
+    upper.set(ylabel="imbalance of experts,\nworst layer", ylim=0)
     lower.set(ylabel="largest attention logit", xlabel="step")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
