@@ -8,8 +8,10 @@ import sys
 
 import jax
 
+from optax_muon.models.commands import experiments
 from optax_muon.models.commands.cli import main
 from optax_muon.models.moonlight import MoonlightConfig
+from optax_muon.models.training import contestants
 from optax_muon.models.training.presets import PRESETS, Preset, Tuning
 
 CONFIG = MoonlightConfig(
@@ -28,8 +30,16 @@ CONFIG = MoonlightConfig(
     context=16,
 )
 SAME = Tuning(6e-3, 0.3)
-PRESETS["moonlight-toy"] = Preset(CONFIG, 16, 4, SAME, SAME, "", router_rate=2e-2)
+TOY = Preset(CONFIG, 16, 4, SAME, SAME, "", router_rate=2e-2)
+
+
+def muon_alone(*tunings):
+    """One optimizer: half the programs to compile."""
+    return contestants.lineup(*tunings)[1:]
+
 
 if __name__ == "__main__":
+    PRESETS["moonlight-toy"] = TOY
+    experiments.lineup = muon_alone
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
     main(sys.argv[2:])
