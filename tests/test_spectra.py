@@ -210,7 +210,8 @@ def test_the_table_holds_every_kept_checkpoint_of_every_contestant(run, tmp_path
 
 def test_the_numbers_of_a_checkpoint_are_those_of_its_parameters(run):
     main(["spectra", str(run)])
-    leaves = named_leaves(Folder(run).newest_params(["adamw"]))
+    with Checkpoints(Folder(run).checkpoints("adamw")) as checkpoints:
+        leaves = named_leaves(checkpoints.params(20))
     truth = [
         naive(matrix)[0]
         for name in ("gate_proj", "up_proj", "down_proj")

@@ -91,8 +91,8 @@ def comparison(entrants: Sequence[Entrant], lines: Sequence[Row]) -> Iterator[st
             steps = len({line.step for line in compared})
             yield (
                 f"{entrant.title}: {above} of {matrices} matrices ({above / matrices:.1%}) have a "
-                f"higher SVD entropy than with AdamW at the same step, of {steps} checkpoints; the "
-                "paper's Moonlight: over 90%."
+                f"higher SVD entropy than with AdamW at the same step, in {steps} "
+                f"{'checkpoint' if steps == 1 else 'checkpoints'}. The paper's: over 90%."
             )
 
 

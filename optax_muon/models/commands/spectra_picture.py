@@ -29,7 +29,9 @@ RANKS = np.linspace(0, 1, 101)
 def entropies(entrants: Sequence[Entrant], lines: Sequence[Row]) -> matplotlib.figure.Figure:
     """SVD entropy over steps: the mean, and a band between the quartiles of the matrices."""
     groups = [group for group in GROUPS if any(line.group == group for line in lines)]
-    figure, panels = _panels(groups, "step", "SVD entropy")
+    figure, panels = _panels(
+        groups, "step (line: mean of the matrices, band: quartiles)", "SVD entropy"
+    )
     for group, axes in zip(groups, panels, strict=True):
         count = next(line.matrices for line in lines if line.group == group)
         axes.set_title(_title(group, count), fontsize=10)
@@ -40,7 +42,11 @@ def entropies(entrants: Sequence[Entrant], lines: Sequence[Row]) -> matplotlib.f
             mark = "o-" if len(steps) < 30 else "-"
             axes.plot(steps, [line.entropy for line in mine], mark, color=color, markersize=3)
             band = [line.entropy_lower for line in mine], [line.entropy_upper for line in mine]
-            axes.fill_between(steps, *band, color=color, alpha=0.15, linewidth=0)
+            if len(steps) == 1:  # a band of one step has no width
+                axes.vlines(steps, *band, color=color, alpha=0.4)
+                axes.set_xticks(steps)
+            else:
+                axes.fill_between(steps, *band, color=color, alpha=0.15, linewidth=0)
     _legend(figure, _named(entrants, {line.contestant for line in lines}))
     return figure
 
@@ -53,7 +59,11 @@ def singular_values(
     Lines are of the last checkpoint; dotted ones are of the first, without a band.
     """
     groups = [group for group in GROUPS if any(s.group == group for s in found)]
-    figure, panels = _panels(groups, "rank / all ranks", "singular value / largest")
+    figure, panels = _panels(
+        groups,
+        "rank / all ranks (line: median matrix, band: quartiles)",
+        "singular value / largest",
+    )
     for group, axes in zip(groups, panels, strict=True):
         for entrant, color in zip(entrants, COLORS, strict=False):
             mine = [s for s in found if (s.contestant, s.group) == (entrant.name, group)]

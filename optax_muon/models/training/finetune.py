@@ -15,9 +15,9 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,8 @@ from optax_muon.models.training.checkpoints import Checkpoints
 from optax_muon.models.training.contestants import Contestant, transformation
 from optax_muon.models.training.family import Model
 from optax_muon.models.training.folder import Folder
-from optax_muon.models.training.presets import Tuning
 from optax_muon.models.training.setup import Setup
-from optax_muon.models.training.train import Record, State, init, next_token_loss, update
+from optax_muon.models.training.train import Record, State, next_token_loss, shapes, update
 
 LINEAR = "linear"
 
@@ -102,19 +101,18 @@ def pretrained(run: Path, contestant: str | None = None) -> Pretrained:
     if "contestants" not in config:
         _, params, bias = huggingface.load(run)
         return Pretrained(model, _float32(params), model.zero_bias() if bias is None else bias)
-    setup = _setup(config["setup"], model)
-    everyone = {c["name"]: _contestant(c) for c in config["contestants"]}
-    if contestant is not None and contestant not in everyone:
-        raise UsageError(f"{run} has no contestant {contestant!r}; it has {', '.join(everyone)}")
-    for name in [contestant] if contestant else reversed(everyone):
+    names = [entry["name"] for entry in config["contestants"]]
+    if contestant is not None and contestant not in names:
+        raise UsageError(f"{run} has no contestant {contestant!r}; it has {', '.join(names)}")
+    for name in [contestant] if contestant else reversed(names):
         path = folder.checkpoints(name)
         if path.exists():
             with Checkpoints(path) as checkpoints:
                 if checkpoints.latest:
-                    like = init(setup, transformation(everyone[name], setup))
-                    state = checkpoints.restore(like)
-                    return Pretrained(model, state.params, state.bias)
-    raise UsageError(f"{run} has no checkpoint of {contestant or ' or '.join(everyone)}")
+                    like = shapes(model, optax.identity())
+                    saved = checkpoints.some({"params": like.params, "bias": like.bias})
+                    return Pretrained(model, **saved)
+    raise UsageError(f"{run} has no checkpoint of {contestant or ' or '.join(names)}")
 
 
 def begin(start: Pretrained, setup: AnswerSetup, contestant: Contestant) -> State:
@@ -223,17 +221,6 @@ def _judge(
     right = (scores.argmax(axis=-1) == tokens[:, 1:]) | (weights == 0)
     exact = right.all(axis=1) & (weights.sum(axis=1) > 0)
     return (losses * weights).sum(), exact.sum()
-
-
-def _setup(config: Mapping[str, Any], model: Model) -> Setup:
-    """The setup that a `config.json` holds."""
-    kind = AnswerSetup if "epochs" in config else Setup
-    return kind(**{**config, "model": model.config})
-
-
-def _contestant(config: Mapping[str, Any]) -> Contestant:
-    """The contestant that a `config.json` holds."""
-    return Contestant(**{**config, "tuning": Tuning(**config["tuning"])})
 
 
 def _float32(params: optax.Params) -> optax.Params:

@@ -1,0 +1,214 @@
+"""Pretrain with AdamW and with Muon, fine-tune both with both: the paper's table in toy size.
+
+A Llama (preset `small` of `optax-muon train`) learns Python's standard library with either
+optimizer, Muon at AdamW's learning rate and decay. Then it learns to go on from the head of a
+function with the first line of its docstring, on 1000 functions of the same library: two epochs,
+the learning rate falling linearly to zero, once from the paper's 5e-5 and once from 7e-4, which is
+the same part of the pretraining's peak as the paper's (5e-5 of 4.2e-4). Loss is that of the
+docstrings of 950 other functions, nats per byte. Their files may have been in the pretraining text,
+with either optimizer; fine-tuning has seen none of them. One seed: what differs by a hundredth says
+nothing. The paper's models are a hundred thousand times as large, and its table is of benchmarks
+(arXiv 2502.16982, section 3.5).
+
+    python benchmarks/finetune_table.py
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import _bench
+import _table
+import matplotlib.figure
+import tyro
+
+from optax_muon.models.commands.cli import main as command
+from optax_muon.models.training import answers, data, presets
+from optax_muon.models.training.finetune import judge, pretrained
+
+TITLES = {"adamw": "AdamW", "muon": "Muon"}
+PRETRAINED = {"adamw": "adamw", "muon": "muon-carried"}
+"""Contestants of the pretraining run by optimizer."""
+RATES = (5e-5, 7e-4)
+BATCH = 16
+JUDGED_AT_ONCE = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is trained."""
+
+    preset: str
+    context: int
+    examples: int
+
+
+FULL, TOY = Size("small", 128, 1000), Size("tiny", 64, 40)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The learning rate that fine-tuning begins with."""
+
+    rate: float
+
+    def __str__(self) -> str:
+        return f"lr {self.rate:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model after pretraining and fine-tuning."""
+
+    case: str
+    contestant: str
+    """The optimizers of pretraining and of fine-tuning."""
+    before: float
+    """Loss before fine-tuning."""
+    loss: float
+    """Loss after it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Where everything is trained and kept: a script that was stopped goes on."""
+
+    folder: Path
+    size: Size
+
+    @property
+    def pretraining(self) -> Path:
+        """The run to begin with."""
+        return self.folder / "pretrained"
+
+    def prepare(self) -> None:
+        """Write the examples, and pretrain."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pairs = functions(self.size.context)
+        learned, judged = pairs[::2], pairs[1::2]
+        self._write("learned", learned)
+        self._write("judged", judged)
+        tuning = presets.preset(self.size.preset).adamw
+        numbers = ["--muon-lr", tuning.lr, "--muon-decay", tuning.weight_decay]
+        sizes = ["--preset", self.size.preset, "--context", self.size.context]
+        self._command(self.pretraining, "train", *sizes, *numbers)
+
+    def finetuned(self, case: Case, before: str, after: str) -> Path:
+        """The run of a model that is fine-tuned so."""
+        run = self.folder / f"{before}-{after}-{case.rate:g}"
+        source = ["--from", self.pretraining, "--contestant", PRETRAINED[before]]
+        numbers = ["--optimizer", after, "--lr", case.rate, "--batch", BATCH]
+        self._command(run, "finetune", *source, "--data", self._path("learned"), *numbers)
+        return run
+
+    def loss(self, run: Path, contestant: str) -> float:
+        """Of the functions that nobody was trained on."""
+        start = pretrained(run, contestant)
+        loaded = answers.load(self._path("judged"), self.size.context).train
+        return judge(start.model, start.params, start.bias, loaded, JUDGED_AT_ONCE).loss
+
+    def _command(self, run: Path, *words: Any) -> None:
+        resume = ["--resume"] if run.exists() else []
+        command([*map(str, words), "--runs", str(run.parent), "--name", run.name, *resume])
+
+    def _write(self, name: str, pairs: Sequence[tuple[str, str]]) -> None:
+        """As many as there are to be, evenly from all of them."""
+        count = min(self.size.examples, len(pairs))
+        chosen = [pairs[i * len(pairs) // count] for i in range(count)]
+        lines = (json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in chosen)
+        self._path(name).write_text("\n".join(lines) + "\n")
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+
+def main(options: _bench.Options) -> None:
+    """Train what is not trained yet, and write the table."""
+    runs, size = options.out or _bench.HERE.parent / "runs", TOY if options.quick else FULL
+    work = Work(runs / "finetune_table" / size.preset, size)
+    work.prepare()
+    results = dataclasses.replace(options, out=options.out or options.folder / "finetune")
+    cases = [Case(rate) for rate in RATES]
+
+    def measure(case: Case) -> Iterator[Row]:
+        for before, contestant in PRETRAINED.items():
+            start = work.loss(work.pretraining, contestant)
+            for after in TITLES:
+                loss = work.loss(work.finetuned(case, before, after), after)
+                name = f"{TITLES[before]} / {TITLES[after]}"
+                yield Row(str(case), name, round(start, 4), round(loss, 4))
+
+    _bench.run(results, "finetune_table", Row, cases, measure, page, picture)
+
+
+def functions(context: int) -> list[tuple[str, str]]:
+    """Heads and first lines of docstrings of the standard library that fit, one for each head."""
+    corpus = data.load(None, context)
+    texts = b"".join((corpus.train.tobytes(), corpus.held_out.tobytes())).split(b"\0")
+    found = dict(pair for text in sorted(texts) for pair in _documented(text))
+    return sorted(
+        (prompt, answer)
+        for prompt, answer in found.items()
+        if 1 + len(prompt.encode()) + len(answer.encode()) <= context
+    )
+
+
+def _documented(text: bytes) -> Iterator[tuple[str, str]]:
+    """The functions of a file that say what they do."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # a template, or another version's syntax
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (said := ast.get_docstring(node)):
+            first = said.splitlines()[0]
+            if first:
+                yield f'def {node.name}({ast.unparse(node.args)}):\n    """', first
+
+
+def page(rows: Sequence[Row]) -> list[str]:
+    """The table for people."""
+    names = list(dict.fromkeys(row.contestant for row in rows))
+    cells = {(row.case, row.contestant): row for row in rows}
+    lines = [
+        ("before", *(f"{next(r for r in rows if r.contestant == n).before:.4f}" for n in names)),
+        *(
+            (case, *(f"{cells[case, name].loss:.4f}" for name in names))
+            for case in dict.fromkeys(row.case for row in rows)
+        ),
+    ]
+    table = _table.markdown(("pretrained / fine-tuned with", *names), lines)
+    title = "# Pretraining and fine-tuning, with AdamW and with Muon"
+    return [title, "", _bench.about(__doc__), "", *table]
+
+
+def picture(rows: Sequence[Row]) -> matplotlib.figure.Figure:
+    """How much loss fine-tuning takes away, a panel for each learning rate."""
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure = matplotlib.figure.Figure(figsize=(9, 3.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for axes, case in zip(panels, cases, strict=True):
+        mine = [row for row in rows if row.case == case]
+        for place, row in zip(range(len(mine), 0, -1), mine, strict=True):
+            axes.plot([row.before, row.loss], [place] * 2, color="#6b7280", linewidth=1, zorder=1)
+            axes.plot(row.before, place, "o", color="#6b7280", fillstyle="none")
+            axes.plot(row.loss, place, "o", color="#2b8cbe")
+            axes.annotate(
+                f"{row.loss:.3f}", (row.loss, place), (0, 6), textcoords="offset points", fontsize=8
+            )
+        axes.set_yticks(range(len(mine), 0, -1), [row.contestant for row in mine])
+        axes.set_ylim(0.5, len(mine) + 0.6)
+        axes.set(title=case, xlabel="loss before (open) and after, nats per byte")
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("pretrained / fine-tuned with", fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(_bench.Options))
