@@ -129,3 +129,15 @@ def test_a_stack_is_orthogonalized_in_place():
     program = jax.jit(step, donate_argnums=0).lower(stack).compile()
     # What one matrix of the 32 needs, and not another stack.
     assert program.memory_analysis().temp_size_in_bytes < 0.5 * 32 * 64 * 128 * 4
+
+
+@pytest.mark.parametrize(("shape", "loops"), [((256, 64), 1), ((64, 256), 0)])
+def test_a_tall_matrix_alone_is_transposed_before_a_loop(shape, loops):
+    """XLA's CPU backend carries a transpose through all products, but not into a loop."""
+    update = orthogonalize(views={"down": View(0, 1)}).update
+
+    def step(x):
+        return update({"down": x}, optax.EmptyState())[0]["down"]
+
+    compiled = jax.jit(step).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    assert compiled.as_text().count(" while(") == loops

@@ -12,6 +12,9 @@ mesh nothing happens. The axes are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -154,3 +157,10 @@ def varying(x: jax.Array, axes: Axes) -> jax.Array:
     """
     names = there(axes)
     return jax.lax.pcast(x, names, to="varying") if names else x
+
+
+def automatic(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
+    """The function with Explicit mesh axes Auto inside, its results on the specs `out`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=out)

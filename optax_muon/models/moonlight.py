@@ -26,8 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -47,6 +46,7 @@ from optax_muon.models.layers import (
     RMSNorm,
     Rotations,
     SwiGLU,
+    automatic,
     deinterleave,
     place,
     rotate,
@@ -293,7 +293,7 @@ def init(model: Moonlight, key: jax.Array) -> optax.Params:
     def placed(key: jax.Array) -> optax.Params:
         return jax.lax.with_sharding_constraint(_initial(model, key), specs)
 
-    return _auto(placed, specs)(key)
+    return automatic(placed, specs)(key)
 
 
 def zero_bias(config: MoonlightConfig) -> jax.Array:
@@ -594,7 +594,7 @@ def leaves(config: MoonlightConfig) -> Tree:
     """
     initial = functools.partial(_initial, Moonlight(config))
     # No key is made: the ambient mesh may be of no computer.
-    shapes = jax.eval_shape(_auto(initial, P()), jax.eval_shape(jax.random.key, 0))
+    shapes = jax.eval_shape(automatic(initial, P()), jax.eval_shape(jax.random.key, 0))
 
     def leaf(path: tuple[jax.tree_util.DictKey, ...], shape: jax.ShapeDtypeStruct) -> Leaf:
         name = path_name(path)
@@ -637,7 +637,7 @@ def _applied(
             tuple[jax.Array, Report], model.apply({"params": params}, inputs, bias, *targets)
         )
 
-    return _auto(apply, (over, P()))(params, bias, *tokens)
+    return automatic(apply, (over, P()))(params, bias, *tokens)
 
 
 def _attended(config: MoonlightConfig, x: jax.Array, angles: Rotations) -> tuple[jax.Array, Heads]:
@@ -682,10 +682,3 @@ def _initial(model: Moonlight, key: jax.Array) -> optax.Params:
 
 def _no_routing(config: MoonlightConfig) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros([0, config.experts], jnp.int32), jnp.zeros([0], jnp.float32)
-
-
-def _auto(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
-    """The function with Explicit mesh axes Auto inside, its results on the specs `out`."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.sharding.auto_axes(function, out_sharding=out)

@@ -17,7 +17,7 @@ from optax_muon.matrices.views import Geometry
 from optax_muon.sharding import report
 from optax_muon.sharding.buckets import Bucket
 from optax_muon.sharding.cost import Cost, Work
-from optax_muon.sharding.layouts import Lot
+from optax_muon.sharding.layouts import LOCAL, Lot
 from optax_muon.sharding.shards import Leaf
 from optax_muon.sharding.specs import AnyMesh, axis_sizes, slow_axes
 
@@ -36,6 +36,11 @@ class Dealt:
     """Of one matrix on one device."""
     seconds: Mapping[str, float]
     """Modelled time of this choice (`chosen`), and of `home` and `gather` for all matrices."""
+
+    @property
+    def turned(self) -> bool:
+        """Whether the matrices come to the orthogonalizer transposed, and by no other way."""
+        return self.bucket.turned and all(lot.layout == LOCAL for lot in self.lots)
 
     @property
     def cost(self) -> Cost:

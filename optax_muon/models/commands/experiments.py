@@ -188,6 +188,9 @@ class Train(Experiment):
     """Weight decay of Muon's own run; swept if absent."""
     save_every: int = 100
     """Steps between checkpoints, a multiple of `--eval-every`."""
+    keep_every: int | None = None
+    """Steps between checkpoints that stay for good, a multiple of `--save-every`: `spectra` shows
+    them. The last two stay in any case."""
     distributed: bool = False
     """This is one of several processes that train together; the environment says which (TPU pods,
     SLURM, Open MPI, Kubernetes). Needs `--mesh`."""
@@ -223,6 +226,12 @@ class Train(Experiment):
             raise UsageError(
                 f"--save-every {self.save_every} must be a multiple of --eval-every "
                 f"{self.eval_every}: only evaluated parameters are saved"
+            )
+        _at_least(1, "keep_every", self.keep_every)
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise UsageError(
+                f"--keep-every {self.keep_every} must be a multiple of --save-every "
+                f"{self.save_every}: only what is saved can be kept"
             )
 
     def sizes(self, row: Preset) -> Config:
@@ -260,6 +269,7 @@ class Train(Experiment):
             lineup(adamw, muon),
             self.save_every,
             None if self.start is None else str(self.start),
+            self.keep_every,
         )
 
 

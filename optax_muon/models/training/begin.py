@@ -57,14 +57,14 @@ class Start:
         if "contestants" not in config:
             _, params, bias = huggingface.load(self.path, layout)
             return _in_float32((params, bias))
-        names = [self.contestant or each["name"] for each in config["contestants"]]
-        for name in reversed(names):
-            path = Folder(self.path).checkpoints(name)
-            if path.exists():
-                with Checkpoints(path) as checkpoints:
-                    if checkpoints.latest:
-                        return self._saved(checkpoints, mesh)
-        raise UsageError(f"{self.path} has no checkpoint of {' or '.join(dict.fromkeys(names))}")
+        names = [each["name"] for each in config["contestants"]]
+        if self.contestant not in (None, *names):
+            raise UsageError(
+                f"{self.path} has no contestant {self.contestant!r}; it has {', '.join(names)}"
+            )
+        path = Folder(self.path).trained([self.contestant] if self.contestant else names)
+        with Checkpoints(path) as checkpoints:
+            return self._saved(checkpoints, mesh)
 
     def _saved(
         self, checkpoints: Checkpoints, mesh: Mesh | None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 import optax_muon
 from optax_muon.matrices.paths import path_name
 from optax_muon.models import llama, moonlight
-from optax_muon.models.layers import BATCH, WHOLE, Axes, place, there
+from optax_muon.models.layers import BATCH, WHOLE, Axes, automatic, place, there
 from optax_muon.models.llama import Llama, LlamaConfig
 from optax_muon.models.moonlight import Moonlight, MoonlightConfig, Report
 from optax_muon.models.shapes import Leaf
@@ -279,13 +279,6 @@ def model_of(config: Mapping[str, Any]) -> Model:
         if isinstance(sizes, Mapping) and sizes.keys() == names:
             return model(kind(**sizes))
     raise UsageError("the config holds the sizes of neither a Llama nor a Moonlight")
-
-
-def automatic(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
-    """The function with Explicit mesh axes Auto inside, its results on the specs `out`."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.sharding.auto_axes(function, out_sharding=out)
 
 
 _LLAMA_SPECS: dict[str, tuple[Axes, ...]] = {

@@ -24,17 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_muon.models import huggingface
 from optax_muon.models.moonlight import Report
 from optax_muon.models.stops import Diverged, UsageError
 from optax_muon.models.training import family
 from optax_muon.models.training.answers import VOCAB, Answers, Examples, rows
-from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.begin import Start
 from optax_muon.models.training.contestants import Contestant, transformation
 from optax_muon.models.training.family import Model
-from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.setup import Setup
-from optax_muon.models.training.train import Record, State, next_token_loss, shapes, update
+from optax_muon.models.training.train import Record, State, next_token_loss, update
 
 LINEAR = "linear"
 
@@ -90,29 +88,15 @@ def pretrained(run: Path, contestant: str | None = None) -> Pretrained:
     Raises:
         UsageError: when there is no run, it has no such checkpoint, or its tokens are no bytes.
     """
-    folder = Folder(run)
-    config = folder.read_config()
-    model = family.model_of(config)
+    start = Start(run, contestant)
+    model = start.model
     if model.config.vocab != VOCAB:
         raise UsageError(
             f"{run} has a vocabulary of {model.config.vocab}; finetune reads bytes, it must be "
             f"{VOCAB}"
         )
-    if "contestants" not in config:
-        _, params, bias = huggingface.load(run)
-        return Pretrained(model, _float32(params), model.zero_bias() if bias is None else bias)
-    names = [entry["name"] for entry in config["contestants"]]
-    if contestant is not None and contestant not in names:
-        raise UsageError(f"{run} has no contestant {contestant!r}; it has {', '.join(names)}")
-    for name in [contestant] if contestant else reversed(names):
-        path = folder.checkpoints(name)
-        if path.exists():
-            with Checkpoints(path) as checkpoints:
-                if checkpoints.latest:
-                    like = shapes(model, optax.identity())
-                    saved = checkpoints.some({"params": like.params, "bias": like.bias})
-                    return Pretrained(model, **saved)
-    raise UsageError(f"{run} has no checkpoint of {contestant or ' or '.join(names)}")
+    params, bias = start.weights()
+    return Pretrained(model, params, model.zero_bias() if bias is None else bias)
 
 
 def begin(start: Pretrained, setup: AnswerSetup, contestant: Contestant) -> State:

@@ -18,8 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import optax
-
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training.checkpoints import Checkpoints
 from optax_muon.models.training.train import Record
@@ -88,15 +86,6 @@ class Folder:
                     if checkpoints.latest:
                         return path
         raise UsageError(f"{self.path} has no checkpoint of {' or '.join(contestants)}")
-
-    def newest_params(self, contestants: Sequence[str]) -> optax.Params:
-        """The newest saved parameters of the last of these contestants that has any.
-
-        Raises:
-            UsageError: when none has.
-        """
-        with Checkpoints(self.trained(contestants)) as checkpoints:
-            return checkpoints.params()
 
     def _same_config(self, config: dict[str, Any]) -> None:
         there, here = dict(_flat(self.read_config())), dict(_flat(json.loads(json.dumps(config))))

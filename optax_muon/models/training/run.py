@@ -13,7 +13,7 @@ import jax
 from optax_muon.models.stops import Interrupted
 from optax_muon.models.training import family, processes
 from optax_muon.models.training.begin import Start, begin
-from optax_muon.models.training.checkpoints import Checkpoints
+from optax_muon.models.training.checkpoints import Checkpoints, Keep
 from optax_muon.models.training.contestants import Contestant, transformation
 from optax_muon.models.training.data import Corpus
 from optax_muon.models.training.folder import Folder
@@ -35,6 +35,7 @@ class Run:
         contestants: the optimizers and their numbers.
         save_every: steps between checkpoints.
         start: folder of the run whose parameters it begins with; None begins at random.
+        keep_every: steps between checkpoints that stay; None keeps the newest ones only.
     """
 
     preset: str
@@ -44,6 +45,7 @@ class Run:
     contestants: tuple[Contestant, ...]
     save_every: int
     start: str | None = None
+    keep_every: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -109,7 +111,7 @@ class Trainer:
             Interrupted: on Ctrl-C, after saving.
         """
         path, settings = self.folder.checkpoints(contestant.name), self.run.settings(contestant)
-        with Checkpoints(path, settings=settings) as checkpoints:
+        with Checkpoints(path, Keep(every=self.run.keep_every), settings) as checkpoints:
             state, done = self._begin(contestant, checkpoints)
             setup, placement = self.run.setup, self.placement
             steps = train(setup, contestant, self.corpus, state, done, placement)
