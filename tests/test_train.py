@@ -110,6 +110,26 @@ def refused(capsys, *arguments):
 # What a run leaves behind
 
 
+def test_one_optimizer_is_trained_alone_as_among_others(finished, text, tmp_path):
+    alone = ["--optimizer", "muon", "--save-every", "10", "--keep-every", "20"]
+    where = ["--data", text, "--runs", str(tmp_path), "--name", "alone"]
+    main(["train", "--preset", "tiny", "--eval-every", "10", *where, *alone])
+    folder = Folder(tmp_path / "alone")
+    [contestant] = folder.read_config()["contestants"]
+    assert contestant["name"] == LINEUP[-1].name
+    records, among = (f.journal.read(LINEUP[-1].name) for f in (folder, finished))
+    assert without_seconds(records) == without_seconds(among)
+    with Checkpoints(folder.checkpoints(LINEUP[-1].name)) as checkpoints:
+        assert checkpoints.steps == [20, 30, 40]
+    row = (folder.path / "summary.md").read_text().splitlines()[6]
+    assert row.split(" | ")[4:7] == ["-", "-", "-"]  # AdamW's final loss, and when it was reached
+
+
+def test_kept_steps_are_saved_steps(capsys):
+    line = refused(capsys, "train", "--save-every", "40", "--keep-every", "60")
+    assert "--keep-every 60 must be a multiple of --save-every 40" in line
+
+
 def test_every_step_of_every_contestant_is_written_once(finished):
     for contestant in LINEUP:
         records = finished.journal.read(contestant.name)
@@ -323,7 +343,7 @@ def test_options_that_make_no_sense_are_refused(options, reason, text, tmp_path,
 def test_a_sample_of_nothing_is_refused(finished, tmp_path, capsys):
     where = ["--runs", str(finished.path.parent), "--run", "whole"]
     assert "no run in" in refused(capsys, "sample", "--runs", str(tmp_path), "--run", "none")
-    assert "no checkpoint of sgd" in refused(capsys, "sample", *where, "--contestant", "sgd")
+    assert "no contestant 'sgd'" in refused(capsys, "sample", *where, "--contestant", "sgd")
     assert "--length is 0, it must be at least 1" in refused(capsys, "sample", "--length", "0")
 
 

@@ -178,6 +178,8 @@ class Train(Experiment):
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Begin with the newest parameters of this run, or of a folder that import-hf has made, and
     with its sizes; batch, steps and rates are those of --model."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """Train one of them alone, at its own numbers; all are compared if absent."""
     adamw_lr: float | None = None
     """Peak learning rate of AdamW and of the Muon that takes over its numbers; swept if absent."""
     adamw_decay: float | None = None
@@ -266,7 +268,7 @@ class Train(Experiment):
             self.data,
             corpus.fingerprint,
             self.setup,
-            lineup(adamw, muon),
+            lineup(adamw, muon, self.optimizer),
             self.save_every,
             None if self.start is None else str(self.start),
             self.keep_every,

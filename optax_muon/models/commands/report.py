@@ -86,25 +86,27 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A contestant beside AdamW."""
+    """A contestant beside AdamW, or alone."""
 
     outcome: Outcome
-    adamw: Outcome
+    adamw: Outcome | None
 
     @property
     def reached(self) -> float | None:
         """Step at which it reached AdamW's final held-out loss; None if it never did."""
-        return crossing(self.outcome.curve, self.adamw.val_loss)
+        return None if self.adamw is None else crossing(self.outcome.curve, self.adamw.val_loss)
 
     @property
     def steps(self) -> float | None:
         """That step as a fraction of AdamW's steps."""
-        return None if self.reached is None else self.reached / self.adamw.records[-1].step
+        if self.adamw is None or self.reached is None:
+            return None
+        return self.reached / self.adamw.records[-1].step
 
     @property
     def flops(self) -> float | None:
         """The operations up to that step as a fraction of all of AdamW's."""
-        if self.reached is None:
+        if self.adamw is None or self.reached is None:
             return None
         return self.outcome.flops(self.reached) / self.adamw.flops(self.adamw.records[-1].step)
 
@@ -112,7 +114,8 @@ class Comparison:
     def cells(self) -> list[str]:
         """A row under `COLUMNS`."""
         one, tuning = self.outcome, self.outcome.contestant.tuning
-        reached = "never" if self.reached is None else f"{self.reached:.0f}"
+        never = "-" if self.adamw is None else "never"
+        reached = never if self.reached is None else f"{self.reached:.0f}"
         return [
             one.contestant.title,
             f"{tuning.lr:g}",
@@ -147,9 +150,10 @@ Seconds = Mapping[Contestant, float]
 
 
 def compare(run: Run, folder: Folder, seconds: Seconds) -> list[Comparison]:
-    """Every contestant beside AdamW, which is the first."""
+    """Every contestant beside AdamW, which is the first of several."""
     outcomes = [_outcome(run, each, folder, seconds[each]) for each in run.contestants]
-    return [Comparison(outcome, outcomes[0]) for outcome in outcomes]
+    adamw = outcomes[0] if len(outcomes) > 1 else None
+    return [Comparison(outcome, adamw) for outcome in outcomes]
 
 
 def update_times(run: Run, placement: Placement = ALONE) -> Seconds:
@@ -249,14 +253,14 @@ def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -
         ylabel=f"held-out loss, nats per {unit} (log scale)",
         yscale="log",
     )
-    level = comparisons[0].adamw.val_loss
-    axes.axhline(level, color=COLORS["adamw"], linestyle=":", linewidth=1)
-    for row, each in enumerate(comparisons):
+    for each in comparisons:
         _draw_curve(axes, each)
-        if row > 0 and each.reached is not None:
-            _mark_crossing(axes, each, each.reached, drop=14 * row)
-    left = axes.get_yaxis_transform()
-    axes.text(0.01, level, "AdamW's final loss", color=COLORS["adamw"], va="bottom", transform=left)
+    if adamw := comparisons[0].adamw:
+        _draw_level(axes, adamw.val_loss)
+        for row, each in enumerate(comparisons[1:], start=1):
+            if each.reached is not None:
+                place = (each.reached, adamw.val_loss)
+                _mark_crossing(axes, each, place, drop=14 * row)
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
@@ -271,10 +275,15 @@ def _draw_curve(axes: Axes, each: Comparison) -> None:
     axes.plot(*zip(*each.outcome.curve, strict=True), color=color, linewidth=2, label=label)
 
 
-def _mark_crossing(axes: Axes, each: Comparison, step: float, drop: float) -> None:
+def _draw_level(axes: Axes, level: float) -> None:
+    left = axes.get_yaxis_transform()
+    axes.axhline(level, color=COLORS["adamw"], linestyle=":", linewidth=1)
+    axes.text(0.01, level, "AdamW's final loss", color=COLORS["adamw"], va="bottom", transform=left)
+
+
+def _mark_crossing(axes: Axes, each: Comparison, place: tuple[float, float], drop: float) -> None:
     """A dot where a curve meets AdamW's final loss, its share of the steps `drop` points below."""
     color = COLORS[each.outcome.contestant.name]
-    place = (step, each.adamw.val_loss)
     axes.plot(*place, "o", color=color)
     axes.annotate(
         f"{_percent(each.steps)} of AdamW's steps",

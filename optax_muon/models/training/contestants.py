@@ -80,15 +80,23 @@ def views(setup: Setup) -> Views:
     return family.model(setup.model).per_head_views if setup.per_head else None
 
 
-def lineup(adamw: Tuning, muon: Tuning) -> tuple[Contestant, ...]:
+def lineup(adamw: Tuning, muon: Tuning, optimizer: str | None = None) -> tuple[Contestant, ...]:
     """The contestants, AdamW first; Muon's own numbers are left out where they are AdamW's.
+
+    Args:
+        adamw: AdamW's numbers.
+        muon: Muon's own.
+        optimizer: `adamw` or `muon` alone, at its own numbers; None is all of them.
 
     >>> [c.name for c in lineup(Tuning(1e-3, 0.1), Tuning(2e-3, 0.1))]
     ['adamw', 'muon-carried', 'muon-tuned']
+    >>> [c.name for c in lineup(Tuning(1e-3, 0.1), Tuning(2e-3, 0.1), "muon")]
+    ['muon-tuned']
     """
     contestants = (
         Contestant("adamw", "AdamW", "adamw", adamw),
         Contestant("muon-carried", "Muon, AdamW lr", "muon", adamw),
         Contestant("muon-tuned", "Muon, own lr", "muon", muon),
     )
-    return contestants if muon != adamw else contestants[:2]
+    kept = contestants if muon != adamw else contestants[:2]
+    return {None: kept, "adamw": kept[:1], "muon": kept[-1:]}[optimizer]
