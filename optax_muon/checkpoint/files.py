@@ -1,16 +1,21 @@
-"""The arguments that orbax takes for a described state, and one path written and read with them."""
+"""The arguments that orbax takes for a described state, and one path written and read with them.
+
+Orbax is imported by who saves or restores: it brings Pallas along, and most programs need neither.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from optax_muon.checkpoint.description import check, describe
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 DESCRIPTION = "description"
 """The item that holds the description; no item of a state may have this name."""
@@ -29,6 +34,8 @@ def save(
     Raises:
       ValueError: the folder exists, or an item is called `"description"`.
     """
+    import orbax.checkpoint as ocp
+
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=save_args(items, settings))
 
@@ -50,6 +57,8 @@ def restore(
     Raises:
       ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
     """
+    import orbax.checkpoint as ocp
+
     where = Path(path).absolute()
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         with readable(where):
@@ -68,6 +77,8 @@ def save_args(
     >>> sorted(save_args({"params": {"up": jnp.ones((4, 8))}}, {"beta": 0.95}).keys())
     ['description', 'params']
     """
+    import orbax.checkpoint as ocp
+
     if DESCRIPTION in items:
         raise ValueError(f"An item is called {DESCRIPTION!r}, as the description is; rename it.")
     trees = {name: ocp.args.StandardSave(tree) for name, tree in _trees(items).items()}
@@ -77,11 +88,15 @@ def save_args(
 
 def description_args() -> ocp.args.Composite:
     """What to give `restore` of a manager to read the description alone, as item `description`."""
+    import orbax.checkpoint as ocp
+
     return ocp.args.Composite(**{DESCRIPTION: ocp.args.JsonRestore()})
 
 
 def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
     """What to give `ocp.CheckpointManager.restore` as `args`, after `check`."""
+    import orbax.checkpoint as ocp
+
     trees = jax.tree.map(_abstract, _trees(like))
     return ocp.args.Composite(
         **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
