@@ -1,9 +1,12 @@
 """`optax-muon finetune`: what counts in the loss, what is seen when, going on after a stop."""
 
+import csv
 import dataclasses
+import importlib
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +32,7 @@ from optax_muon.models.training.presets import Tuning
 from optax_muon.models.training.setup import Setup
 from optax_muon.models.training.train import init
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LLAMA = llama.LlamaConfig(width=32, depth=1, heads=2, kv_heads=1, mlp=64, context=24)
 MOONLIGHT = dataclasses.replace(
     moonlight.CONFIGS["moonlight-tiny"], width=32, depth=2, mlp=40, expert_mlp=24, context=24
@@ -312,3 +316,27 @@ def test_what_cannot_be_begun_with_is_refused_in_a_line(finished, source, data, 
     assert "exists; --resume goes on with it" in exists
     other = refused(capsys, "--from", source, "--data", data, *taken, "--resume", "--epochs", "3")
     assert "was made with another config" in other
+
+
+# The table of pretraining and fine-tuning
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks are not part of a source archive")
+def test_the_table_judges_all_four_by_functions_that_nobody_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench, script = map(importlib.import_module, ("_bench", "finetune_table"))
+    script.main(bench.Options(quick=True, out=tmp_path))
+    work = tmp_path / "finetune_table" / "tiny"
+    learned, judged = (
+        {json.loads(line)["prompt"] for line in (work / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("learned", "judged")
+    )
+    assert len(learned) == len(judged) == script.TOY.examples
+    assert not learned & judged
+    with (tmp_path / "finetune_table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4
+    assert all(float(row["loss"]) < float(row["before"]) for row in rows)
+    page = (tmp_path / "finetune_table.md").read_text()
+    assert all(f"{float(row['loss']):.4f}" in page for row in rows)
