@@ -52,5 +52,5 @@ def _way_on(stop: Stop, arguments: list[str]) -> str:
     if not isinstance(stop, Interrupted):
         return ""
     kept = [word for word in arguments if word not in ("--overwrite", "--resume")]
-    resume = ["--resume"] if kept[:1] == ["train"] else []
+    resume = ["--resume"] if kept[:1] in (["train"], ["finetune"]) else []
     return f"; go on with: {shlex.join(['optax-muon', *kept, *resume])}"
