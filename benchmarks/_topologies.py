@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ def in_process(script: str, arguments: Sequence[str], seconds: int) -> dict[str,
         needs = re.search(r"Used ([\d.]+[GM]) of ([\d.]+[GM]) hbm", done.stderr)
         return "out of memory" + (f": needs {needs[1]} of {needs[2]}" if needs else "")
     raise RuntimeError(done.stderr)
+
+
+def main(arguments: Sequence[str], row: Callable[..., Any], fill_table: Callable[[], None]) -> None:
+    """The command line of a script: fill its table, or print the row that arguments name."""
+    if arguments:
+        print(json.dumps(dataclasses.asdict(row(*arguments))))
+    elif importlib.util.find_spec("libtpu") is None:
+        print("libtpu is missing: pip install -e '.[tpu]'")
+    else:
+        fill_table()
 
 
 def versions() -> str:

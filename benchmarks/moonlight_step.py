@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -130,16 +128,6 @@ class Row:
     """Length of the program's text."""
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Fill the table; with an argument, compile the row of this machine and print it."""
-    if arguments:
-        print(json.dumps(dataclasses.asdict(compile_row(CASES[arguments[0]]))))
-    elif importlib.util.find_spec("libtpu") is None:
-        print("libtpu is missing: pip install -e '.[tpu]'")
-    else:
-        fill_table()
-
-
 def fill_table() -> None:
     """Compile the rows that are not in the table yet."""
     rows = _table.read(TABLE, Row)
@@ -164,8 +152,9 @@ def said(case: Case) -> dict[str, Any]:
     }
 
 
-def compile_row(case: Case) -> Row:
+def compile_row(machine: str) -> Row:
     """Compile a step and read the program."""
+    case = CASES[machine]
     mesh = _topologies.mesh_of(MACHINES[case.machine], case.axes, AxisType.Explicit)
     setup = setup_of(CONFIGS["moonlight-16b-a3b"], SEQUENCES)
     start = time.process_time()
@@ -312,4 +301,4 @@ def cells(row: Row) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _topologies.main(sys.argv[1:], compile_row, fill_table)

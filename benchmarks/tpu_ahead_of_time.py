@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
-import json
 import re
 import sys
 import time
@@ -108,16 +106,6 @@ class Row:
     """Seconds of processor time, on whatever computer this was."""
     hlo_mb: float = 0.0
     """Length of the program's text."""
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Fill the table; with arguments, compile the one row they name and print it."""
-    if arguments:
-        print(json.dumps(dataclasses.asdict(compile_row(*arguments))))
-    elif importlib.util.find_spec("libtpu") is None:
-        print("libtpu is missing: pip install -e '.[tpu]'")
-    else:
-        fill_table()
 
 
 def fill_table() -> None:
@@ -264,4 +252,4 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _topologies.main(sys.argv[1:], compile_row, fill_table)

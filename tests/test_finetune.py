@@ -21,7 +21,6 @@ from optax_muon.models.training.checkpoints import Checkpoints
 from optax_muon.models.training.contestants import Contestant, transformation
 from optax_muon.models.training.finetune import (
     AnswerSetup,
-    answer_loss,
     begin,
     finetune,
     judge,
@@ -30,7 +29,7 @@ from optax_muon.models.training.finetune import (
 from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.presets import Tuning
 from optax_muon.models.training.setup import Setup
-from optax_muon.models.training.train import init
+from optax_muon.models.training.train import State, gradients, init
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 LLAMA = llama.LlamaConfig(width=32, depth=1, heads=2, kv_heads=1, mlp=64, context=24)
@@ -176,13 +175,19 @@ def test_a_file_that_is_not_there_not_utf8_or_of_one_prompt_is_refused(tmp_path)
 # The loss
 
 
+def learn(model, params, examples, bias=None):
+    """Gradient, loss and report of a step on examples."""
+    state = State(params, (), bias)
+    measured = jax.jit(gradients, static_argnums=0)
+    return measured(model, state, examples.tokens[None], examples.weights[None])
+
+
 @pytest.mark.parametrize("config", [LLAMA, MOONLIGHT], ids=["llama", "moonlight"])
 def test_the_loss_is_that_of_the_answers_alone_as_a_plain_loop_finds_it(config, data):
     model = family.model(config)
     params, bias = jax.jit(model.init)(jax.random.key(1)), model.zero_bias()
     examples = answers.load(data, config.context).train.at(np.arange(4))
-    loss = jax.jit(answer_loss, static_argnums=0)
-    found = loss(model, params, examples.tokens, examples.weights, bias)[0]
+    found = learn(model, params, examples, bias)[1]
 
     forward = jax.jit(model.forward)
     costs = []
@@ -208,9 +213,8 @@ def test_rows_that_fill_up_a_batch_change_nothing(data):
     model = family.model(LLAMA)
     params = jax.jit(model.init)(jax.random.key(1))
     train = answers.load(data, LLAMA.context).train
-    grads = jax.jit(jax.grad(answer_loss, argnums=1, has_aux=True), static_argnums=0)
     alone, filled = (train.at(np.array(rows)) for rows in ([0, 5], [0, 5, -1, -1]))
-    one, other = (grads(model, params, e.tokens, e.weights)[0] for e in (alone, filled))
+    one, other = (learn(model, params, examples)[0] for examples in (alone, filled))
     # The sum over four rows in another order than over two.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), one, other)
 
@@ -268,7 +272,9 @@ def test_the_held_out_answers_get_likelier(finished, source, data):
     assert finished[1][-1].val_loss < 0.7 * before
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(finished, source, data, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    finished, source, data, tmp_path, monkeypatch, capsys
+):
     def press_at_six(self, title, record):
         if record.step == 6:
             signal.raise_signal(signal.SIGINT)
@@ -278,6 +284,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(finished, source, data, tmp_
         with pytest.raises(SystemExit) as end:
             run(source, data, tmp_path)
     assert end.value.code == Interrupted.exit_code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "go on with: optax-muon finetune" in said
+    assert said.endswith("--resume")
     again = run(source, data, tmp_path, "--resume")
     whole = finished[1]
     assert [dataclasses.replace(r, seconds=0) for r in again] == [

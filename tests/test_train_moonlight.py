@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from train_processes import CONFIG, TOY
 
 from optax_muon.models import balance
 from optax_muon.models.commands import experiments
 from optax_muon.models.commands.cli import main
 from optax_muon.models.huggingface import BIAS, leaf_shapes, load
-from optax_muon.models.moonlight import CONFIGS, MoonlightConfig
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.models.training import data, family
 from optax_muon.models.training.contestants import lineup, transformation
 from optax_muon.models.training.flops import newton_schulz_flops, run_flops, sequence_flops
 from optax_muon.models.training.folder import Folder
 from optax_muon.models.training.placement import Placement, parse
-from optax_muon.models.training.presets import PRESETS, Preset, Tuning
+from optax_muon.models.training.presets import PRESETS, Tuning
 from optax_muon.models.training.schedules import MOONLIGHT
 from optax_muon.models.training.setup import THREE_STAGE, Setup
 from optax_muon.models.training.train import (
@@ -38,21 +39,6 @@ from optax_muon.models.training.train import (
 )
 from optax_muon.models.weights import Entry, Writer
 
-CONFIG = MoonlightConfig(
-    width=32,
-    depth=2,
-    heads=2,
-    nope_dim=8,
-    rope_dim=8,
-    v_dim=8,
-    kv_rank=16,
-    mlp=32,
-    expert_mlp=16,
-    experts=8,
-    chosen=2,
-    shared=1,
-    context=16,
-)
 MODEL = family.model(CONFIG)
 SETUP = Setup(CONFIG, batch=16, steps=4, seed=0, eval_every=4, eval_sequences=20, router_rate=2e-2)
 ADAMW, MUON = lineup(Tuning(6e-3, 0.3), Tuning(6e-3, 0.3))
@@ -316,8 +302,8 @@ def test_flops_of_muon_are_those_of_its_real_matrices(per_head):
 @pytest.fixture
 def toy(monkeypatch):
     """The preset `moonlight-toy`, seconds long."""
-    row = Preset(CONFIG, 16, 4, Tuning(6e-3, 0.3), Tuning(6e-3, 0.3), "", router_rate=2e-2)
-    monkeypatch.setitem(PRESETS, "moonlight-toy", row)
+
+    monkeypatch.setitem(PRESETS, "moonlight-toy", TOY)
     return ["--model", "moonlight-toy", "--eval-every", "2", "--save-every", "2"]
 
 

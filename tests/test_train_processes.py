@@ -1,15 +1,10 @@
 """`optax-muon train --distributed` as SLURM would start it: two processes of four devices each."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 import train_processes
+from processes import free_port, run_together
 
 from optax_muon.models.commands import experiments
 from optax_muon.models.commands.cli import main
@@ -30,9 +25,7 @@ def options(folder):
 
 def start(folder, *more):
     """Run the command in two processes, wait for both, and leave none behind."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     mesh = ["--distributed", "--mesh", "fsdp=2,expert=4"]
     arguments = ["4", "train", *options(folder), *mesh, *more]
     environment = {
@@ -42,29 +35,9 @@ def start(folder, *more):
         # The port that jax makes of the job may be taken; this one was free a moment ago.
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     }
-    started = [
-        subprocess.Popen(
-            [sys.executable, train_processes.__file__, *arguments],
-            cwd=pathlib.Path(__file__).parents[1],
-            env={
-                **os.environ,
-                **environment,
-                "SLURM_PROCID": str(number),
-                "SLURM_LOCALID": str(number),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        outputs = [each.communicate(timeout=SECONDS)[0] for each in started]
-    finally:
-        for each in started:
-            each.kill()
-            each.wait()
-    return [each.returncode for each in started], outputs
+    own = [{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2)]
+    commands = [[train_processes.__file__, *arguments]] * 2
+    return run_together(commands, SECONDS, [environment | each for each in own])
 
 
 @pytest.mark.slow

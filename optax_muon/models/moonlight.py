@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
-from optax_muon.matrices.paths import named_leaves, path_name
+from optax_muon.matrices.paths import named_leaves
 from optax_muon.models.layers import (
     BATCH,
     WHOLE,
@@ -55,7 +55,7 @@ from optax_muon.models.layers import (
 )
 from optax_muon.models.losses import cross_entropy
 from optax_muon.models.mixture import Experts, Router
-from optax_muon.models.shapes import Leaf, Tree
+from optax_muon.models.shapes import Tree, laid_out
 from optax_muon.models.stops import UsageError
 
 LATENT_EPS = 1e-6
@@ -595,13 +595,7 @@ def leaves(config: MoonlightConfig) -> Tree:
     initial = functools.partial(_initial, Moonlight(config))
     # No key is made: the ambient mesh may be of no computer.
     shapes = jax.eval_shape(automatic(initial, P()), jax.eval_shape(jax.random.key, 0))
-
-    def leaf(path: tuple[jax.tree_util.DictKey, ...], shape: jax.ShapeDtypeStruct) -> Leaf:
-        name = path_name(path)
-        own = next(axes for end, axes in _SPECS.items() if name.endswith(end))
-        return Leaf(shape.shape, P(*[None] * (len(shape.shape) - len(own)), *own))
-
-    return jax.tree.map_with_path(leaf, shapes)
+    return laid_out(shapes, _SPECS)
 
 
 def shardings(config: MoonlightConfig, mesh: Mesh) -> optax.Params:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+
+from optax_muon.matrices.paths import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,28 @@ class Leaf:
 
 Tree = dict[str, Any]
 """Nested dicts of `Leaf`."""
+
+
+def laid_out(shapes: Any, specs: Mapping[str, tuple[Any, ...]]) -> Tree:
+    """Every parameter's shape and spec.
+
+    Args:
+        shapes: a tree of `ShapeDtypeStruct`s.
+        specs: mesh axes of a parameter's last axes, by the end of its path; the first that fits
+            decides. Axes in front, of stacked layers, are whole.
+
+    >>> shapes = {"layers": {"up": jax.ShapeDtypeStruct((3, 8, 16), jnp.float32)}}
+    >>> laid_out(shapes, {"up": ("fsdp", None)})["layers"]["up"].spec
+    P...(None, 'fsdp', None)
+    """
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> Leaf:
+        name = path_name(path)
+        own = next(axes for end, axes in specs.items() if name.endswith(end))
+        return Leaf(shape.shape, P(*[None] * (len(shape.shape) - len(own)), *own))
+
+    tree: Tree = jax.tree.map_with_path(leaf, shapes)
+    return tree
 
 
 def leaves_on(tree: Tree, mesh: Mesh | AbstractMesh, dtype: DTypeLike = jnp.float32) -> Any:

@@ -197,8 +197,8 @@ class Train(Experiment):
     """This is one of several processes that train together; the environment says which (TPU pods,
     SLURM, Open MPI, Kubernetes). Needs `--mesh`."""
     resume: bool = False
-    """Go on with the run in the folder, bit for bit as if it had never stopped; another --mesh or
-    --accumulate is fine."""
+    """Go on with the run in the folder, bit for bit as if it had never stopped; with another --mesh
+    or --accumulate, to rounding."""
     overwrite: bool = False
     """Delete the run in the folder and start anew."""
 

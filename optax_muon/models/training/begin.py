@@ -13,7 +13,6 @@ import optax
 from jax.sharding import Mesh
 
 from optax_muon.models import huggingface
-from optax_muon.models.stops import UsageError
 from optax_muon.models.training import family
 from optax_muon.models.training.checkpoints import Checkpoints
 from optax_muon.models.training.family import Model
@@ -57,13 +56,7 @@ class Start:
         if "contestants" not in config:
             _, params, bias = huggingface.load(self.path, layout)
             return _in_float32((params, bias))
-        names = [each["name"] for each in config["contestants"]]
-        if self.contestant not in (None, *names):
-            raise UsageError(
-                f"{self.path} has no contestant {self.contestant!r}; it has {', '.join(names)}"
-            )
-        path = Folder(self.path).trained([self.contestant] if self.contestant else names)
-        with Checkpoints(path) as checkpoints:
+        with Checkpoints(Folder(self.path).trained_by(self.contestant)) as checkpoints:
             return self._saved(checkpoints, mesh)
 
     def _saved(

@@ -50,11 +50,8 @@ def as_imported(
             raise UsageError(f"{run} is no training run; it has neither contestants nor steps")
         yield run
         return
-    names = [each["name"] for each in config["contestants"]]
-    if contestant is not None and contestant not in names:
-        raise UsageError(f"{run} has no contestant {contestant!r}; it has {', '.join(names)}")
     origin = {"model": _sizes(run, config), "huggingface": _origin(config)}
-    with Checkpoints(folder.trained([contestant] if contestant else names)) as checkpoints:
+    with Checkpoints(folder.trained_by(contestant)) as checkpoints:
         shapes = checkpoints.shapes(step)  # or nothing is written
         near.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{near.name}.", dir=near.parent) as draft:

@@ -23,12 +23,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
-from optax_muon.matrices.paths import path_name
 from optax_muon.models import llama, moonlight
 from optax_muon.models.layers import BATCH, WHOLE, Axes, automatic, place, there
 from optax_muon.models.llama import Llama, LlamaConfig
 from optax_muon.models.moonlight import Moonlight, MoonlightConfig, Report
-from optax_muon.models.shapes import Leaf
+from optax_muon.models.shapes import laid_out
 from optax_muon.models.stops import UsageError
 
 Config = LlamaConfig | MoonlightConfig
@@ -175,13 +174,7 @@ class LlamaModel:
     def _leaves(self) -> Any:
         """Every parameter's shape and spec."""
         shapes = jax.eval_shape(automatic(self._initial, P()), jax.eval_shape(jax.random.key, 0))
-
-        def leaf(path: tuple[jax.tree_util.DictKey, ...], shape: jax.ShapeDtypeStruct) -> Leaf:
-            name = path_name(path)
-            own = next(axes for end, axes in _LLAMA_SPECS.items() if name.endswith(end))
-            return Leaf(shape.shape, P(*[None] * (len(shape.shape) - len(own)), *own))
-
-        return jax.tree.map_with_path(leaf, shapes)
+        return laid_out(shapes, _LLAMA_SPECS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,15 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_muon.models.moonlight import Report
-from optax_muon.models.stops import Diverged, UsageError
+from optax_muon.models.stops import UsageError
 from optax_muon.models.training import family
 from optax_muon.models.training.answers import VOCAB, Answers, Examples, rows
 from optax_muon.models.training.begin import Start
 from optax_muon.models.training.contestants import Contestant, transformation
 from optax_muon.models.training.family import Model
 from optax_muon.models.training.setup import Setup
-from optax_muon.models.training.train import Record, State, next_token_loss, update
+from optax_muon.models.training.train import Batch, Record, State, take_steps
 
 LINEAR = "linear"
 
@@ -124,20 +121,17 @@ def finetune(
     Raises:
         Diverged: at the first loss, gradient or held-out loss that is not finite.
     """
-    model, tx = family.model(setup.model), transformation(contestant, setup)
-    schedule = setup.learning_rate(contestant.tuning.lr)
-    for number in range(done + 1, setup.steps + 1):
+    model = family.model(setup.model)
+
+    def batch(number: int) -> Batch:
         places = rows(len(answers.train), setup.seed, number, setup.batch, setup.epochs)
         examples = answers.train.at(places)
-        start = time.perf_counter()
-        state, loss, norm = _step(model, tx, state, examples.tokens, examples.weights)
-        loss, norm = float(loss), float(norm)
-        seconds = time.perf_counter() - start
-        record = Record(number, loss, norm, float(schedule(number - 1)), seconds)
-        if number % setup.eval_every == 0 or number == setup.steps:
-            found = judge(model, state.params, state.bias, answers.held_out, setup.batch)
-            record = dataclasses.replace(record, val_loss=found.loss)
-        yield _finite(record, contestant), state
+        return examples.tokens[None], examples.weights[None]
+
+    def held_out(state: State) -> float:
+        return judge(model, state.params, state.bias, answers.held_out, setup.batch).loss
+
+    return take_steps(setup, contestant, state, done, batch, held_out)
 
 
 def judge(
@@ -156,41 +150,6 @@ def judge(
     return Judged(loss / float(examples.weights.sum()), exact / len(examples))
 
 
-def answer_loss(
-    model: Model,
-    params: optax.Params,
-    tokens: jax.Array,
-    weights: jax.Array,
-    bias: jax.Array | None = None,
-) -> tuple[jax.Array, Report | None]:
-    """Mean cross-entropy of the answers' tokens in nats, and the model's report.
-
-    Args:
-        model: the model.
-        params: its parameters.
-        tokens: `[b, t + 1]` int32.
-        weights: `[b, t]` float32, 1 for the predictions that count and 0 for others.
-        bias: of its router.
-    """
-    share = weights * (weights.size / weights.sum())
-    return next_token_loss(model, params, tokens, bias, share)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _step(
-    model: Model,
-    tx: optax.GradientTransformation,
-    state: State,
-    tokens: jax.Array,
-    weights: jax.Array,
-) -> tuple[State, jax.Array, jax.Array]:
-    """The state after a step, and loss and norm of the gradient before it."""
-    of_params = jax.value_and_grad(answer_loss, argnums=1, has_aux=True)
-    (loss, report), grads = of_params(model, state.params, tokens, weights, state.bias)
-    max_logits = None if report is None else report.max_logits
-    return update(tx, state, grads, max_logits), loss, optax.tree.norm(grads)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _judge(
     model: Model,
@@ -205,15 +164,3 @@ def _judge(
     right = (scores.argmax(axis=-1) == tokens[:, 1:]) | (weights == 0)
     exact = right.all(axis=1) & (weights.sum(axis=1) > 0)
     return (losses * weights).sum(), exact.sum()
-
-
-def _float32(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-
-
-def _finite(record: Record, contestant: Contestant) -> Record:
-    for name in ("loss", "grad_norm", "val_loss"):
-        value = getattr(record, name)
-        if value is not None and not math.isfinite(value):
-            raise Diverged(f"{contestant.name}: {name} is {value} at step {record.step}")
-    return record

@@ -87,6 +87,19 @@ class Folder:
                         return path
         raise UsageError(f"{self.path} has no checkpoint of {' or '.join(contestants)}")
 
+    def trained_by(self, contestant: str | None) -> Path:
+        """The checkpoints of a contestant of this run; None is the last one that has any.
+
+        Raises:
+            UsageError: when there is no such contestant, or it has none.
+        """
+        names = [each["name"] for each in self.read_config()["contestants"]]
+        if contestant not in (None, *names):
+            raise UsageError(
+                f"{self.path} has no contestant {contestant!r}; it has {', '.join(names)}"
+            )
+        return self.trained(names if contestant is None else [contestant])
+
     def _same_config(self, config: dict[str, Any]) -> None:
         there, here = dict(_flat(self.read_config())), dict(_flat(json.loads(json.dumps(config))))
         for key in there | here:

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 import optax_muon
 from optax_muon.models import balance
@@ -277,22 +278,53 @@ def train(
     Raises:
         Diverged: at the first loss, gradient or held-out loss that is not finite.
     """
+    context, sequences = setup.model.context, setup.batch // placement.accumulate
+
+    def batch(number: int) -> Batch:
+        size = setup.batch_at(number)
+        places = starts(corpus.train, setup.seed, number, size, context).reshape(-1, sequences)
+        return placement.sequences(corpus.train, places, context), None
+
+    def held_out(state: State) -> float:
+        return evaluate(setup, state, corpus, placement)
+
+    return take_steps(setup, contestant, state, done, batch, held_out)
+
+
+Batch = tuple[ArrayLike, ArrayLike | None]
+"""Tokens and weights of a step, as `step` takes them."""
+
+
+def take_steps(
+    setup: Setup,
+    contestant: Contestant,
+    state: State,
+    done: int,
+    batch: Callable[[int], Batch],
+    held_out: Callable[[State], float],
+) -> Iterator[tuple[Record, State]]:
+    """Take the steps after `done`, whatever they learn; yields and raises as `train`.
+
+    Args:
+        setup: what all contestants share.
+        contestant: the optimizer.
+        state: after `done` steps; it is donated.
+        done: steps already taken.
+        batch: of a step, counted from 1.
+        held_out: the held-out loss of a state.
+    """
     model, tx = family.model(setup.model), transformation(contestant, setup)
     schedule = setup.learning_rate(contestant.tuning.lr)
-    context, rows = setup.model.context, setup.batch // placement.accumulate
     for number in range(done + 1, setup.steps + 1):
-        size = setup.batch_at(number)
-        places = starts(corpus.train, setup.seed, number, size, context).reshape(-1, rows)
-        tokens = placement.sequences(corpus.train, places, context)
+        tokens, weights = batch(number)
         rate = np.float32(setup.bias_rate(number - 1))
         start = time.perf_counter()
-        state, told = _step(model, tx, state, tokens, rate)
+        state, told = _step(model, tx, state, tokens, rate, weights)
         told = {name: np.asarray(value).tolist() for name, value in told.items()}
         seconds = time.perf_counter() - start
         record = Record(number, lr=float(schedule(number - 1)), seconds=seconds, **told)
         if number % setup.eval_every == 0 or number == setup.steps:
-            val_loss = evaluate(setup, state, corpus, placement)
-            record = dataclasses.replace(record, val_loss=val_loss)
+            record = dataclasses.replace(record, val_loss=held_out(state))
         yield _finite(record, contestant), state
 
 
@@ -317,9 +349,10 @@ def _step(
     state: State,
     tokens: jax.Array,
     rate: jax.Array,
+    weights: jax.Array | None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """`step`, and of what it measured that which a record holds."""
-    state, (loss, grad_norm, report) = step(model, tx, state, tokens, rate)
+    state, (loss, grad_norm, report) = step(model, tx, state, tokens, rate, weights)
     return state, {"loss": loss, "grad_norm": grad_norm, **_told(report)}
 
 
