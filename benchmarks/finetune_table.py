@@ -30,9 +30,9 @@ import tyro
 
 from optax_muon.models.commands.cli import main as command
 from optax_muon.models.training import answers, data, presets
+from optax_muon.models.training.contestants import TITLES
 from optax_muon.models.training.finetune import judge, pretrained
 
-TITLES = {"adamw": "AdamW", "muon": "Muon"}
 PRETRAINED = {"adamw": "adamw", "muon": "muon-carried"}
 """Contestants of the pretraining run by optimizer."""
 RATES = (5e-5, 7e-4)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import optax_muon
 from optax_muon.models.commands import report, sweep_report
+from optax_muon.models.commands.options import at_least, not_both
 from optax_muon.models.llama import LlamaConfig
 from optax_muon.models.stops import UsageError
 from optax_muon.models.training import data, family, processes, sweep
@@ -89,7 +90,7 @@ class Experiment:
             ("accumulate", 1),
             ("router_rate", 0),
         ):
-            _at_least(least, name, getattr(self, name))
+            at_least(least, name, getattr(self, name))
         if self.qk_clip is not None and not self.qk_clip > 0:
             raise UsageError(f"--qk-clip is {self.qk_clip:g}, it must be positive")
         if isinstance(self.row.model, LlamaConfig):
@@ -220,8 +221,7 @@ class Train(Experiment):
     def check(self) -> None:
         """Refuse options that contradict each other."""
         super().check()
-        if self.resume and self.overwrite:
-            raise UsageError("--resume and --overwrite exclude each other")
+        not_both(resume=self.resume, overwrite=self.overwrite)
         if self.distributed and self.mesh is None:
             raise UsageError("--distributed needs --mesh, which says how devices share the work")
         if self.save_every % self.eval_every:
@@ -229,7 +229,7 @@ class Train(Experiment):
                 f"--save-every {self.save_every} must be a multiple of --eval-every "
                 f"{self.eval_every}: only evaluated parameters are saved"
             )
-        _at_least(1, "keep_every", self.keep_every)
+        at_least(1, "keep_every", self.keep_every)
         if self.keep_every is not None and self.keep_every % self.save_every:
             raise UsageError(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every "
@@ -330,8 +330,8 @@ class Sample:
 
     def __call__(self) -> None:
         """Print the prompt and its continuation."""
-        _at_least(1, "length", self.length)
-        _at_least(0, "temperature", self.temperature)
+        at_least(1, "length", self.length)
+        at_least(0, "temperature", self.temperature)
         start = Start(self.runs / self.run, self.contestant)
         params, bias = start.weights()
         prompt = self.prompt.encode()
@@ -339,12 +339,6 @@ class Sample:
             start.model, params, bias, prompt, self.length, self.temperature, self.seed
         )
         Console().out((prompt + text).decode(errors="replace"), highlight=False)
-
-
-def _at_least(least: float, name: str, value: float | None) -> None:
-    if value is not None and value < least:
-        option = name.replace("_", "-")
-        raise UsageError(f"--{option} is {value}, it must be at least {least}")
 
 
 def _override(tuning: Tuning, lr: float | None, weight_decay: float | None) -> Tuning:

@@ -14,11 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from optax_muon.models.stops import Interrupted, UsageError
+from optax_muon.models.commands.options import at_least, not_both
+from optax_muon.models.stops import Interrupted
 from optax_muon.models.training import answers
 from optax_muon.models.training.answers import Answers
 from optax_muon.models.training.checkpoints import Checkpoints
-from optax_muon.models.training.contestants import Contestant
+from optax_muon.models.training.contestants import TITLES, Contestant
 from optax_muon.models.training.finetune import (
     AnswerSetup,
     Judged,
@@ -33,8 +34,6 @@ from optax_muon.models.training.presets import Tuning
 from optax_muon.models.training.progress import Progress
 from optax_muon.models.training.run import Interrupt
 from optax_muon.models.training.train import State
-
-TITLES = {"muon": "Muon", "adamw": "AdamW"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +98,9 @@ class Finetune:
 
     def check(self) -> None:
         """Refuse numbers that are too small, and options that contradict each other."""
-        for option, value, least in (
-            ("epochs", self.epochs, 1),
-            ("batch", self.batch, 1),
-            ("seed", self.seed, 0),
-            ("eval-every", self.eval_every, 1),
-        ):
-            if value < least:
-                raise UsageError(f"--{option} is {value}, it must be at least {least}")
-        if self.resume and self.overwrite:
-            raise UsageError("--resume and --overwrite exclude each other")
+        for name, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("eval_every", 1)):
+            at_least(least, name, getattr(self, name))
+        not_both(resume=self.resume, overwrite=self.overwrite)
 
     def _setup(self, start: Pretrained, examples: Answers) -> AnswerSetup:
         steps = answers.steps(len(examples.train), self.batch, self.epochs)

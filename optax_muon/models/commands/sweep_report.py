@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib.figure
 
 from optax_muon.models.commands.report import COLORS, machine
+from optax_muon.models.training.contestants import TITLES
 from optax_muon.models.training.sweep import Point, best
 
-TITLES = {"adamw": "AdamW", "muon": "Muon"}
 HUES = {"adamw": COLORS["adamw"], "muon": COLORS["muon-tuned"]}
 LINES = ("-", "--", ":", "-.")
 

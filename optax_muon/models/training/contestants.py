@@ -43,6 +43,9 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule, float, Views], optax.GradientTra
     "muon": _muon,
 }
 
+TITLES = {"adamw": "AdamW", "muon": "Muon"}
+"""The optimizers for people."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
