@@ -1,7 +1,21 @@
 """Every test runs strictly: eight CPU devices, no silent promotion of dtypes or of ranks."""
 
+from collections.abc import Iterator
+
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module() -> Iterator[None]:
+    """Let go of a module's compiled programs when its tests are over.
+
+    Every program keeps regions of memory mapped, 5000 for one of the larger modules; Linux allows a
+    process 65530 (`vm.max_map_count`), and past them XLA's compiler ends in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
