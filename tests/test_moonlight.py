@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from chips import chips
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
@@ -341,18 +342,10 @@ def test_every_matrix_of_the_published_model_is_cut_over_fsdp_and_experts():
 
 
 @pytest.mark.slow
-def test_a_tpu_multiplies_ragged_groups_and_gathers_tokens_to_their_experts(monkeypatch):
-    pytest.importorskip("libtpu", reason="pip install optax-muon[tpu]")
-    # Without them libtpu asks the network what TPU this is, and refuses to be loaded twice.
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+@pytest.mark.libtpu
+def test_a_tpu_multiplies_ragged_groups_and_gathers_tokens_to_their_experts():
     axes = ("fsdp", "expert")
-    mesh = Mesh(
-        np.reshape(topology.devices, [2, 4]), axes, axis_types=(AxisType.Explicit,) * len(axes)
-    )
+    mesh = chips("v5e:2x4", dict(zip(axes, (2, 4), strict=True)))
     config = dataclasses.replace(WIDE, width=256, expert_mlp=128, context=128, dtype="bfloat16")
     params = leaves_on(leaves(config), mesh)
     tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=NamedSharding(mesh, P(axes)))

@@ -9,8 +9,8 @@ from pathlib import Path
 import collectives
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from chips import chips
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -147,15 +147,10 @@ def test_operations_of_a_tpu_program_are_those_of_its_products(name, flops):
 
 
 @pytest.mark.slow
-def test_operations_of_a_tpu_program_are_those_that_xla_counts(monkeypatch):
-    pytest.importorskip("libtpu", reason="pip install optax-muon[tpu]")
-    # Without them libtpu asks the network what TPU this is, and refuses to be loaded twice.
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    here = NamedSharding(Mesh(np.array(chips[:1]), ("x",)), P())
+@pytest.mark.libtpu
+def test_operations_of_a_tpu_program_are_those_that_xla_counts():
+    chip = chips("v5e:2x4", {"x": 8}).devices[:1]
+    here = NamedSharding(Mesh(chip, ("x",)), P())
 
     def given(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)

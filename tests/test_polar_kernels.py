@@ -1,7 +1,6 @@
 """Kernels of symmetric products: right, symmetric to the last bit, and of half the tiles."""
 
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips import chips
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -166,18 +166,8 @@ def test_the_package_is_imported_without_pallas():
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
-@pytest.fixture(params=TPUS)
-def chips(request):
-    """An Auto mesh of four TPU chips that libtpu compiles for."""
-    pytest.importorskip("libtpu", reason="pip install optax-muon[tpu]")
-    from jax.experimental import topologies
-
-    # Without them libtpu asks the network what TPU this is, and refuses to be loaded twice.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[request.param])
-    return Mesh(np.array(topology.devices), ("x",), axis_types=(AxisType.Auto,))
-
-
+@pytest.mark.libtpu
+@pytest.mark.parametrize("topology", TPUS.values(), ids=TPUS)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -187,10 +177,11 @@ def chips(request):
         ((4, 130, 77), "float16"),
     ],
 )
-def test_libtpu_compiles_the_kernel(chips, shape, dtype):
-    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(chips, P("x")))
+def test_libtpu_compiles_the_kernel(topology, shape, dtype):
+    mesh = chips(topology, {"x": 4}, AxisType.Auto)
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("x")))
     kernel = jax.shard_map(
-        lambda x: tpu.symmetric_product(x, x), mesh=chips, in_specs=P("x"), out_specs=P("x")
+        lambda x: tpu.symmetric_product(x, x), mesh=mesh, in_specs=P("x"), out_specs=P("x")
     )
     program = jax.jit(kernel).lower(x).compile()
     text = program.as_text()

@@ -1,36 +1,23 @@
 """What becomes of the updates on TPUs: libtpu compiles them ahead of time, none of them runs."""
 
-import os
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from chips import chips
 from collectives import counts, moved
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import FREE_MESSAGES
 
 import optax_muon
 
-pytest.importorskip("libtpu", reason="pip install optax-muon[tpu]")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.libtpu]
 
-# Without them libtpu asks the network what TPU this is, and refuses to be loaded twice.
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-
+V5E = "v5e:2x4"
+"""Eight TPU v5e chips, or as many a slice."""
 MIB = 2**20
-
-
-def chips(sizes, slices=1):
-    """An Explicit mesh of 8 TPU v5e chips a slice."""
-    from jax.experimental import topologies
-
-    options = {"num_slices": slices} if slices > 1 else {}
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", **options)
-    devices = np.array(topology.devices).reshape(tuple(sizes.values()))
-    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
 def compiled(mesh, count, shape, **options):
@@ -51,7 +38,7 @@ def dtypes(text, kind):
 
 
 def test_whole_matrices_take_two_all_to_alls_of_bfloat16():
-    plan, program = compiled(chips({"fsdp": 4, "tp": 2}), 16, (512, 1024))
+    plan, program = compiled(chips(V5E, {"fsdp": 4, "tp": 2}), 16, (512, 1024))
     text = program.as_text()
     assert counts(text) == {"all-to-all": 2}
     assert dtypes(text, "all-to-all") == {"bf16"}
@@ -59,20 +46,28 @@ def test_whole_matrices_take_two_all_to_alls_of_bfloat16():
     assert moved(text) == plan.cost.bytes == 4 * MIB
 
 
-def test_a_remainder_shared_by_pieces_of_an_axis_moves_the_planned_bytes():
-    plan, program = compiled(chips({"fsdp": 8, "tp": 1}), 12, (512, 1024), model=FREE_MESSAGES)
+# The plain form makes A^2 by rows and gathers them; the Gram form only sums over the columns.
+@pytest.mark.parametrize(
+    ("shape", "form", "gathered"),
+    [((1024, 2048), "plain", {"bf16"}), ((512, 1024), "Gram 3", set())],
+)
+def test_a_remainder_shared_by_pieces_of_an_axis_moves_the_planned_bytes(shape, form, gathered):
+    mesh = chips(V5E, {"fsdp": 8, "tp": 1})
+    plan, program = compiled(mesh, 12, shape, model=FREE_MESSAGES)
     lots = plan.buckets[0].lots
     assert [(lot.layout, lot.homes, lot.sharing) for lot in lots] == [
         ("home", 8, 1),
         ("split", 4, 2),
     ]
+    assert lots[1].form == form
     text = program.as_text()
-    assert dtypes(text, "all-to-all") == dtypes(text, "all-gather") == {"bf16"}
+    assert dtypes(text, "all-to-all") == {"bf16"}
+    assert dtypes(text, "all-gather") == gathered
     assert moved(text) == pytest.approx(plan.cost.bytes, rel=0.02)
 
 
 def test_a_device_does_its_even_share_and_holds_little():
-    plan, program = compiled(chips({"fsdp": 4, "tp": 2}), 8, (2048, 8192))
+    plan, program = compiled(chips(V5E, {"fsdp": 4, "tp": 2}), 8, (2048, 8192))
     assert program.cost_analysis()["flops"] <= 1.02 * plan.even_flops
     # A matrix is 32 MiB in bfloat16, its Gram matrix 16 in float32: the matrix before and after a
     # step and the Gram matrix twice make 96. Held to the end, the products of 5 steps made 480.
@@ -80,7 +75,7 @@ def test_a_device_does_its_even_share_and_holds_little():
 
 
 def test_what_is_done_in_turns_moves_no_more():
-    mesh = chips({"fsdp": 4, "tp": 2})
+    mesh = chips(V5E, {"fsdp": 4, "tp": 2})
     at_once, _ = compiled(mesh, 32, (512, 1024))
     plan, program = compiled(mesh, 32, (512, 1024), memory=8 * MIB)
     [lot] = plan.buckets[0].lots
@@ -90,7 +85,7 @@ def test_what_is_done_in_turns_moves_no_more():
 
 
 def test_nothing_crosses_slices():
-    mesh = chips({"slice": 2, "fsdp": 4, "tp": 2}, slices=2)
+    mesh = chips(V5E, {"slice": 2, "fsdp": 4, "tp": 2}, slices=2)
     plan, program = compiled(mesh, 16, (512, 1024))
     text = program.as_text()
     assert plan.devices == 8
