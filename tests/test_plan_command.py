@@ -4,6 +4,8 @@ import collections
 import io
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import matplotlib.image
@@ -67,6 +69,17 @@ def test_muon_takes_all_matrices_but_embedding_head_and_router(model):
 @pytest.mark.parametrize("model", shapes.MODELS)
 def test_the_help_names_the_model(model):
     assert model in PlanModel.__doc__
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--help"]], ids=" ".join)
+def test_who_reads_the_output_may_leave(arguments):
+    command = [sys.executable, "-c", "from optax_muon.models.commands.cli import main; main()"]
+    running = subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    running.stdout.close()
+    _, complaints = running.communicate()
+    assert (running.returncode, complaints) == (1, "")
 
 
 def test_stacking_layers_keeps_their_specs():

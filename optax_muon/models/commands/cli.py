@@ -1,12 +1,13 @@
 """The console script `optax-muon`: reads a command, runs it, and answers trouble with one line.
 
-Exit codes: 0 done, 1 a loss diverged, 2 what was asked for cannot be done, 130 stopped by Ctrl-C
-(after saving). The commands themselves are in `table.py`.
+Exit codes: 0 done, 1 a loss diverged or who read the output has gone (`| head`), 2 what was asked
+for cannot be done, 130 stopped by Ctrl-C (after saving). The commands themselves are in `table.py`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,18 @@ EXTRA = ("matplotlib", "rich", "safetensors", "tyro")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; `arguments` are `sys.argv[1:]` when None."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # here, where it may fail
+    except BrokenPipeError:
+        # As rich does it. Python flushes once more when it ends, which must not fail as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
     try:
         _require_extra()
         _command(arguments)()
