@@ -19,3 +19,9 @@ def programs_end_with_their_module() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is compiled for TPUs where nothing compiles for them."""
+    if item.get_closest_marker("libtpu"):
+        pytest.importorskip("libtpu", reason="pip install optax-muon[tpu]")

@@ -21,15 +21,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU to ask what it is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # collectives.py counts for the tests too.
+    # chips.py and collectives.py are the tests' too.
     "PYTHONPATH": str(Path(__file__).parent.parent / "tests"),
 }
 
@@ -62,13 +58,9 @@ def extents_of(machine: Machine, axes: Mapping[str, int]) -> dict[str, int]:
 
 def mesh_of(machine: Machine, axes: Mapping[str, int], kind: AxisType) -> Mesh:
     """The machine's chips as a mesh of these axes of a slice, slices first."""
-    slices = {"num_slices": machine.slices} if machine.slices > 1 else {}
-    chips = topologies.get_topology_desc(
-        platform="tpu", topology_name=machine.topology, **slices
-    ).devices
-    extents = extents_of(machine, axes)
-    shape = tuple(extents.values())
-    return Mesh(np.array(chips).reshape(shape), tuple(extents), axis_types=(kind,) * len(shape))
+    from chips import chips
+
+    return chips(machine.topology, extents_of(machine, axes), kind, machine.slices)
 
 
 def in_words(machine: Machine, axes: Mapping[str, int]) -> str:

@@ -135,10 +135,12 @@ def main(options: _bench.Options) -> None:
     work.prepare()
     results = dataclasses.replace(options, out=options.out or options.folder / "finetune")
     cases = [Case(rate) for rate in RATES]
+    starts = {
+        before: work.loss(work.pretraining, contestant) for before, contestant in PRETRAINED.items()
+    }
 
     def measure(case: Case) -> Iterator[Row]:
-        for before, contestant in PRETRAINED.items():
-            start = work.loss(work.pretraining, contestant)
+        for before, start in starts.items():
             for after in TITLES:
                 loss = work.loss(work.finetuned(case, before, after), after)
                 name = f"{TITLES[before]} / {TITLES[after]}"

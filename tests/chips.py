@@ -1,19 +1,17 @@
 """Meshes of TPU chips that are not here: libtpu compiles for them ahead of time, nothing runs.
 
-Who asks for one bears the marker `libtpu`, and is skipped where libtpu is not installed.
+A test that asks for one bears the marker `libtpu`. `benchmarks/_topologies.py` asks too.
 """
 
 import os
 
 import numpy as np
-import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 
 def chips(topology, sizes, axis_type=AxisType.Explicit, slices=1):
     """A mesh of these axes, by name and size, over the chips of a topology as libtpu names it."""
-    pytest.importorskip("libtpu", reason="pip install optax-muon[tpu]")
     # Without them libtpu asks the network what TPU this is, and refuses to be loaded twice.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     options = {"num_slices": slices} if slices > 1 else {}

@@ -344,11 +344,11 @@ def test_every_matrix_of_the_published_model_is_cut_over_fsdp_and_experts():
 @pytest.mark.slow
 @pytest.mark.libtpu
 def test_a_tpu_multiplies_ragged_groups_and_gathers_tokens_to_their_experts():
-    axes = ("fsdp", "expert")
-    mesh = chips("v5e:2x4", dict(zip(axes, (2, 4), strict=True)))
+    mesh = chips("v5e:2x4", {"fsdp": 2, "expert": 4})
     config = dataclasses.replace(WIDE, width=256, expert_mlp=128, context=128, dtype="bfloat16")
     params = leaves_on(leaves(config), mesh)
-    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=NamedSharding(mesh, P(axes)))
+    over = NamedSharding(mesh, P(mesh.axis_names))
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=over)
     with jax.set_mesh(mesh):
         bias = jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=NamedSharding(mesh, P()))
         text = loss_and_grads.lower(config, params, tokens, bias).compile().as_text()

@@ -302,7 +302,6 @@ def test_flops_of_muon_are_those_of_its_real_matrices(per_head):
 @pytest.fixture
 def toy(monkeypatch):
     """The preset `moonlight-toy`, seconds long."""
-
     monkeypatch.setitem(PRESETS, "moonlight-toy", TOY)
     return ["--model", "moonlight-toy", "--eval-every", "2", "--save-every", "2"]
 

@@ -43,7 +43,9 @@ class Start:
         return family.model_of(Folder(self.path).read_config())
 
     def weights(self, mesh: Mesh | None = None) -> tuple[optax.Params, jax.Array | None]:
-        """Its newest parameters, and router biases if there are any, in float32.
+        """Its newest parameters, and router biases if the model has any, in float32.
+
+        An import that holds no biases has zeros.
 
         Args:
             mesh: where they are to lie; it is ambient. None is the first device.
@@ -55,7 +57,8 @@ class Start:
         layout = None if mesh is None else self.model.shardings(mesh)
         if "contestants" not in config:
             _, params, bias = huggingface.load(self.path, layout)
-            return _in_float32((params, bias))
+            params, bias = _in_float32((params, bias))
+            return params, self.model.zero_bias() if bias is None else bias
         with Checkpoints(Folder(self.path).trained_by(self.contestant)) as checkpoints:
             return self._saved(checkpoints, mesh)
 
@@ -88,9 +91,8 @@ def begin(
     """
     if start is None:
         return init(setup, tx, mesh)
-    model = family.model(setup.model)
     params, bias = start.weights(mesh)
-    bias = model.zero_bias() if bias is None else bias
+    model = family.model(setup.model)
     layout: Any = None if mesh is None else shardings(model, tx, mesh).opt_state
     return State(params, jax.jit(tx.init, out_shardings=layout)(params), bias)
 

@@ -92,8 +92,7 @@ def pretrained(run: Path, contestant: str | None = None) -> Pretrained:
             f"{run} has a vocabulary of {model.config.vocab}; finetune reads bytes, it must be "
             f"{VOCAB}"
         )
-    params, bias = start.weights()
-    return Pretrained(model, params, model.zero_bias() if bias is None else bias)
+    return Pretrained(model, *start.weights())
 
 
 def begin(start: Pretrained, setup: AnswerSetup, contestant: Contestant) -> State:
