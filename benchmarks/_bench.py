@@ -90,27 +90,27 @@ class Times:
         }
 
 
-Contestant = Callable[[], Any]
+Trial = Callable[[], Any]
 """Does the work once, and returns what to wait for."""
 
 
 def in_turn(
-    contestants: Mapping[str, Contestant], repeats: int, longest: float = LONGEST
+    trials: Mapping[str, Trial], repeats: int, longest: float = LONGEST
 ) -> dict[str, Times]:
     """Measure contestants that are compiled, in turn."""
-    guess = {name: _seconds(run, 1) for name, run in contestants.items()}
-    calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in contestants}
-    turn = sum(guess[name] * calls[name] for name in contestants)
+    guess = {name: _seconds(run, 1) for name, run in trials.items()}
+    calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in trials}
+    turn = sum(guess[name] * calls[name] for name in trials)
     turns = min(repeats, max(LEAST, int(longest / turn)))
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    taken: dict[str, list[float]] = {name: [] for name in trials}
     for _ in range(turns):
-        for name, run in contestants.items():
+        for name, run in trials.items():
             time.sleep(PAUSE)
             taken[name].append(_seconds(run, calls[name]))
     return {name: Times(tuple(seconds)) for name, seconds in taken.items()}
 
 
-def _seconds(run: Contestant, calls: int) -> float:
+def _seconds(run: Trial, calls: int) -> float:
     """Seconds of one of some calls. A CPU would run calls that do not wait side by side."""
     wait = jax.default_backend() == "cpu"
     start = time.perf_counter()

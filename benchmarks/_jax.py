@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_muon.matrices import paths, rules
+from optax_muon.matrices import assign, paths
 
 MUON = {"learning_rate": 1e-3, "weight_decay": 0.1}
 """The numbers of every update; no time depends on them."""
@@ -15,14 +15,14 @@ MUON = {"learning_rate": 1e-3, "weight_decay": 0.1}
 
 def contrib_muon(params: Any, **options: Any) -> optax.GradientTransformation:
     """The same update from optax, told which axes are stacks and which leaves are AdamW's."""
-    views = rules.assign(params)
+    views = assign.assign(params)
 
     def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         view = views[paths.path_name(path)]
         if view is None:
             return None
-        geometry = view.on(leaf.shape)
-        return optax.contrib.MuonDimensionNumbers(geometry.row_axes, geometry.col_axes)
+        bound = view.on(leaf.shape)
+        return optax.contrib.MuonDimensionNumbers(bound.row_axes, bound.col_axes)
 
     return optax.contrib.muon(
         **MUON,

@@ -50,7 +50,7 @@ class Case:
         return draw.standard_normal((self.batch, self.rows, self.cols), np.float32)
 
 
-def ours(x: np.ndarray, operands: str, form: Form) -> _bench.Contestant:
+def ours(x: np.ndarray, operands: str, form: Form) -> _bench.Trial:
     """A stack through the link of our chain."""
     orthogonalizer = functools.partial(optax_muon.newton_schulz, dtype=operands, form=form)
     link = optax_muon.orthogonalize(orthogonalizer, views=optax_muon.View(1, 2))
@@ -61,7 +61,7 @@ def ours(x: np.ndarray, operands: str, form: Form) -> _bench.Contestant:
     return compiled(run, x)
 
 
-def of_optax(x: np.ndarray, operands: str) -> _bench.Contestant:
+def of_optax(x: np.ndarray, operands: str) -> _bench.Trial:
     """A stack through optax's function."""
     dimensions = optax.contrib.MuonDimensionNumbers(1, 2)
     coefficients = jnp.asarray(KELLER.rows[0])
@@ -74,6 +74,6 @@ def of_optax(x: np.ndarray, operands: str) -> _bench.Contestant:
     return compiled(run, x)
 
 
-def compiled(function: Any, x: np.ndarray) -> _bench.Contestant:
+def compiled(function: Any, x: np.ndarray) -> _bench.Trial:
     """A compiled function with its argument."""
     return functools.partial(jax.jit(function).lower(x).compile(), jnp.asarray(x))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.optim import _muon
 
-from optax_muon.matrices import paths, rules
+from optax_muon.matrices import assign, paths
 
 COEFFICIENTS = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
 torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -99,7 +99,7 @@ def _split(
     params: Any, grads: Any, device: str
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """The matrices `[n, m]` as torch lays them out, and the other leaves."""
-    views = rules.assign(params)
+    views = assign.assign(params)
     matrices, others = [], []
     named = paths.named_leaves(jax.tree.map(lambda *pair: pair, params, grads), _is_pair)
     for path, (leaf, grad) in named.items():

@@ -47,7 +47,7 @@ class Row:
     """One contestant on one tree."""
 
     case: str
-    contestant: str
+    trial: str
     lower_ms: float
     median_ms: float
     upper_ms: float
@@ -70,14 +70,14 @@ def main(options: _bench.Options) -> None:
 def measure(case: Case, turns: int) -> list[Row]:
     """Compile the update of a tree, in turn with ours and with optax."""
     params = _trees.abstract(_trees.matrices_of_llama(case.layers, scanned=case.scanned))
-    contestants = {
+    trials = {
         OURS: optax_muon.muon(**_jax.MUON),
         OPTAX: _jax.contrib_muon(params),
     }
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    taken: dict[str, list[float]] = {name: [] for name in trials}
     sizes: dict[str, int] = {}
     for _ in range(turns):
-        for name, tx in contestants.items():
+        for name, tx in trials.items():
             seconds, sizes[name] = compiled(tx, params)
             taken[name].append(seconds)
     times = {name: _bench.Times(tuple(seconds)) for name, seconds in taken.items()}
@@ -107,11 +107,11 @@ def growth(rows: Sequence[Row]) -> list[Row]:
     """The rows with their growth over the least depth of the same kind."""
     first: dict[tuple[str, str], float] = {}
     for row in rows:
-        first.setdefault((row.contestant, row.case.split()[1]), row.median_ms)
+        first.setdefault((row.trial, row.case.split()[1]), row.median_ms)
     return [
         dataclasses.replace(
             row,
-            over_shallowest=round(row.median_ms / first[row.contestant, row.case.split()[1]], 3),
+            over_shallowest=round(row.median_ms / first[row.trial, row.case.split()[1]], 3),
         )
         for row in rows
     ]
@@ -119,11 +119,11 @@ def growth(rows: Sequence[Row]) -> list[Row]:
 
 def page(rows: Sequence[Row]) -> list[str]:
     """The table for people."""
-    heads = ("matrices", "contestant", "seconds", "/ optax", "/ shallowest", "HLO, kB")
+    heads = ("matrices", "implementation", "seconds", "/ optax", "/ shallowest", "HLO, kB")
     cells = (
         (
             row.case,
-            row.contestant,
+            row.trial,
             f"{row.median_ms / 1e3:.2f} [{row.lower_ms / 1e3:.2f}, {row.upper_ms / 1e3:.2f}]",
             f"{row.over_optax:.2f}",
             f"{row.over_shallowest:.2f}",
@@ -142,7 +142,7 @@ def picture(rows: Sequence[Row]) -> matplotlib.figure.Figure:
     )
     for kind, line in (("unrolled", "-"), ("scanned", "--")):
         for name, color in ((OURS, "#d95f0e"), (OPTAX, "#2b8cbe")):
-            mine = [row for row in rows if row.contestant == name and row.case.endswith(kind)]
+            mine = [row for row in rows if row.trial == name and row.case.endswith(kind)]
             points = [(int(row.case.split()[0]), row.median_ms / 1e3) for row in mine]
             if points:
                 style = {"linestyle": line, "color": color, "marker": "o"}

@@ -28,10 +28,12 @@ import _table
 import matplotlib.figure
 import tyro
 
-from optax_muon.models.commands.cli import main as command
-from optax_muon.models.training import answers, data, presets
-from optax_muon.models.training.contestants import TITLES
-from optax_muon.models.training.finetune import judge, pretrained
+from optax_muon.cli.main import main as command
+from optax_muon.training import presets
+from optax_muon.training.data import corpus as data
+from optax_muon.training.data import prompts
+from optax_muon.training.finetune import judge, pretrained
+from optax_muon.training.optimizers import TITLES
 
 PRETRAINED = {"adamw": "adamw", "muon": "muon-carried"}
 """Contestants of the pretraining run by optimizer."""
@@ -67,7 +69,7 @@ class Row:
     """A model after pretraining and fine-tuning."""
 
     case: str
-    contestant: str
+    trial: str
     """The optimizers of pretraining and of fine-tuning."""
     before: float
     """Loss before fine-tuning."""
@@ -107,10 +109,10 @@ class Work:
         self._command(run, "finetune", *source, "--data", self._path("learned"), *numbers)
         return run
 
-    def loss(self, run: Path, contestant: str) -> float:
+    def loss(self, run: Path, trial: str) -> float:
         """Of the functions that nobody was trained on."""
-        start = pretrained(run, contestant)
-        loaded = answers.load(self._path("judged"), self.size.context).train
+        start = pretrained(run, trial)
+        loaded = prompts.load(self._path("judged"), self.size.context).train
         return judge(start.model, start.params, start.bias, loaded, JUDGED_AT_ONCE).loss
 
     def _command(self, run: Path, *words: Any) -> None:
@@ -135,9 +137,7 @@ def main(options: _bench.Options) -> None:
     work.prepare()
     results = dataclasses.replace(options, out=options.out or options.folder / "finetune")
     cases = [Case(rate) for rate in RATES]
-    starts = {
-        before: work.loss(work.pretraining, contestant) for before, contestant in PRETRAINED.items()
-    }
+    starts = {before: work.loss(work.pretraining, trial) for before, trial in PRETRAINED.items()}
 
     def measure(case: Case) -> Iterator[Row]:
         for before, start in starts.items():
@@ -176,10 +176,10 @@ def _documented(text: bytes) -> Iterator[tuple[str, str]]:
 
 def page(rows: Sequence[Row]) -> list[str]:
     """The table for people."""
-    names = list(dict.fromkeys(row.contestant for row in rows))
-    cells = {(row.case, row.contestant): row for row in rows}
+    names = list(dict.fromkeys(row.trial for row in rows))
+    cells = {(row.case, row.trial): row for row in rows}
     lines = [
-        ("before", *(f"{next(r for r in rows if r.contestant == n).before:.4f}" for n in names)),
+        ("before", *(f"{next(r for r in rows if r.trial == n).before:.4f}" for n in names)),
         *(
             (case, *(f"{cells[case, name].loss:.4f}" for name in names))
             for case in dict.fromkeys(row.case for row in rows)
@@ -192,7 +192,7 @@ def page(rows: Sequence[Row]) -> list[str]:
 
 def _gaps(rows: Sequence[Row]) -> Iterator[str]:
     """Muon's fine-tuning beside AdamW's of the same model."""
-    losses = {(row.case, row.contestant): row.loss for row in rows}
+    losses = {(row.case, row.trial): row.loss for row in rows}
     for case in dict.fromkeys(row.case for row in rows):
         for before in TITLES.values():
             gap = losses[case, f"{before} / Muon"] - losses[case, f"{before} / AdamW"]
@@ -217,7 +217,7 @@ def picture(rows: Sequence[Row]) -> matplotlib.figure.Figure:
             axes.annotate(
                 f"{row.loss:.3f}", (row.loss, place), (0, 6), textcoords="offset points", fontsize=8
             )
-        axes.set_yticks(range(len(mine), 0, -1), [row.contestant for row in mine])
+        axes.set_yticks(range(len(mine), 0, -1), [row.trial for row in mine])
         axes.set_ylim(0.5, len(mine) + 0.6)
         axes.set(title=case, xlabel="loss before (open) and after, nats per byte")
         axes.margins(x=0.15)

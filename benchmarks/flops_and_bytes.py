@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +25,9 @@ import optax
 import tyro
 
 import optax_muon
-from optax_muon.matrices import paths, rules
+from optax_muon.hlo import flops
+from optax_muon.matrices import assign, paths
 from optax_muon.polar import KELLER, Plain
-
-sys.path.append(str(_bench.HERE.parent / "tests"))  # collectives.py counts for the tests too
-from collectives import flops
 
 OURS, OURS_SHORT, OPTAX = "ours float32", "ours bfloat16", "optax float32"
 SHAPES = (
@@ -46,7 +43,7 @@ class Row:
     """One contestant on one tree."""
 
     case: str
-    contestant: str
+    trial: str
     gflop: float
     """Operations of the products, 1e9."""
     over_plain: float
@@ -120,7 +117,7 @@ def counted(
 def least_work(params: Any) -> tuple[int, int]:
     """Operations of plain Newton-Schulz, and bytes of one pass, over a tree."""
     operations = least = 0
-    views = rules.assign(params)
+    views = assign.assign(params)
     for path, leaf in paths.named_leaves(params).items():
         view = views[path]
         least += leaf.size * leaf.dtype.itemsize * (7 if view is None else 5)
@@ -132,7 +129,7 @@ def least_work(params: Any) -> tuple[int, int]:
 
 def page(rows: Sequence[Row]) -> list[str]:
     """The table for people."""
-    found = {(row.case, row.contestant): row for row in rows}
+    found = {(row.case, row.trial): row for row in rows}
     names = (OURS, OURS_SHORT, OPTAX)
     heads = (
         "parameters",
@@ -160,7 +157,7 @@ def picture(rows: Sequence[Row]) -> Any:
     """Operations over those of plain Newton-Schulz."""
     cases = list(dict.fromkeys(row.case for row in rows))
     series = {
-        name: {row.case: row.over_plain for row in rows if row.contestant == name}
+        name: {row.case: row.over_plain for row in rows if row.trial == name}
         for name in (OURS, OURS_SHORT, OPTAX)
     }
     title = "Operations of a compiled update over plain Newton-Schulz's"

@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 
 import optax_muon
-from optax_muon.models import shapes
+from optax_muon.models import abstract
 from optax_muon.polar import KELLER, Form, Gram, Kernel, Plain, default_restarts
 
 Result = TypeVar("Result")
@@ -53,7 +53,7 @@ class Row:
     """One contestant on one case."""
 
     case: str
-    contestant: str
+    trial: str
     form: str
     outcome: str
     """`ran`, or why not."""
@@ -120,7 +120,7 @@ def matrices(case: _stacks.Case, repeats: int) -> list[Row]:
     """Time all contestants on a stack."""
     x = case.normal()
     named = {"ours": case.form} | {f"ours, {form}": form for form in forms() if form != case.form}
-    makers: dict[str, Callable[[], _bench.Contestant]] = {
+    makers: dict[str, Callable[[], _bench.Trial]] = {
         name: functools.partial(_stacks.ours, x, case.operands, form)
         for name, form in named.items()
     }
@@ -134,7 +134,7 @@ def matrices(case: _stacks.Case, repeats: int) -> list[Row]:
 
 def whole_update(repeats: int) -> list[Row]:
     """Time updates of a Llama, float32, its matrices in bfloat16."""
-    tree = shapes.llama3_1b(scanned=True)
+    tree = abstract.llama3_1b(scanned=True)
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), (2, len(leaves)))
     params, grads = (
@@ -143,7 +143,7 @@ def whole_update(repeats: int) -> list[Row]:
         )
         for row in keys
     )
-    makers: dict[str, Callable[[], _bench.Contestant]] = {
+    makers: dict[str, Callable[[], _bench.Trial]] = {
         "ours": lambda: _jax.Update(optax_muon.muon(**_jax.MUON), params, grads),
         OPTAX: lambda: _jax.Update(_jax.contrib_muon(params), params, grads),
     }
@@ -154,14 +154,14 @@ def whole_update(repeats: int) -> list[Row]:
 
 def timed(
     case: str,
-    makers: dict[str, Callable[[], _bench.Contestant]],
+    makers: dict[str, Callable[[], _bench.Trial]],
     named: dict[str, str],
     repeats: int,
     work: dict[str, int],
     stack: _stacks.Case | None,
 ) -> list[Row]:
     """Rows of the contestants that can be made and run once, in turn, and of those that cannot."""
-    ready: dict[str, _bench.Contestant] = {}
+    ready: dict[str, _bench.Trial] = {}
     failed = []
     for name, make in makers.items():
         run, outcome = attempted(functools.partial(ran_once, make))
@@ -188,7 +188,7 @@ def timed(
     ]
 
 
-def ran_once(make: Callable[[], _bench.Contestant]) -> _bench.Contestant:
+def ran_once(make: Callable[[], _bench.Trial]) -> _bench.Trial:
     """Make a contestant and run it."""
     run = make()
     jax.block_until_ready(run())
@@ -204,7 +204,7 @@ def attempted(work: Callable[[], Result]) -> tuple[Result | None, str]:
         return None, f"{type(error).__name__}: {first[:200]}"
 
 
-def ceiling() -> _bench.Contestant:
+def ceiling() -> _bench.Trial:
     """One large product of bfloat16 matrices."""
     square = np.random.default_rng(0).standard_normal((CEILING_SIDE,) * 2, np.float32)
     operand = jnp.asarray(square, jnp.bfloat16)
@@ -223,11 +223,11 @@ def torch_on_gpu() -> Any:
 
 def page(rows: Sequence[Row], checks: Sequence[Check]) -> list[str]:
     """The tables for people."""
-    heads = ("case", "contestant", "form", "ms", "TFLOP/s", "/ ceiling", "/ optax")
+    heads = ("case", "implementation", "form", "ms", "TFLOP/s", "/ ceiling", "/ optax")
     cells = (
         (
             row.case,
-            row.contestant,
+            row.trial,
             row.form,
             f"{row.median_ms:.3f} [{row.lower_ms:.3f}, {row.upper_ms:.3f}]",
             f"{row.tflops:.0f}" if row.tflops else "",
@@ -235,7 +235,7 @@ def page(rows: Sequence[Row], checks: Sequence[Check]) -> list[str]:
             f"{row.over_optax:.2f}" if row.over_optax else "",
         )
         if row.outcome == "ran"
-        else (row.case, row.contestant, row.form, row.outcome, "", "", "")
+        else (row.case, row.trial, row.form, row.outcome, "", "", "")
         for row in rows
     )
     errors = (
@@ -265,10 +265,10 @@ def page(rows: Sequence[Row], checks: Sequence[Check]) -> list[str]:
 
 def picture(rows: Sequence[Row]) -> Any:
     """Effective rates over the ceiling."""
-    ran = [row for row in rows if row.over_ceiling and row.contestant != CEILING]
-    names = {row.form or row.contestant for row in ran}
+    ran = [row for row in rows if row.over_ceiling and row.trial != CEILING]
+    names = {row.form or row.trial for row in ran}
     series = {
-        name: {row.case: row.over_ceiling for row in ran if (row.form or row.contestant) == name}
+        name: {row.case: row.over_ceiling for row in ran if (row.form or row.trial) == name}
         for name in sorted(names)
     }
     cases = list(dict.fromkeys(row.case for row in ran))

@@ -30,20 +30,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
-from optax_muon.models import mixture
+from optax_muon.models import spec
+from optax_muon.models.abstract import leaves_on
 from optax_muon.models.layers import BATCH, there
-from optax_muon.models.moonlight import CONFIGS, MoonlightConfig, count, leaves
-from optax_muon.models.shapes import leaves_on
-from optax_muon.models.training import family, flops, train
-from optax_muon.models.training.contestants import Contestant, transformation
-from optax_muon.models.training.presets import Tuning
-from optax_muon.models.training.setup import THREE_STAGE, Setup
+from optax_muon.models.moe import experts
+from optax_muon.models.moonlight.model import CONFIGS, MoonlightConfig, count, leaves
+from optax_muon.training import flops, loop
+from optax_muon.training.config import THREE_STAGE, TrainConfig
+from optax_muon.training.optimizers import Trial, transformation
+from optax_muon.training.presets import HyperParams
 
 TABLE = Path(__file__).parent / "results" / "moonlight_step.csv"
 PAGE = TABLE.with_suffix(".md")
 LIMIT = 1200
 """Seconds of processor time that a row may take."""
-MUON = Contestant("muon", "Muon", "muon", Tuning(4.2e-4, 0.1))
+MUON = Trial("muon", "Muon", "muon", HyperParams(4.2e-4, 0.1))
 """The paper's numbers (arXiv 2502.16982, section 3.3)."""
 OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
 """For libtpu: without it, all but v5p multiply every row with every expert of the chip."""
@@ -166,34 +167,36 @@ def compile_row(machine: str) -> Row:
     )
 
 
-def setup_of(config: MoonlightConfig, sequences: int) -> Setup:
+def setup_of(config: MoonlightConfig, sequences: int) -> TrainConfig:
     """The paper's run, of a model of these sizes."""
-    return Setup(config, sequences, STEPS, 0, 100, sequences, THREE_STAGE, router_rate=1e-3)
+    return TrainConfig(
+        config, sequences, STEPS, 0, 100, sequences, THREE_STAGE, bias_update_speed=1e-3
+    )
 
 
 def compile_step(
-    setup: Setup, mesh: Mesh, accumulate: int, options: Mapping[str, Any] | None = None
+    setup: TrainConfig, mesh: Mesh, accumulate: int, options: Mapping[str, Any] | None = None
 ) -> Any:
     """Compile a step of training with Muon, from shapes alone; `options` are the compiler's."""
-    model, tx = family.model(setup.model), transformation(MUON, setup)
+    model, tx = spec.model(setup.model), transformation(MUON, setup)
     with jax.set_mesh(mesh):
         shape = (accumulate, setup.batch // accumulate, setup.model.context + 1)
         over = NamedSharding(mesh, P(None, there(BATCH)))
         step = jax.jit(
-            functools.partial(train.step, model, tx),
+            functools.partial(loop.step, model, tx),
             donate_argnums=0,
-            out_shardings=(train.shardings(model, tx, mesh), None),
+            out_shardings=(loop.shardings(model, tx, mesh), None),
         )
         return step.lower(
-            train.abstract(model, tx, mesh),
+            loop.abstract(model, tx, mesh),
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over),
             jax.ShapeDtypeStruct((), jnp.float32),
         ).compile(dict(options or {}))
 
 
-def measures(program: Any, setup: Setup, mesh: Mesh, accumulate: int) -> dict[str, Any]:
+def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> dict[str, Any]:
     """What a device holds, computes and receives in a step."""
-    import collectives
+    from optax_muon import hlo
 
     text, memory = program.as_text(), program.memory_analysis()
     sizes = {
@@ -207,7 +210,7 @@ def measures(program: Any, setup: Setup, mesh: Mesh, accumulate: int) -> dict[st
     tokens = setup.batch * setup.model.context / mesh.size
     return {
         **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
-        "tflop": round(collectives.flops(text, turns(setup, mesh, accumulate)) / 1e12, 1),
+        "tflop": round(hlo.flops(text, turns(setup, mesh, accumulate)) / 1e12, 1),
         "model_tflop": round(setup.batch * flops.sequence_flops(setup) / mesh.size / 1e12, 1),
         "paper_tflop": round(6 * count(setup.model).active * tokens / 1e12, 1),
         "optimizer_tflop": round(plan.cost.flops / 1e12, 3),
@@ -217,11 +220,11 @@ def measures(program: Any, setup: Setup, mesh: Mesh, accumulate: int) -> dict[st
     }
 
 
-def turns(setup: Setup, mesh: Mesh, accumulate: int) -> int:
+def turns(setup: TrainConfig, mesh: Mesh, accumulate: int) -> int:
     """Blocks of rows that a device's experts work on in a layer, where all are chosen alike."""
     config = setup.model
     rows = setup.batch // accumulate * config.context * config.chosen // mesh.size
-    return -(-rows // mixture.BLOCK)
+    return -(-rows // experts.BLOCK)
 
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "others")
@@ -229,7 +232,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "others")
 
 def received(text: str) -> dict[str, Any]:
     """Collectives by kind: how many, and MiB of their results."""
-    from collectives import collectives
+    from optax_muon.hlo import collectives
 
     found = dict.fromkeys(KINDS, (0, 0))
     for each in collectives(text):

@@ -38,7 +38,7 @@ class Row:
     """One contestant on one case."""
 
     case: str
-    contestant: str
+    trial: str
     form: str
     """Of ours: how the polynomial is evaluated."""
     lower_ms: float
@@ -84,16 +84,16 @@ def measure(case: _stacks.Case, repeats: int) -> list[Row]:
     """Time all contestants on a case."""
     x = case.normal()
     forms = forms_of(case)
-    contestants: dict[str, _bench.Contestant] = {
+    trials: dict[str, _bench.Trial] = {
         name: _stacks.ours(x, case.operands, form) for name, form in forms.items()
     }
-    contestants[OPTAX] = _stacks.of_optax(x, case.operands)
+    trials[OPTAX] = _stacks.of_optax(x, case.operands)
     as_it_comes = case.operands == "bfloat16"
     setting = contextlib.nullcontext if as_it_comes else _torch.float32
-    contestants[TORCH] = _torch.newton_schulz(x, setting)
+    trials[TORCH] = _torch.newton_schulz(x, setting)
     if case.batch >= MANY:
-        contestants[PRODUCT] = one_product(case)
-    times = _bench.in_turn(contestants, repeats)
+        trials[PRODUCT] = one_product(case)
+    times = _bench.in_turn(trials, repeats)
     return [
         Row(
             str(case),
@@ -119,7 +119,7 @@ def forms_of(case: _stacks.Case) -> dict[str, Form]:
     }
 
 
-def one_product(case: _stacks.Case) -> _bench.Contestant:
+def one_product(case: _stacks.Case) -> _bench.Trial:
     """A square product of as many operations as the chosen form takes for the bucket."""
     flops = case.batch * case.form.count(*case.sides, KELLER.rows).flops
     side = round((flops / 2) ** (1 / 3))
@@ -145,9 +145,9 @@ def page(rows: Sequence[Row]) -> list[str]:
     for kind in KINDS:
         lines += ["", f"## {kind} operands", "", *_table.markdown(*timings(rows, kind))]
     lines += ["", "## Ours by form, over the chosen one", "", *_table.markdown(*by_form(rows))]
-    buckets = [row for row in rows if row.contestant == PRODUCT]
+    buckets = [row for row in rows if row.trial == PRODUCT]
     heads = ("bucket", "ours, ms", "one product of the same operations, ms", "ratio")
-    mine = {row.case: row for row in rows if row.contestant == "ours"}
+    mine = {row.case: row for row in rows if row.trial == "ours"}
     cells = (
         (
             row.case,
@@ -165,7 +165,7 @@ def page(rows: Sequence[Row]) -> list[str]:
 def timings(rows: Sequence[Row], kind: str) -> tuple[Sequence[str], list[Sequence[str]]]:
     """Heads and cells: a line per case, ours beside the peers."""
     heads = ("matrices", "form", "ours", "optax", "torch", "/ optax", "/ torch", "GFLOP/s")
-    found = {(row.case, row.contestant): row for row in rows if row.case.endswith(kind)}
+    found = {(row.case, row.trial): row for row in rows if row.case.endswith(kind)}
     cells = []
     for case in dict.fromkeys(case for case, _ in found):
         one = found[case, "ours"]
@@ -180,12 +180,12 @@ def timings(rows: Sequence[Row], kind: str) -> tuple[Sequence[str], list[Sequenc
 
 def by_form(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]]]:
     """Heads and cells: a line per case, a column per form."""
-    ours_rows = [row for row in rows if row.contestant.startswith("ours")]
+    ours_rows = [row for row in rows if row.trial.startswith("ours")]
     forms = sorted({row.form for row in ours_rows})
-    base = {row.case: row.median_ms for row in ours_rows if row.contestant == "ours"}
+    base = {row.case: row.median_ms for row in ours_rows if row.trial == "ours"}
     shown = {(row.case, row.form): f"{row.median_ms / base[row.case]:.2f}" for row in ours_rows}
     for row in ours_rows:
-        if row.contestant == "ours":
+        if row.trial == "ours":
             shown[row.case, row.form] = "**1**"
     cells = [(case, *(shown.get((case, form), "") for form in forms)) for case in base]
     return ("matrices", *forms), cells
@@ -193,7 +193,7 @@ def by_form(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]]]:
 
 def picture(rows: Sequence[Row]) -> Any:
     """Ours over optax and torch, case by case."""
-    mine = [row for row in rows if row.contestant == "ours"]
+    mine = [row for row in rows if row.trial == "ours"]
     series = {
         "over optax": {row.case: row.over_optax for row in mine},
         "over torch": {row.case: row.over_torch for row in mine},

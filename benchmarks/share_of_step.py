@@ -24,9 +24,9 @@ import optax
 import tyro
 
 import optax_muon
-from optax_muon.models.training import family
-from optax_muon.models.training.presets import PRESETS
-from optax_muon.models.training.train import State, next_token_loss, update
+from optax_muon.models import spec
+from optax_muon.training.loop import State, next_token_loss, update
+from optax_muon.training.presets import PRESETS
 
 GRADIENT, ADAMW, OURS, OPTAX = "gradient", "adamw", "ours", "optax"
 BATCHES = {"small": (4, 16, 64), "medium": (1, 4, 16), "base": (1, 4)}
@@ -49,7 +49,7 @@ class Row:
     """A step with one optimizer, or the gradient alone."""
 
     case: str
-    contestant: str
+    trial: str
     lower_ms: float
     median_ms: float
     upper_ms: float
@@ -70,7 +70,7 @@ def main(options: _bench.Options) -> None:
 
 def measure(case: Case, repeats: int) -> list[Row]:
     """Time the steps of a case in turn."""
-    times = _bench.in_turn(contestants(case), repeats)
+    times = _bench.in_turn(trials(case), repeats)
     return [
         Row(
             str(case),
@@ -84,10 +84,10 @@ def measure(case: Case, repeats: int) -> list[Row]:
     ]
 
 
-def contestants(case: Case) -> dict[str, _bench.Contestant]:
+def trials(case: Case) -> dict[str, _bench.Trial]:
     """The gradient alone, and the steps of all optimizers."""
     sizes = PRESETS[case.preset].model
-    model = family.model(sizes)
+    model = spec.model(sizes)
     shape = (case.batch, sizes.context + 1)
     tokens = jnp.asarray(np.random.default_rng(0).integers(sizes.vocab, size=shape, dtype=np.int32))
     params = jax.jit(model.init)(jax.random.key(0))
@@ -127,7 +127,7 @@ class Step:
 
 def page(rows: Sequence[Row]) -> list[str]:
     """The table for people."""
-    found = {(row.case, row.contestant): row for row in rows}
+    found = {(row.case, row.trial): row for row in rows}
     optimizers = (ADAMW, OURS, OPTAX)
     heads = (
         "model and batch",
@@ -156,7 +156,7 @@ def picture(rows: Sequence[Row]) -> Any:
     """The steps over AdamW's."""
     cases = list(dict.fromkeys(row.case for row in rows))
     series = {
-        name: {row.case: row.over_adamw for row in rows if row.contestant == name}
+        name: {row.case: row.over_adamw for row in rows if row.trial == name}
         for name in (GRADIENT, OURS, OPTAX)
     }
     title = "A training step: time over that with AdamW"

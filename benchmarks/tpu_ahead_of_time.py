@@ -33,7 +33,7 @@ from _topologies import MACHINES, Machine
 from jax.sharding import AxisType, Mesh
 
 import optax_muon
-from optax_muon.models import shapes
+from optax_muon.models import abstract
 
 TABLE = Path(__file__).parent / "results" / "tpu_ahead_of_time.csv"
 PAGE = TABLE.with_suffix(".md")
@@ -57,12 +57,14 @@ class Tree:
 
 _LLAMA = {16: (4, 4), 64: (16, 4), 256: (32, 8), 512: (64, 8)}
 TREES = {
-    "Llama 3 8B": Tree(functools.partial(shapes.llama3_8b, scanned=False), ("fsdp", "tp"), _LLAMA),
+    "Llama 3 8B": Tree(
+        functools.partial(abstract.llama3_8b, scanned=False), ("fsdp", "tp"), _LLAMA
+    ),
     "Llama 3 8B, scanned": Tree(
-        functools.partial(shapes.llama3_8b, scanned=True), ("fsdp", "tp"), _LLAMA
+        functools.partial(abstract.llama3_8b, scanned=True), ("fsdp", "tp"), _LLAMA
     ),
     "Moonlight 16B": Tree(
-        shapes.moonlight_16b,
+        abstract.moonlight_16b,
         ("expert", "fsdp"),
         {16: (4, 4), 64: (16, 4), 256: (16, 16), 512: (64, 8)},
     ),
@@ -133,7 +135,7 @@ def in_process(tree: str, machine: str, optimizer: str) -> Row:
 
 def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     """Compile an update and read the program."""
-    from collectives import counts, moved
+    from optax_muon.hlo import counts, moved
 
     ours = optimizer == "optax-muon"
     chips, axes = MACHINES[machine], TREES[tree].on(MACHINES[machine])
@@ -162,7 +164,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
         temporary_gib=round(program.memory_analysis().temp_size_in_bytes / 2**30, 3),
         gflop=round(program.cost_analysis()["flops"] / 1e9, 1),
         planned_gflop=round(plan.cost.flops / 1e9, 1) if ours else 0,
-        even_gflop=round(plan.even_flops / 1e9, 1),
+        even_gflop=round(plan.balanced_flops / 1e9, 1),
         compile_s=round(seconds),
         hlo_mb=round(len(text) / 1e6, 2),
     )

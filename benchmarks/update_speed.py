@@ -47,7 +47,7 @@ class Row:
     """One contestant on one tree."""
 
     case: str
-    contestant: str
+    trial: str
     lower_ms: float
     median_ms: float
     upper_ms: float
@@ -71,7 +71,7 @@ def main(options: _bench.Options) -> None:
 def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Row]:
     """Time all contestants on a tree."""
     params, grads = _trees.normal(tree, 0), _trees.normal(tree, 1)
-    made = contestants(params, grads, options.quick)
+    made = trials(params, grads, options.quick)
     times = _bench.in_turn(made, options.repeats, longest=60)
     return [
         Row(
@@ -86,7 +86,7 @@ def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Row]:
     ]
 
 
-def contestants(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Contestant]:
+def trials(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Trial]:
     """All optimizers at work on a tree; `quick` leaves torch.compile out."""
     short = functools.partial(optax_muon.newton_schulz, dtype=jnp.bfloat16)
     transformations = {
@@ -106,7 +106,7 @@ def contestants(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Con
 
 def page(rows: Sequence[Row]) -> list[str]:
     """The table for people."""
-    found = {(row.case, row.contestant): row for row in rows}
+    found = {(row.case, row.trial): row for row in rows}
     cases = list(dict.fromkeys(row.case for row in rows))
     there = [name for name in CONTESTANTS if any((case, name) in found for case in cases)]
     spreads = [(case, *(_spread(found.get((case, name))) for name in there)) for case in cases]
@@ -141,7 +141,7 @@ def ratio(rows: Sequence[Row], ours: str, peer: str) -> dict[str, float]:
     return {
         row.case: row.ours_over if ours == OURS else row.ours_bfloat16_over
         for row in rows
-        if row.contestant == peer
+        if row.trial == peer
     }
 
 

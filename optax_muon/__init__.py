@@ -19,9 +19,10 @@ engine.
 
 from optax_muon import checkpoint, compat
 from optax_muon.checkpoint import state_shardings, zero1_shardings
-from optax_muon.matrices.rules import Rule, label
+from optax_muon.matrices.assign import Rule, label
 from optax_muon.matrices.views import Split, View
 from optax_muon.muon import muon, scale_by_muon
+from optax_muon.planning import plan
 from optax_muon.polar import (
     CUBIC,
     DEEPSEEK_V4,
@@ -40,7 +41,6 @@ from optax_muon.transforms.decay import cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
 from optax_muon.transforms.orthogonalize import orthogonalize
-from optax_muon.transforms.planning import plan
 from optax_muon.transforms.qk_clip import MHA, MLA, Heads, qk_clip
 from optax_muon.transforms.scale import (
     baseline,

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_muon.matrices import paths, rules
+from optax_muon.matrices import assign, paths
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer
 from optax_muon.sharding.plan import Plan
@@ -117,7 +117,7 @@ def muon(
     others = fallback or in_float32(adamw)
 
     def groups(params: optax.Params) -> Any:
-        assigned = rules.assign(params, views)
+        assigned = assign.assign(params, views)
         return jax.tree.map_with_path(
             lambda path, _: FALLBACK if assigned[paths.path_name(path)] is None else MUON, params
         )

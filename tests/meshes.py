@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from collectives import flops
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_muon import View, orthogonalize, plan
+from optax_muon.hlo import flops
 from optax_muon.sharding.cost import CostModel
 
 AXES = {
@@ -70,7 +70,7 @@ def layers(count: int, shape: tuple[int, ...], spec: P, view: View | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunConfig:
     """One compiled update and what it gave."""
 
     text: str
@@ -110,7 +110,7 @@ def alone_of(case: Case) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def run(case: Case, kind: str) -> Run:
+def run(case: Case, kind: str) -> RunConfig:
     """Compile an update on the mesh, once, and run it."""
     there = case.shardings(kind)
     link = orthogonalize(
@@ -121,7 +121,7 @@ def run(case: Case, kind: str) -> Run:
     gradient = jax.device_put(gradients_of(case), there)
     update = jax.jit(lambda gradient: link.update(gradient, ())[0], out_shardings=there)
     compiled = update.lower(gradient).compile()
-    return Run(
+    return RunConfig(
         text=compiled.as_text(),
         flops=flops(compiled.as_text()),
         temporary=compiled.memory_analysis().temp_size_in_bytes,

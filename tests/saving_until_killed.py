@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from optax_muon.models.training.checkpoints import Checkpoints, Keep
-from optax_muon.models.training.train import State
+from optax_muon.training.checkpoints import Checkpoints, RetentionPolicy
+from optax_muon.training.loop import State
 
 SHAPES = {"up": (64, 96), "down": (96, 64), "scale": (64,)}
 
@@ -27,7 +27,7 @@ def state_at(step):
 
 def save_on(folder):
     """Go on from the newest step, for ever."""
-    with Checkpoints(folder / "steps", Keep(last=2, every=10)) as checkpoints:
+    with Checkpoints(folder / "steps", RetentionPolicy(last=2, every=10)) as checkpoints:
         step = checkpoints.latest
         while True:
             step += 1

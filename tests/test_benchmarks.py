@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 import optax_muon
-from optax_muon.matrices import paths, rules
+from optax_muon.matrices import assign, paths
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(
     not BENCHMARKS.exists(), reason="benchmarks are not part of a source archive"
 )
-TIMED = {"case", "contestant", "lower_ms", "median_ms", "upper_ms", "turns"}
+TIMED = {"case", "implementation", "lower_ms", "median_ms", "upper_ms", "turns"}
 COLUMNS = {
     "compile_time": TIMED | {"hlo_bytes", "over_optax", "over_shallowest"},
     "flops_and_bytes": {
-        *("case", "contestant", "gflop", "over_plain", "mbyte", "over_least", "loops")
+        *("case", "implementation", "gflop", "over_plain", "mbyte", "over_least", "loops")
     },
     "orthogonalize_speed": TIMED | {"form", "gflops", "over_optax", "over_torch"},
     "share_of_step": TIMED | {"share", "over_adamw"},
@@ -64,7 +64,7 @@ def measured(bench, tmp_path):
 def test_a_script_writes_its_table_page_and_picture(name, measured, tmp_path):
     rows = measured(name)
     assert set(rows[0]) == COLUMNS[name]
-    assert len({row["contestant"] for row in rows}) > 1
+    assert len({row["implementation"] for row in rows}) > 1
     page = (tmp_path / f"{name}.md").read_text()
     assert all(row["case"].split()[0] in page for row in rows)
     assert f"jax {jax.__version__}" in page
@@ -103,7 +103,7 @@ def test_all_contestants_take_the_same_first_step_on_matrices():
     pytest.importorskip("torch")
     ours, torch, trees = map(importlib.import_module, ("_jax", "_torch", "_trees"))
     params, grads = (trees.normal(trees.TOYS["toy"](), seed) for seed in (0, 1))
-    views = rules.assign(params)
+    views = assign.assign(params)
 
     def as_torch_holds_them(tree):
         """Every matrix [out, in] on its own."""

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_muon.models.training.begin import Start
-from optax_muon.models.training.folder import Folder
+from optax_muon.training.initialize import PretrainedSource
+from optax_muon.training.run_folder import RunFolder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -29,7 +29,7 @@ TRAIN = (
 
 def start(folder, *arguments, devices=1):
     """Begin `optax-muon ARGUMENTS` in a folder, with so many devices."""
-    command = "from optax_muon.models.commands.cli import main; main()"
+    command = "from optax_muon.cli.main import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", command, *map(str, arguments)],
         cwd=folder,
@@ -46,11 +46,11 @@ def run(folder, *arguments, devices=1):
     assert process.returncode == 0, errors
 
 
-def kill_after(process, folder, contestant, steps):
+def kill_after(process, folder, trial, steps):
     """`kill -9` once a contestant has done so many steps."""
-    journal = Folder(folder).journal
+    journal = RunFolder(folder).journal
     deadline = time.monotonic() + 300
-    while not any(record.step >= steps for record in journal.read(contestant)):
+    while not any(record.step >= steps for record in journal.read(trial)):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -100,7 +100,7 @@ def test_import_train_on_eight_devices_die_go_on_on_four_export(tmp_path):
     run(tmp_path, *TRAIN, "--mesh", "fsdp=2,expert=2", "--resume", devices=4)
     run(tmp_path, "export-hf", "runs/run", "--contestant", "muon-carried", "--out", "exported")
 
-    records = Folder(tmp_path / "runs/run").journal.read("muon-carried")
+    records = RunFolder(tmp_path / "runs/run").journal.read("muon-carried")
     assert [record.step for record in records] == list(range(1, STEPS + 1))
     # They count by fives: what comes next is known. Steps before the kill ran on eight devices.
     assert records[-1].val_loss < records[3].val_loss < np.log(VOCAB) + 0.5
@@ -111,7 +111,7 @@ def test_import_train_on_eight_devices_die_go_on_on_four_export(tmp_path):
     ).eval()
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    ours = Start(tmp_path / "runs/run", "muon-carried")
+    ours = PretrainedSource(tmp_path / "runs/run", "muon-carried")
     params, bias = ours.weights()
     found, _ = ours.model.forward(params, jnp.asarray(tokens, jnp.int32), bias)
     # The tolerance of the comparisons in `test_huggingface.py`: both sum in float32.

@@ -6,7 +6,6 @@ import importlib
 import math
 from pathlib import Path
 
-import collectives
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,10 +13,12 @@ from chips import chips
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.models import mixture
-from optax_muon.models.moonlight import CONFIGS
-from optax_muon.models.training import family, train
-from optax_muon.models.training.contestants import transformation
+from optax_muon import hlo
+from optax_muon.models import spec
+from optax_muon.models.moe import experts
+from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.training import loop
+from optax_muon.training.optimizers import transformation
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(
@@ -48,9 +49,9 @@ def compiled():
 @pytest.mark.slow
 def test_a_device_holds_its_share_of_the_state_and_gives_it_back_in_place(script):
     mesh, setup, program = compiled()
-    model, tx = family.model(setup.model), transformation(script.MUON, setup)
+    model, tx = spec.model(setup.model), transformation(script.MUON, setup)
     with jax.set_mesh(mesh):
-        state = train.abstract(model, tx, mesh)
+        state = loop.abstract(model, tx, mesh)
     share = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
@@ -70,7 +71,7 @@ def test_tokens_go_to_experts_and_no_device_gathers_a_layers_experts():
     *_, program = compiled()
     gathered = [
         each
-        for each in collectives.collectives(program.as_text())
+        for each in hlo.collectives(program.as_text())
         if each.kind == "all-gather" and each.times % (PARTS * CONFIG.moe_depth) == 0
     ]
     assert gathered
@@ -85,7 +86,7 @@ def test_tokens_go_to_experts_and_no_device_gathers_a_layers_experts():
 def test_nothing_is_exchanged_in_the_loops_inside_a_layer():
     """Over blocks of queries, of which a layer has four, and of rows, of which devices differ."""
     *_, program = compiled()
-    found = collectives.collectives(program.as_text())
+    found = hlo.collectives(program.as_text())
     assert max(each.times for each in found) == PARTS * CONFIG.moe_depth
 
 
@@ -94,13 +95,13 @@ def test_the_table_says_what_the_program_does(script, monkeypatch):
     mesh, setup, program = compiled()
     found = script.measures(program, setup, mesh, PARTS)
     text = program.as_text()
-    kinds = collectives.counts(text)
+    kinds = hlo.counts(text)
     assert found["all_gather"] == kinds.pop("all-gather") > 0
     assert found["all_to_all"] == kinds.pop("all-to-all") > 0, "the optimizer's"
     assert found["reduce_scatter"] == kinds.pop("reduce-scatter") > 0
     assert found["all_reduce"] + found["others"] == sum(kinds.values())
     moved = sum(found[kind.replace("-", "_") + "_mib"] for kind in script.KINDS)
-    assert moved == pytest.approx(collectives.moved(text) / 2**20, abs=0.3)
+    assert moved == pytest.approx(hlo.moved(text) / 2**20, abs=0.3)
     row = script.Row(**script.said(script.CASES["v5e 16x16"]), outcome="compiled", **found)
     refused = script.Row(**script.said(script.CASES["v5p 4x4x4"]), outcome="out of memory")
     row = dataclasses.replace(row, tflop=100.0, hbm_gib=15.75)
@@ -115,8 +116,8 @@ def test_blocks_of_rows_turn_as_often_as_an_even_choice_of_experts_needs(script)
     mesh = jax.sharding.AbstractMesh((16, 16), ("fsdp", "expert"))
     setup = script.setup_of(CONFIGS["moonlight-16b-a3b"], 2048)
     # A sequence of each device and 6 experts of each token, wherever they are: 49152 rows.
-    assert script.turns(setup, mesh, 8) * mixture.BLOCK == 8192 * 6
-    assert script.turns(setup, mesh, 4) * mixture.BLOCK == 2 * 8192 * 6
+    assert script.turns(setup, mesh, 8) * experts.BLOCK == 8192 * 6
+    assert script.turns(setup, mesh, 4) * experts.BLOCK == 2 * 8192 * 6
 
 
 # A product of four pairs of matrices; of all sixteen pairs, summed along diagonals; of rows and
@@ -143,7 +144,7 @@ BATCHED = 2 * 4 * 8 * 32 * 16
 def test_operations_of_a_tpu_program_are_those_of_its_products(name, flops):
     others = [each for each in "abc" if each != name]
     lines = [line for line in HLO.splitlines() if not any(f"%{o} =" in line for o in others)]
-    assert collectives.flops("\n".join(lines)) == flops
+    assert hlo.flops("\n".join(lines)) == flops
 
 
 @pytest.mark.slow
@@ -168,5 +169,5 @@ def test_operations_of_a_tpu_program_are_those_that_xla_counts():
         .compile({"xla_tpu_enable_ragged_dot_kernel": True})
     )
     products = 2 * (256 * 512 * 384 + 2 * 4 * 256 * 256 * 128 + 1024 * 256 * 512)
-    assert collectives.flops(program.as_text()) == products
+    assert hlo.flops(program.as_text()) == products
     assert program.cost_analysis()["flops"] == pytest.approx(products, rel=0.02)

@@ -62,9 +62,7 @@ def test_the_wheel_is_typed_and_holds_the_package_alone(wheel):
 def test_the_wheel_carries_its_license_and_command(wheel):
     info = f"optax_muon-{optax_muon.__version__}.dist-info"
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
-    assert b"optax-muon = optax_muon.models.commands.cli:main" in wheel.read(
-        f"{info}/entry_points.txt"
-    )
+    assert b"optax-muon = optax_muon.cli.main:main" in wheel.read(f"{info}/entry_points.txt")
 
 
 def test_the_core_does_not_ask_for_what_only_training_needs(wheel):

@@ -8,11 +8,11 @@ import sys
 
 import jax
 
-from optax_muon.models.commands import experiments
-from optax_muon.models.commands.cli import main
-from optax_muon.models.moonlight import MoonlightConfig
-from optax_muon.models.training import contestants
-from optax_muon.models.training.presets import PRESETS, Preset, Tuning
+from optax_muon.cli import experiments
+from optax_muon.cli.main import main
+from optax_muon.models.moonlight.model import MoonlightConfig
+from optax_muon.training import optimizers
+from optax_muon.training.presets import PRESETS, HyperParams, Preset
 
 CONFIG = MoonlightConfig(
     width=32,
@@ -29,17 +29,17 @@ CONFIG = MoonlightConfig(
     shared=1,
     context=16,
 )
-SAME = Tuning(6e-3, 0.3)
-TOY = Preset(CONFIG, 16, 4, SAME, SAME, "", router_rate=2e-2)
+SAME = HyperParams(6e-3, 0.3)
+TOY = Preset(CONFIG, 16, 4, SAME, SAME, "", bias_update_speed=2e-2)
 
 
 def muon_alone(*tunings):
     """One optimizer: half the programs to compile."""
-    return contestants.lineup(*tunings)[1:]
+    return optimizers.comparison(*tunings)[1:]
 
 
 if __name__ == "__main__":
     PRESETS["moonlight-toy"] = TOY
-    experiments.lineup = muon_alone
+    experiments.comparison = muon_alone
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
     main(sys.argv[2:])

@@ -30,7 +30,7 @@ Whoever has an `ocp.CheckpointManager` does the same with it, in the same step o
 """
 
 from optax_muon.checkpoint.description import check, describe, plain
-from optax_muon.checkpoint.files import (
+from optax_muon.checkpoint.orbax import (
     description_args,
     readable,
     restore,
@@ -39,7 +39,7 @@ from optax_muon.checkpoint.files import (
     save,
     save_args,
 )
-from optax_muon.checkpoint.shardings import state_shardings, zero1_shardings
+from optax_muon.sharding.state import state_shardings, zero1_shardings
 
 __all__ = [
     "check",

@@ -6,7 +6,7 @@
 """
 
 from optax_muon.compat.contrib import muon, scale_by_muon
-from optax_muon.compat.loading import from_optax
+from optax_muon.compat.optax_state import from_optax
 from optax_muon.compat.torch_state import Average, Sum, from_torch
 
 __all__ = ["Average", "Sum", "from_optax", "from_torch", "muon", "scale_by_muon"]

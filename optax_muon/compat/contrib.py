@@ -26,7 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax.contrib import MuonDimensionNumbers, MuonState
 
 from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
-from optax_muon.matrices import rules
+from optax_muon.matrices import assign
 from optax_muon.matrices.paths import named_leaves
 from optax_muon.matrices.views import View
 from optax_muon.polar.coefficients import KELLER, YOU, Row
@@ -138,7 +138,7 @@ def muon(
     def routed(params: optax.Params) -> optax.GradientTransformationExtraArgs:
         """The optimizer for the leaves of one tree: views are settled before any link sees it."""
         paths = named_leaves(params)  # none at all when `optax.tree.map_params` asks for a state
-        assigned = rules.assign(params, dimensions) if paths else {}
+        assigned = assign.assign(params, dimensions) if paths else {}
         views = {path: view for path, view in assigned.items() if view is not None}
         labels = ["muon" if path in views else "adam" for path in paths]
         chain = optax.chain(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_muon.compat.loading import filled
+from optax_muon.compat.optax_state import filled
 
 MOMENTUM = ("momentum_buffer",)
 """Names of the momentum in a torch Muon's state."""

@@ -1,250 +1,212 @@
-"""Which parameters are Muon's, and how each is read: what `views` says, else the table by role.
+"""A parameter's role: what its path says of it, and the rules that read a role as matrices.
 
-Everything is decided per leaf, from its path, its shape and `views`, never from its siblings: the
-links of a chain see the tree with other optimizers' leaves masked, and must decide alike.
-The report is in `labels.py`, the table in `table.py`, the meaning of a view in `views.py`.
+A rule decides by what a parameter is called and by how many axes of its own it has, never by its
+rank alone: `[12, 512]` is twelve norm scales below `layers/norm` and one matrix below `q_proj`.
+A shape cannot give a role, but it may speak against one: `[4096, 32, 14336]` is hardly 4096 layers.
+So a rule lists what else its leaf may be, its rivals; a leaf for which one stands is ambiguous, and
+`rules.py` raises instead of guessing. The default table is in `table.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
+import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_muon.matrices.labels import Labels, Row
-from optax_muon.matrices.paths import is_masked, named_leaves
-from optax_muon.matrices.roles import Leaf, Rule, Verdict, as_view
-from optax_muon.matrices.table import DEFAULT_RULES, judge
-from optax_muon.matrices.views import View
+from optax_muon.matrices.views import BoundView, View
 
-__all__ = ["DEFAULT_RULES", "Rule", "assign", "label"]
+# A layer that keeps its own arrays: `layers/3`, `block_3`, `EncoderLayer_3`, `h0_attn`.
+_INDEXED = re.compile(r"(\w*(layers?|blocks?|stages?)|h)_?\d+(_\w+)?")
+# Modules whose arrays are stacked along a leading axis unless an index follows. `nn.scan` and
+# `nn.vmap` write their name before the module's, linen a numeral that is no layer: `ScanBlock_0`.
+_TRANSFORMED = re.compile(r"(scan|vmap)_\w+")
+_STACKED = re.compile(
+    rf"{_TRANSFORMED.pattern}|(?!shared)\w*(layers|blocks|stages|experts)|h|\w*(scan|vmap|stack)(_[a-z_]+)?"
+)
 
-_LISTED = 8
-_GLOB = re.compile(r"[*?[]")
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What is known of a parameter: its path and shape, and nothing of its siblings."""
+
+    path: str
+    """Name in the tree: `Decoder_0/layers/MlpBlock_0/wi_0/kernel`."""
+    shape: tuple[int, ...]
+    """Shape of the parameter."""
+    role: str
+    """The path in lower snake case without indices: `decoder/layers/mlp_block/wi/kernel`."""
+    stack: int
+    """How many leading axes the path shows to be stacked layers or experts."""
+    indexed: bool
+    """Whether the path holds the index of a layer."""
+
+    @classmethod
+    def of(cls, path: str, shape: tuple[int, ...]) -> Leaf:
+        """Read a path.
+
+        >>> Leaf.of("ScanBlock_0/LayerNorm_1/scale", (12, 512))
+        Leaf(path='ScanBlock_0/LayerNorm_1/scale', shape=(12, 512),
+             role='scan_block/layer_norm/scale', stack=1, indexed=False)
+        """
+        names = [_snake(name) for name in re.split(r"[/.]", path) if name not in ("", "~")]
+        modules = list(itertools.pairwise(names))
+        stack = sum(
+            bool(_STACKED.fullmatch(name)) and not after.isdigit() for name, after in modules
+        )
+        indexed = any(
+            _INDEXED.fullmatch(f"{name}_{after}" if after.isdigit() else name)
+            and not _TRANSFORMED.fullmatch(name)
+            for name, after in modules
+        )
+        kept = (re.sub(r"_\d+$", "", name) for name in names if not name.isdigit())
+        return cls(path, shape, "/".join(kept), stack, indexed)
+
+    @property
+    def axes(self) -> int:
+        """Axes of one layer's parameter: the rank less the stacked axes."""
+        return max(0, len(self.shape) - self.stack)
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Shape of one layer's parameter; the whole shape if that leaves less than two axes."""
+        return self.shape[self.stack :] if self.axes > 1 else self.shape
+
+    @property
+    def out_first(self) -> bool:
+        """Whether it is stored (out, in), as torch and equinox do, who call it `weight`."""
+        return self.role.endswith("weight")
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        """Fan in and fan out, read as a matrix by its last two axes."""
+        first, last = self.shape[-2:]
+        return (last, first) if self.out_first else (first, last)
 
 
-def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
-    """Decide for every parameter how it is read as matrices, or that the fallback has it.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One way to read a parameter."""
+
+    words: str
+    """In words: `12 matrices of 512 x 2048`."""
+    view: View | None
+    """As a view, its axes counted from the front; None for AdamW."""
+
+    @classmethod
+    def of(cls, view: View, shape: tuple[int, ...]) -> Reading:
+        """Describe a view of a shape.
+
+        >>> Reading.of(View(-2, -1), (12, 512, 2048)).words
+        '12 matrices of 512 x 2048'
+        """
+        bound = view.on(shape)
+        block = bound.blocks[0]
+        count = "one matrix" if block.batch == 1 else f"{block.batch} matrices"
+        words = f"{count} of {block.rows} x {block.cols}"
+        return cls(words, View(bound.row_axes, bound.col_axes, bound.split))
+
+    @property
+    def code(self) -> str:
+        """The view as one would write it: `View(rows=1, cols=2)`."""
+        if self.view is None:
+            return "None"
+        rows, cols = (
+            axes[0] if len(axes) == 1 else axes for axes in (self.view.rows, self.view.cols)
+        )
+        return f"View(rows={rows}, cols={cols})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a rule says of a leaf."""
+
+    view: View | None
+    """How it is read, or None for the fallback optimizer."""
+    reason: str
+    """Why."""
+    readings: tuple[Reading, ...] = ()
+    """If it is ambiguous, the two readings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of a table: parameters whose name and axes fit are read by this view.
 
     Args:
-      tree: parameters, gradients or `jax.ShapeDtypeStruct`s: linen (boxed or plain), nnx, equinox,
-        haiku or any other tree. Leaves masked by optax are left out.
-      views: what to decide by hand; the default, None, decides all by role.
+      pattern: regular expression for the end of the path, whole names at a time, in lower snake
+        case and without indices: `mixer/w` fits `Block_3/Mixer_0/w` and `blocks/3/mixer/w`. Start
+        it with `^` to fit the path from its beginning.
+      view: how to read them, or None for the fallback optimizer. An
+        `optax.contrib.MuonDimensionNumbers` is taken as well.
+      reason: what they are, in a few words, for the report.
+      axes: how many axes one layer's parameter may have, stacked layers and experts not counted;
+        any by default.
+      rivals: what else it may be: each gives another reading if the leaf allows for one, and the
+        leaf is then ambiguous. Your own rules need none.
+      when: a further condition on the leaf.
 
-        - A pytree of views, a prefix of one, or a dict from paths to views. A view is a `View`, an
-          `optax.contrib.MuonDimensionNumbers`, or None for the fallback. An entry holds for the
-          parameter at its path, for all below it, and for those that it matches as a glob
-          (`*/mixer/w`); where several fit, the longest decides, and the exact path before all.
-        - A list of `Rule`s, tried in order.
-        - A function from the tree to any of these.
-
-        What none of them covers is decided by role, by `DEFAULT_RULES`.
-
-    Returns:
-      Path to view, None for the fallback, for every leaf in the tree's order.
-
-    Raises:
-      ValueError: a leaf is ambiguous; an entry or rule fits no parameter; a view does not fit its
-        shape.
-      TypeError: `views` holds something else than views.
-
-    >>> up = {"kernel": jnp.zeros((8, 32)), "bias": jnp.zeros(32)}
-    >>> assign({"embed": jnp.zeros((64, 8)), "up": up})
-    {'embed': None, 'up/bias': None, 'up/kernel': View(rows=(-2,), cols=(-1,), split=None)}
-    >>> assign({"mixer": {"w": jnp.zeros((4, 8, 16))}})
-    Traceback (most recent call last):
-    ValueError: mixer/w of shape (4, 8, 16) may be 4 matrices of 8 x 16 or none; pass one of
-      views={'mixer/w': View(rows=1, cols=2)}
-      views={'mixer/w': None}
+    >>> import jax
+    >>> from optax_muon.matrices.assign import assign
+    >>> mixer = Rule(r"mixer/w", View(0, (1, 2)), "mixes heads")
+    >>> assign({"mixer": {"w": jax.ShapeDtypeStruct((64, 4, 16), "float32")}}, views=[mixer])
+    {'mixer/w': View(rows=(0,), cols=(1, 2), split=None)}
     """
-    return {path: verdict.view for path, verdict in _decide(tree, views).items()}
+
+    pattern: str
+    view: View | None
+    reason: str
+    axes: Container[int] | None = None
+    rivals: tuple[Callable[[Leaf, BoundView], Reading | None], ...] = ()
+    when: Callable[[Leaf], bool] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "view", as_view(self.view))
+
+    def fits(self, leaf: Leaf) -> bool:
+        """Whether the rule decides this leaf."""
+        return (
+            (self.axes is None or leaf.axes in self.axes)
+            and re.fullmatch(rf"(?:.*/)?(?:{self.pattern})", leaf.role) is not None
+            and (self.when is None or self.when(leaf))
+        )
+
+    def verdict(self, leaf: Leaf) -> Verdict:
+        """What the rule says of a leaf that fits it."""
+        if self.view is None or not self.rivals:
+            return Verdict(self.view, self.reason)
+        bound = self.view.on(leaf.shape)
+        found = (rival(leaf, bound) for rival in self.rivals)
+        rival = next((reading for reading in found if reading is not None), None)
+        readings = () if rival is None else (Reading.of(self.view, leaf.shape), rival)
+        return Verdict(self.view, self.reason, readings)
 
 
-def label(params: Any, views: Any = None) -> Labels:
-    """Show which parameters go to Muon, as what matrices, and why: `print(label(params))`.
+def as_view(view: Any) -> View | None:
+    """A view, whoever wrote it.
 
     Args:
-      params: parameters or `jax.ShapeDtypeStruct`s, as for `assign`.
-      views: as for `assign` and `muon`.
-
-    Returns:
-      The table: printable, and as data in `.rows`.
+      view: a `View`, an `optax.contrib.MuonDimensionNumbers`, or None.
 
     Raises:
-      ValueError: as `assign` does.
+      TypeError: it is none of these.
 
-    >>> params = {"layers": {"norm": jnp.zeros((12, 8)), "up_proj": jnp.zeros((12, 8, 32))}}
-    >>> print(label(params))
-    path            shape        matrices       optimizer  reason
-    layers/norm     [12, 8]      -              adamw      norm
-    layers/up_proj  [12, 8, 32]  12 x (8 x 32)  muon       matrix
-    <BLANKLINE>
-    optimizer  leaves  parameters  share
-    muon       1       3,072       97.0%
-    adamw      1       96          3.0%
+    >>> as_view(optax.contrib.MuonDimensionNumbers(0, (1, 2)))
+    View(rows=(0,), cols=(1, 2), split=None)
     """
-    leaves = named_leaves(params, is_leaf=is_masked)
-    return Labels(
-        tuple(_row(path, leaves[path], verdict) for path, verdict in _decide(params, views).items())
+    if isinstance(view, optax.contrib.MuonDimensionNumbers):
+        return View(view.reduction_axis, view.output_axis)
+    if view is None or isinstance(view, View):
+        return view
+    raise TypeError(f"Expected a View, a MuonDimensionNumbers or None, got {view!r}.")
+
+
+def _snake(name: str) -> str:
+    """`RMSNorm_0` to `rms_norm_0`; `MoE`, one word of three cases, to `moe`."""
+    parted = re.sub(
+        r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.replace("MoE", "Moe")
     )
-
-
-def _decide(tree: Any, views: Any) -> dict[str, Verdict]:
-    named = named_leaves(tree, is_leaf=is_masked)
-    leaves = {path: leaf for path, leaf in named.items() if not is_masked(leaf)}
-    said = _said(tree, views)
-    verdicts = {path: _verdict(path, leaf, said) for path, leaf in leaves.items()}
-    unclear = {path: verdict for path, verdict in verdicts.items() if verdict.readings}
-    if unclear:
-        raise ValueError(_ambiguity(unclear, {path: np.shape(leaves[path]) for path in unclear}))
-    return verdicts
-
-
-def _verdict(path: str, leaf: Any, said: Callable[[Leaf], Verdict | None]) -> Verdict:
-    shape = tuple(np.shape(leaf)) if hasattr(leaf, "dtype") else ()
-    verdict = said(Leaf.of(path, shape))
-    if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
-        if verdict is not None and verdict.view is not None:
-            raise ValueError(
-                f"{path} is {_dtype(leaf)}, which has no gradient; its view must be None."
-            )
-        return Verdict(None, "not floating point")
-    if verdict is None:
-        return judge(path, shape)
-    if verdict.view is not None:
-        _on(path, shape, verdict.view)
-    return verdict
-
-
-def _said(tree: Any, views: Any) -> Callable[[Leaf], Verdict | None]:
-    """What `views` says of a leaf: a function that gives None where it says nothing."""
-    if views is None:
-        return lambda leaf: None
-    if isinstance(views, Rule):
-        views = [views]
-    if isinstance(views, list | tuple) and views and all(isinstance(rule, Rule) for rule in views):
-        return _by_rules(tree, tuple(views))
-    entries = named_leaves(views, is_leaf=_is_view)
-    if callable(views) and not any(map(_is_view, entries.values())):
-        return _said(tree, views(tree))
-    return _by_entries(tree, {path: _entry(path, view) for path, view in entries.items()})
-
-
-def _by_rules(tree: Any, rules: tuple[Rule, ...]) -> Callable[[Leaf], Verdict | None]:
-    known = _known(tree)
-    leaves = [
-        Leaf.of(path, np.shape(leaf)) for path, leaf in known.items() if hasattr(leaf, "dtype")
-    ]
-    hidden = any(map(is_masked, known.values()))
-    for rule in rules:
-        if not hidden and rule not in DEFAULT_RULES and not any(map(rule.fits, leaves)):
-            paths = _list(leaf.role for leaf in leaves)
-            raise ValueError(
-                f"The rule {rule.pattern!r} ({rule.reason}) fits no parameter of {paths}."
-            )
-
-    def said(leaf: Leaf) -> Verdict | None:
-        rule = next((rule for rule in rules if rule.fits(leaf)), None)
-        return None if rule is None else rule.verdict(leaf)
-
-    return said
-
-
-def _by_entries(tree: Any, entries: Mapping[str, View | None]) -> Callable[[Leaf], Verdict | None]:
-    known = _known(tree)
-    fitting = {path: _fitting(entries, path) for path in known}
-    hidden = [path for path, leaf in known.items() if is_masked(leaf)]
-    used = set(itertools.chain(*fitting.values()))
-    for entry in entries:
-        if entry not in used and not any(_may_hide(path, entry) for path in hidden):
-            close = difflib.get_close_matches(entry, known, n=3, cutoff=0.4)
-            raise ValueError(
-                f"views[{entry!r}] fits no parameter; there are {_list(close or known)}."
-            )
-
-    def said(leaf: Leaf) -> Verdict | None:
-        if not fitting[leaf.path]:
-            return None
-        best = leaf.path if leaf.path in entries else max(fitting[leaf.path], key=len)
-        equals = [entry for entry in fitting[leaf.path] if len(entry) == len(best)]
-        if best != leaf.path and any(entries[entry] != entries[best] for entry in equals):
-            raise ValueError(
-                f"{leaf.path} fits {_list(equals)} of views, which disagree; name it in full."
-            )
-        return Verdict(entries[best], f"views[{best!r}]" if best else "views")
-
-    return said
-
-
-def _known(tree: Any) -> dict[str, Any]:
-    """Every position an entry may name: leaves, masked leaves, an equinox module's Nones."""
-    return named_leaves(tree, is_leaf=lambda node: node is None or is_masked(node))
-
-
-def _fitting(entries: Mapping[str, View | None], path: str) -> list[str]:
-    """The entries for a path: its own, those of the modules above it, and globs."""
-    above = itertools.accumulate(path.split("/"), "{}/{}".format)
-    named = dict.fromkeys(("", *above))
-    globs = (entry for entry in entries if _GLOB.search(entry) and entry not in named)
-    return [
-        *(name for name in named if name in entries),
-        *(entry for entry in globs if fnmatch.fnmatchcase(path, entry)),
-    ]
-
-
-def _may_hide(masked: str, entry: str) -> bool:
-    """Whether an entry may be for what a mask hides, which can be a whole subtree."""
-    return masked == "" or entry.startswith(f"{masked}/") or bool(_GLOB.search(entry))
-
-
-def _is_view(node: Any) -> bool:
-    return node is None or isinstance(node, View | optax.contrib.MuonDimensionNumbers)
-
-
-def _entry(path: str, view: Any) -> View | None:
-    try:
-        return as_view(view)
-    except TypeError as error:
-        raise TypeError(f"views[{path!r}]: {error}") from None
-
-
-def _on(path: str, shape: tuple[int, ...], view: View) -> tuple[Any, ...]:
-    try:
-        return view.on(shape).blocks
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _row(path: str, leaf: Any, verdict: Verdict) -> Row:
-    shape = tuple(np.shape(leaf)) if hasattr(leaf, "dtype") else ()
-    blocks = () if verdict.view is None else _on(path, shape, verdict.view)
-    return Row(path, shape, str(_dtype(leaf)), blocks, verdict.reason)
-
-
-def _dtype(leaf: Any) -> Any:
-    return getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
-
-
-def _ambiguity(unclear: Mapping[str, Verdict], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    path, verdict = next(iter(unclear.items()))
-    one, other = verdict.readings
-    lines = [
-        f"{path} of shape {shapes[path]} may be {one.words} or {other.words}; pass one of",
-        *(f"  views={{{path!r}: {reading.code}}}" for reading in verdict.readings),
-    ]
-    if len(unclear) > 1:
-        lines.append(f"As ambiguous: {_list(list(unclear)[1:])}.")
-    return "\n".join(lines)
-
-
-def _list(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more
+    return re.sub(r"\W+", "_", parted).lower()

@@ -147,7 +147,7 @@ class View:
                 f"A view needs at least one axis for rows and one for columns, got {self}."
             )
 
-    def on(self, shape: Sequence[int]) -> Geometry:
+    def on(self, shape: Sequence[int]) -> BoundView:
         """Bind the view to a shape.
 
         Raises:
@@ -175,7 +175,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class BoundView:
     """A view bound to a shape: what goes where. Made by `View.on`."""
 
     shape: tuple[int, ...]
@@ -281,7 +281,7 @@ class Geometry:
 
 
 @functools.lru_cache(maxsize=4096)
-def _bind(view: View, shape: tuple[int, ...]) -> Geometry:
+def _bind(view: View, shape: tuple[int, ...]) -> BoundView:
     """Resolve negative axes and check every axis of a view against a shape."""
     rows, cols = (
         tuple(_axis(axis, view, shape) for axis in axes) for axes in (view.rows, view.cols)
@@ -301,7 +301,7 @@ def _bind(view: View, shape: tuple[int, ...]) -> Geometry:
                 f" axis {split.axis} of the shape {shape} has {shape[split.axis]}."
             )
     batch = tuple(axis for axis in range(len(shape)) if axis not in (*rows, *cols))
-    return Geometry(shape, batch, rows, cols, split)
+    return BoundView(shape, batch, rows, cols, split)
 
 
 def _axes(axes: int | Sequence[int]) -> Axes:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 import optax_muon
+from optax_muon.errors import UsageError
 from optax_muon.models.layers import Linear, RMSNorm, Rotations, SwiGLU, rotate, rotations
-from optax_muon.models.stops import UsageError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ from optax_muon.polar.coefficients import (
     polar_express,
 )
 from optax_muon.polar.exact import polar_svd
-from optax_muon.polar.forms import Form, choose
 from optax_muon.polar.gram import SPANS, Gram, default_restarts
 from optax_muon.polar.measures import orthogonality_error, stable_rank, svd_entropy, update_rms
 from optax_muon.polar.newton_schulz import gram_newton_schulz, newton_schulz
 from optax_muon.polar.plain import Plain
-from optax_muon.polar.symmetric import Kernel, Panels, Whole
+from optax_muon.polar.selection import Form, choose
+from optax_muon.polar.symmetric import Full, Kernel, Panels
 
 __all__ = [
     "CUBIC",

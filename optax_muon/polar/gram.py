@@ -27,11 +27,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_muon.polar.coefficients import Row
-from optax_muon.polar.columns import WHOLE, Columns
-from optax_muon.polar.count import Count
 from optax_muon.polar.plain import quadratic
 from optax_muon.polar.precision import identity_like, product
-from optax_muon.polar.symmetric import WHOLE_PRODUCTS, Products
+from optax_muon.polar.reductions import WHOLE, ColumnShards
+from optax_muon.polar.symmetric import FULL, Products
+from optax_muon.polar.work import Work
 
 SPANS: Mapping[str, int] = MappingProxyType(
     {"bfloat16": 2, "float16": 2, "float32": 3, "float64": 3}
@@ -73,7 +73,7 @@ class Gram:
 
     restarts: tuple[int, ...]
     """Steps, counted from 0, before which the Gram matrix is formed anew."""
-    products: Products = WHOLE_PRODUCTS
+    products: Products = FULL
     """How products of Hermitian matrices that commute are made: all but the last of a span."""
 
     @classmethod
@@ -82,13 +82,15 @@ class Gram:
         steps: int,
         dtype: DTypeLike,
         restarts: Sequence[int] | None = None,
-        products: Products = WHOLE_PRODUCTS,
+        products: Products = FULL,
     ) -> Gram:
         """Take these restarts, or where they are None those of the compute dtype."""
         chosen = default_restarts(steps, dtype) if restarts is None else tuple(restarts)
         return cls(chosen, products)
 
-    def __call__(self, x: jax.Array, rows: Sequence[Row], columns: Columns = WHOLE) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = WHOLE
+    ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps.
 
         Raises:
@@ -97,7 +99,7 @@ class Gram:
         y = x
         for span in self._spans(rows):
             operand = jax.lax.optimization_barrier(y.astype(x.dtype))
-            gram = columns.psum(self.products(operand, operand))
+            gram = column_shards.psum(self.products(operand, operand))
             factor = self._factor(gram, span, x.dtype)
             y = product(factor.astype(x.dtype), operand)
         return y
@@ -135,12 +137,12 @@ class Gram:
         """
         return a * t + self.products(z.astype(dtype), t.astype(dtype))
 
-    def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Count:
+    def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
         spans = self._spans(rows)
         inner = sum(3 * (len(span) - 1) for span in spans) + sum(bool(c) for _, _, c in rows)
         long = self.products.flops(m, n // devices) + 2 * m * m * n // devices
-        return Count(
+        return Work(
             flops=len(spans) * long + inner * self.products.flops(m, m),
             sums=len(spans) * (devices > 1),
         )

@@ -22,11 +22,11 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_muon.polar.coefficients import KELLER, Coefficients
-from optax_muon.polar.columns import WHOLE, Columns
-from optax_muon.polar.forms import Form, choose
 from optax_muon.polar.gram import Gram
 from optax_muon.polar.normalize import as_matrices, normalize
 from optax_muon.polar.precision import adjoint, on_platform
+from optax_muon.polar.reductions import WHOLE, ColumnShards
+from optax_muon.polar.selection import Form, choose
 
 __all__ = ["gram_newton_schulz", "newton_schulz"]
 
@@ -39,7 +39,7 @@ def newton_schulz(
     steps: int | None = None,
     dtype: DTypeLike | None = None,
     form: Form | None = None,
-    columns: Columns = WHOLE,
+    column_shards: ColumnShards = WHOLE,
 ) -> jax.Array:
     r"""Send every singular value of each matrix near 1, and keep the singular vectors.
 
@@ -81,11 +81,13 @@ def newton_schulz(
     rows = coefficients.take(steps)
 
     def polynomial(x: jax.Array, platform: str) -> jax.Array:
-        m, n = x.shape[-2], x.shape[-1] * columns.size
-        chosen = form or choose(m, n, rows, dtype=x.dtype, platform=platform, devices=columns.size)
-        return chosen(x, rows, columns)
+        m, n = x.shape[-2], x.shape[-1] * column_shards.size
+        chosen = form or choose(
+            m, n, rows, dtype=x.dtype, platform=platform, devices=column_shards.size
+        )
+        return chosen(x, rows, column_shards)
 
-    return _on_short_side(polynomial, x, coefficients.safety, dtype, columns)
+    return _on_short_side(polynomial, x, coefficients.safety, dtype, column_shards)
 
 
 def gram_newton_schulz(
@@ -96,7 +98,7 @@ def gram_newton_schulz(
     steps: int | None = None,
     dtype: DTypeLike | None = None,
     restarts: Sequence[int] | None = None,
-    columns: Columns = WHOLE,
+    column_shards: ColumnShards = WHOLE,
 ) -> jax.Array:
     r"""Compute what `newton_schulz` computes, on the Gram matrix whatever the shape.
 
@@ -132,9 +134,9 @@ def gram_newton_schulz(
 
     def polynomial(x: jax.Array, platform: str) -> jax.Array:
         del platform
-        return Gram.of(len(rows), x.dtype, restarts)(x, rows, columns)
+        return Gram.of(len(rows), x.dtype, restarts)(x, rows, column_shards)
 
-    return _on_short_side(polynomial, x, coefficients.safety, dtype, columns)
+    return _on_short_side(polynomial, x, coefficients.safety, dtype, column_shards)
 
 
 def _on_short_side(
@@ -142,11 +144,11 @@ def _on_short_side(
     x: ArrayLike,
     safety: float,
     dtype: DTypeLike | None,
-    columns: Columns,
+    column_shards: ColumnShards,
 ) -> jax.Array:
     """Apply `polynomial` to wide matrices of norm 1 / safety, in the compute dtype."""
     x = as_matrices(x)
-    tall = columns.size == 1 and x.shape[-2] > x.shape[-1]
-    unit = normalize(adjoint(x) if tall else x, safety, columns)
+    tall = column_shards.size == 1 and x.shape[-2] > x.shape[-1]
+    unit = normalize(adjoint(x) if tall else x, safety, column_shards)
     y = on_platform(polynomial, unit, dtype).astype(x.dtype)
     return adjoint(y) if tall else y

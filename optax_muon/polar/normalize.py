@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_muon.polar.columns import WHOLE, Columns
 from optax_muon.polar.precision import at_least_float32
+from optax_muon.polar.reductions import WHOLE, ColumnShards
 
 
 def as_matrices(x: ArrayLike) -> jax.Array:
@@ -28,16 +28,16 @@ def as_matrices(x: ArrayLike) -> jax.Array:
     return x
 
 
-def normalize(x: jax.Array, safety: float = 1.0, columns: Columns = WHOLE) -> jax.Array:
+def normalize(x: jax.Array, safety: float = 1.0, column_shards: ColumnShards = WHOLE) -> jax.Array:
     """Divide each matrix by `safety` times its Frobenius norm, in float32 at least; 0 stays 0."""
     x = at_least_float32(x)
-    x = x / largest_entry(x, columns).astype(x.dtype)
+    x = x / largest_entry(x, column_shards).astype(x.dtype)
     # The largest entry is now 1, so the norm is below 1 only where the matrix is zero.
-    norm = jnp.sqrt(columns.psum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))
+    norm = jnp.sqrt(column_shards.psum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))
     return x / (safety * jnp.maximum(norm, 1.0)).astype(x.dtype)
 
 
-def largest_entry(x: jax.Array, columns: Columns = WHOLE) -> jax.Array:
+def largest_entry(x: jax.Array, column_shards: ColumnShards = WHOLE) -> jax.Array:
     """Return max |x| of each matrix as [..., 1, 1]; 1 where all entries are zero or subnormal."""
-    peak = columns.pmax(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))
+    peak = column_shards.pmax(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))
     return jnp.where(peak < jnp.finfo(x.dtype).tiny, 1.0, peak)

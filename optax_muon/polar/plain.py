@@ -7,10 +7,10 @@ import jax
 from jax.typing import DTypeLike
 
 from optax_muon.polar.coefficients import Row
-from optax_muon.polar.columns import WHOLE, Columns, all_rows, my_rows
-from optax_muon.polar.count import Count
 from optax_muon.polar.precision import product
-from optax_muon.polar.symmetric import WHOLE_PRODUCTS, Products
+from optax_muon.polar.reductions import WHOLE, ColumnShards, all_rows, my_rows
+from optax_muon.polar.symmetric import FULL, Products
+from optax_muon.polar.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Plain:
     True
     """
 
-    products: Products = WHOLE_PRODUCTS
+    products: Products = FULL
     """How $X X^T$ and $A^2$ are made."""
 
-    def __call__(self, x: jax.Array, rows: Sequence[Row], columns: Columns = WHOLE) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = WHOLE
+    ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps."""
         y = x
         for row in rows:
@@ -33,33 +35,33 @@ class Plain:
             # contracts it; keeping a X in float32 does not, and is 4 times less accurate in
             # POLAR_EXPRESS_8. Unfenced, XLA defers the sums to the end and keeps the float32
             # products of all steps: on a TPU 1.9 GiB where 0.4 do, for one matrix of 4096 x 14336.
-            y = self._step(jax.lax.optimization_barrier(y.astype(x.dtype)), row, columns)
+            y = self._step(jax.lax.optimization_barrier(y.astype(x.dtype)), row, column_shards)
         return y
 
-    def _step(self, x: jax.Array, row: Row, columns: Columns) -> jax.Array:
+    def _step(self, x: jax.Array, row: Row, column_shards: ColumnShards) -> jax.Array:
         """Return a X + (b A + c A^2) X, A = X X^H, in the accumulation dtype."""
         a, b, c = row
-        gram = columns.psum(self.products(x, x))
-        moved = product(self._factor(gram, b, c, x.dtype, columns), x)
+        gram = column_shards.psum(self.products(x, x))
+        moved = product(self._factor(gram, b, c, x.dtype, column_shards), x)
         return a * x.astype(moved.dtype) + moved
 
     def _factor(
-        self, gram: jax.Array, b: float, c: float, dtype: DTypeLike, columns: Columns
+        self, gram: jax.Array, b: float, c: float, dtype: DTypeLike, column_shards: ColumnShards
     ) -> jax.Array:
         """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
-        mine = my_rows(gram, columns)
+        mine = my_rows(gram, column_shards)
         if mine is gram:
             return quadratic(gram, b, c, dtype, self.products).astype(dtype)
         share = b * mine + c * product(mine.astype(dtype), gram.astype(dtype)) if c else b * mine
-        return all_rows(share.astype(dtype), columns)
+        return all_rows(share.astype(dtype), column_shards)
 
-    def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Count:
+    def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
         shared = devices > 1 and m % devices == 0
         squares = sum(bool(c) for _, _, c in rows)
         square = 2 * m**3 // devices if shared else self.products.flops(m, m)
         step = self.products.flops(m, n // devices) + 2 * m * m * n // devices
-        return Count(
+        return Work(
             flops=len(rows) * step + squares * square,
             sums=len(rows) * (devices > 1),
             gathers=len(rows) * shared,

@@ -36,7 +36,7 @@ class Products(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Full:
     """As any other product: all of it computed."""
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ class Whole:
         return ""
 
 
-WHOLE_PRODUCTS: Products = Whole()
+FULL: Products = Full()
 """Nothing is known, or nothing is gained by it."""
 
 
@@ -75,7 +75,7 @@ class Panels(_Mirrored):
     >>> x = jnp.arange(12.0).reshape(4, 3)
     >>> bool((Panels(2)(x, x) == x @ x.T).all())
     True
-    >>> Panels(2).flops(4, 3) / Whole().flops(4, 3)
+    >>> Panels(2).flops(4, 3) / Full().flops(4, 3)
     0.75
     """
 

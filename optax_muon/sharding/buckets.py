@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_muon.sharding.unseen import unseen
+from optax_muon.sharding.cpu import opaque_ints
 
 Stacks = dict[str, tuple[jax.Array, ...]]
 """The matrices of every parameter: path to one `[b, m, n]` per block of its view."""
@@ -98,7 +98,7 @@ def _cut_alike(lengths: Sequence[int], pooled: jax.Array) -> list[jax.Array]:
     XLA's CPU backend compiles equal kernels once, and a slice at an offset that it knows is unlike
     all others: 12 ms of LLVM for every parameter, of 13 ms in all.
     """
-    starts = unseen([*itertools.accumulate(lengths[:-1], initial=0)], pooled)
+    starts = opaque_ints([*itertools.accumulate(lengths[:-1], initial=0)], pooled)
     pieces = zip(starts, lengths, strict=True)
     return [lax.dynamic_slice_in_dim(pooled, start, length) for start, length in pieces]
 

@@ -19,16 +19,16 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optax_muon.sharding.groups import Group
-from optax_muon.sharding.layouts import GATHER, SPLIT, Lot
-from optax_muon.sharding.plan import Dealt, Plan
-from optax_muon.sharding.routes import Route
+from optax_muon.sharding.cpu import opaque_ints
+from optax_muon.sharding.device_groups import Group
+from optax_muon.sharding.exchange import Route
+from optax_muon.sharding.mesh import AnyMesh, Spec, explicit, on_explicit
+from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.sharding.search import GATHER, SPLIT, Assignment
 from optax_muon.sharding.shards import Leaf
-from optax_muon.sharding.specs import AnyMesh, Spec, explicit, on_explicit
-from optax_muon.sharding.unseen import unseen
 
 Orthogonalizer = Callable[..., jax.Array]
-"""`[..., m, n] -> [..., m, n]`; takes `columns=Group` where the plan splits."""
+"""`[..., m, n] -> [..., m, n]`; takes `column_shards=Group` where the plan splits."""
 
 
 def execute(
@@ -90,68 +90,89 @@ def _on_shards(
         payload = shards[leaf.path].astype(plan.payload(shards[leaf.path].dtype))
         # Unfenced, XLA pools as it casts, and can no longer write the momentum where it was.
         payload = lax.optimization_barrier(payload)
-        stacks[leaf.path] = leaf.geometry.to_matrices(_turn(leaf, payload))
+        stacks[leaf.path] = leaf.bound.to_matrices(_turn(leaf, payload))
     done: dict[tuple[str, int], jax.Array] = {}
-    for dealt in plan.buckets:
-        pooled = dealt.bucket.pack(stacks)
-        scheduled = orthogonalizer if plan.blind else _scheduled(orthogonalizer, dealt.turned)
-        done |= dealt.bucket.unpack(_deal(dealt, scheduled, pooled))
+    for bucket_plan in plan.buckets:
+        pooled = bucket_plan.bucket.pack(stacks)
+        scheduled = (
+            orthogonalizer
+            if plan.unknown_shardings
+            else _scheduled(orthogonalizer, bucket_plan.turned)
+        )
+        done |= bucket_plan.bucket.unpack(_deal(bucket_plan, scheduled, pooled))
     joined = {}
     for leaf in plan.leaves:
-        blocks = [done[leaf.path, index] for index in range(len(leaf.geometry.blocks))]
-        back = _turn(leaf, leaf.geometry.from_matrices(blocks), back=True)
+        blocks = [done[leaf.path, index] for index in range(len(leaf.bound.blocks))]
+        back = _turn(leaf, leaf.bound.from_matrices(blocks), back=True)
         # Unfenced, XLA casts first and then turns, and holds another float32 copy.
         joined[leaf.path] = lax.optimization_barrier(back).astype(shards[leaf.path].dtype)
     return joined
 
 
-def _deal(dealt: Dealt, orthogonalizer: Orthogonalizer, pooled: jax.Array) -> jax.Array:
+def _deal(bucket_plan: BucketPlan, orthogonalizer: Orthogonalizer, pooled: jax.Array) -> jax.Array:
     """All lots of a bucket `[B, m / r, n / c]`: those done at once share their trips."""
-    at_once = [lot for lot in dealt.lots if lot.rounds == 1]
-    together = _bring_home(at_once, orthogonalizer, [_take(lot, pooled) for lot in at_once])
-    parts = {lot.start: part for lot, part in zip(at_once, together, strict=True)}
-    for lot in dealt.lots:
-        if lot.rounds > 1:
-            parts[lot.start] = _in_turns(lot, orthogonalizer, _take(lot, pooled))
-    ordered = [parts[lot.start][: lot.count] for lot in dealt.lots]
+    at_once = [assignment for assignment in bucket_plan.assignments if assignment.rounds == 1]
+    together = _bring_home(
+        at_once, orthogonalizer, [_take(assignment, pooled) for assignment in at_once]
+    )
+    parts = {assignment.start: part for assignment, part in zip(at_once, together, strict=True)}
+    for assignment in bucket_plan.assignments:
+        if assignment.rounds > 1:
+            parts[assignment.start] = _in_turns(
+                assignment, orthogonalizer, _take(assignment, pooled)
+            )
+    ordered = [
+        parts[assignment.start][: assignment.count] for assignment in bucket_plan.assignments
+    ]
     return ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
 
 
-def _take(lot: Lot, pooled: jax.Array) -> jax.Array:
+def _take(assignment: Assignment, pooled: jax.Array) -> jax.Array:
     """The lot's tiles, filled up with zero matrices, which stay zero."""
-    tiles = lax.slice_in_dim(pooled, lot.start, lot.start + lot.count)
-    return _grow(tiles, (lot.count + lot.padding, *tiles.shape[1:]))
+    tiles = lax.slice_in_dim(pooled, assignment.start, assignment.start + assignment.count)
+    return _grow(tiles, (assignment.count + assignment.padding, *tiles.shape[1:]))
 
 
-def _in_turns(lot: Lot, orthogonalizer: Orthogonalizer, tiles: jax.Array) -> jax.Array:
+def _in_turns(
+    assignment: Assignment, orthogonalizer: Orthogonalizer, tiles: jax.Array
+) -> jax.Array:
     """A lot too large to be held at once."""
-    turns = tiles.reshape(lot.rounds, -1, *tiles.shape[1:])
-    done: jax.Array = lax.map(lambda some: _bring_home([lot], orthogonalizer, [some])[0], turns)
+    turns = tiles.reshape(assignment.rounds, -1, *tiles.shape[1:])
+    done: jax.Array = lax.map(
+        lambda some: _bring_home([assignment], orthogonalizer, [some])[0], turns
+    )
     return done.reshape(tiles.shape)
 
 
 def _bring_home(
-    lots: Sequence[Lot], orthogonalizer: Orthogonalizer, tiles: Sequence[jax.Array]
+    assignments: Sequence[Assignment], orthogonalizer: Orthogonalizer, tiles: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """Lots of tiles `[k, m / r, n / c]`, to their homes, through the orthogonalizer, and back."""
-    routes = [Route(lot, x.shape) for lot, x in zip(lots, tiles, strict=True)]
+    routes = [Route(assignment, x.shape) for assignment, x in zip(assignments, tiles, strict=True)]
     shares = [route.my_share(x) for route, x in zip(routes, tiles, strict=True)]
     sent = [route.address(x) for route, x in zip(routes, shares, strict=True)]
     arrived = _exchange(routes, sent)
     whole = [route.assemble(x) for route, x in zip(routes, arrived, strict=True)]
-    polar = [_polar(lot, orthogonalizer, x) for lot, x in zip(lots, whole, strict=True)]
+    polar = [
+        _polar(assignment, orthogonalizer, x)
+        for assignment, x in zip(assignments, whole, strict=True)
+    ]
     parts = [route.take_apart(x) for route, x in zip(routes, polar, strict=True)]
     back = _exchange(routes, parts, back=True)
     done = [route.deliver(x) for route, x in zip(routes, back, strict=True)]
-    published = _publish(lots, done)
+    published = _publish(assignments, done)
     return [route.join(x) for route, x in zip(routes, published, strict=True)]
 
 
-def _polar(lot: Lot, orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
+def _polar(assignment: Assignment, orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
     # Unfenced, XLA moves the orthogonalizer's casts across the transposes of the trips, and these
     # then transpose float32.
     x = lax.optimization_barrier(x)
-    polar = orthogonalizer(x, columns=lot.columns) if lot.layout == SPLIT else orthogonalizer(x)
+    polar = (
+        orthogonalizer(x, column_shards=assignment.columns)
+        if assignment.layout == SPLIT
+        else orthogonalizer(x)
+    )
     done: jax.Array = lax.optimization_barrier(polar)
     return done
 
@@ -159,9 +180,9 @@ def _polar(lot: Lot, orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
 def _scheduled(orthogonalizer: Orthogonalizer, turned: bool) -> Orthogonalizer:
     """Give an accelerator the batch, and the cores of a CPU a few matrices at a time."""
 
-    def scheduled(x: jax.Array, **columns: Group) -> jax.Array:
-        if columns or (x.shape[0] == 1 and not turned):
-            return orthogonalizer(x, **columns)
+    def scheduled(x: jax.Array, **column_shards: Group) -> jax.Array:
+        if column_shards or (x.shape[0] == 1 and not turned):
+            return orthogonalizer(x, **column_shards)
         few = functools.partial(_few_at_a_time, orthogonalizer, turned)
         done: jax.Array = lax.platform_dependent(x, cpu=few, default=orthogonalizer)
         return done
@@ -196,7 +217,7 @@ def _few_at_a_time(orthogonalizer: Orthogonalizer, turned: bool, x: jax.Array) -
     # In place: `lax.map` would fill a second stack with zeros, and copy the first to cut it.
     turns: int | jax.Array = count // together
     if turned and turns == 1:
-        [turns] = unseen([1], x)
+        [turns] = opaque_ints([1], x)
     done: jax.Array = lax.fori_loop(0, turns, turn, x)
     return done
 
@@ -205,8 +226,8 @@ def _exchange(
     routes: Sequence[Route], arrays: Sequence[jax.Array], back: bool = False
 ) -> list[jax.Array]:
     """One all-to-all per group of devices, or the gather of Algorithm 1 and its local return."""
-    groups = [route.lot.exchange for route in routes]
-    if routes and routes[0].lot.layout == GATHER:
+    groups = [route.assignment.exchange for route in routes]
+    if routes and routes[0].assignment.layout == GATHER:
         return [
             lax.dynamic_index_in_dim(x, group.index(), keepdims=False)
             if back
@@ -216,9 +237,11 @@ def _exchange(
     return _fused(groups, arrays, Group.all_to_all, lead=1)
 
 
-def _publish(lots: Sequence[Lot], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+def _publish(assignments: Sequence[Assignment], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """One all-gather per group of devices that held copies."""
-    return _fused([lot.replicas for lot in lots], arrays, Group.all_gather, lead=0)
+    return _fused(
+        [assignment.replicas for assignment in assignments], arrays, Group.all_gather, lead=0
+    )
 
 
 def _fused(

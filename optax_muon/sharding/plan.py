@@ -13,22 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from optax_muon.matrices.views import Geometry
+from optax_muon.matrices.views import BoundView
 from optax_muon.sharding import report
 from optax_muon.sharding.buckets import Bucket
 from optax_muon.sharding.cost import Cost, Work
-from optax_muon.sharding.layouts import LOCAL, Lot
+from optax_muon.sharding.mesh import AnyMesh, axis_sizes, slow_axes
+from optax_muon.sharding.search import LOCAL, Assignment
 from optax_muon.sharding.shards import Leaf
-from optax_muon.sharding.specs import AnyMesh, axis_sizes, slow_axes
 
 
 @dataclasses.dataclass(frozen=True)
-class Dealt:
+class BucketPlan:
     """A bucket and how its matrices are dealt out."""
 
     bucket: Bucket
     """The matrices, as one device sees them."""
-    lots: tuple[Lot, ...]
+    assignments: tuple[Assignment, ...]
     """What is done with them."""
     copies: int
     """Buckets of other matrices like this one, on other devices (experts, say)."""
@@ -40,12 +40,14 @@ class Dealt:
     @property
     def turned(self) -> bool:
         """Whether the matrices come to the orthogonalizer transposed, and by no other way."""
-        return self.bucket.turned and all(lot.layout == LOCAL for lot in self.lots)
+        return self.bucket.turned and all(
+            assignment.layout == LOCAL for assignment in self.assignments
+        )
 
     @property
     def cost(self) -> Cost:
         """Of one update, per device."""
-        return sum((lot.cost for lot in self.lots), Cost())
+        return sum((assignment.cost for assignment in self.assignments), Cost())
 
     def to_dict(self) -> dict[str, Any]:
         """In plain numbers, strings and lists."""
@@ -59,7 +61,7 @@ class Dealt:
             "cols_over": list(self.bucket.cols_over),
             "batch_over": list(self.bucket.batch_over),
             "seconds": dict(self.seconds),
-            "lots": [lot.to_dict() for lot in self.lots],
+            "assignments": [assignment.to_dict() for assignment in self.assignments],
         }
 
 
@@ -71,27 +73,29 @@ class Plan:
     """The mesh; None on one device."""
     leaves: tuple[Leaf, ...]
     """All parameters that have matrices."""
-    buckets: tuple[Dealt, ...]
+    buckets: tuple[BucketPlan, ...]
     """All matrices, by shape, dtype and sharding."""
     work: Work
     """How the orthogonalizer was counted."""
-    blind: bool = False
+    unknown_shardings: bool = False
     """Whether the leaves lie on a mesh of which nothing is known: all moves are the compiler's."""
 
     @property
     def cost(self) -> Cost:
         """Of one update, per device."""
         turned = sum(2 * leaf.turned for leaf in self.leaves) * self.work.itemsize
-        return sum((dealt.cost for dealt in self.buckets), Cost(bytes=turned, wire=turned))
+        return sum(
+            (bucket_plan.cost for bucket_plan in self.buckets), Cost(bytes=turned, wire=turned)
+        )
 
     @property
-    def even_flops(self) -> float:
+    def balanced_flops(self) -> float:
         """Operations per device if the work of all matrices were spread evenly over all devices."""
         whole = sum(d.bucket.size * d.copies * d.whole.flops for d in self.buckets)
         return whole / self.devices
 
     @property
-    def against_adamw(self) -> float:
+    def comm_vs_adamw(self) -> float:
         """Bytes that a step of training communicates, over those with distributed AdamW.
 
         Per parameter, AdamW scatters 4 bytes of gradient and gathers 4 of parameter; Muon moves
@@ -116,21 +120,21 @@ class Plan:
             "devices": self.devices,
             "dtype": str(self.work.dtype),
             "steps": self.work.steps,
-            "even_flops": self.even_flops,
-            "against_adamw": self.against_adamw,
+            "balanced_flops": self.balanced_flops,
+            "comm_vs_adamw": self.comm_vs_adamw,
             **dataclasses.asdict(self.cost),
-            "buckets": [dealt.to_dict() for dealt in self.buckets],
+            "buckets": [bucket_plan.to_dict() for bucket_plan in self.buckets],
         }
 
-    def check(self, geometries: Mapping[str, Geometry]) -> None:
+    def check(self, bounds: Mapping[str, BoundView]) -> None:
         """See that the plan was made for these matrices.
 
         Raises:
           ValueError: a parameter with other matrices than planned.
         """
         planned = {leaf.path: leaf.whole for leaf in self.leaves}
-        for path in {**planned, **geometries}:
-            here, there = _words(geometries.get(path)), _words(planned.get(path))
+        for path in {**planned, **bounds}:
+            here, there = _words(bounds.get(path)), _words(planned.get(path))
             if here != there:
                 raise ValueError(
                     f"{path} has {here}, and the plan was made for {there}; make the plan of these"
@@ -148,9 +152,9 @@ class Plan:
         return np.dtype(np.float32) if payload == np.float16 else payload
 
 
-def _words(geometry: Geometry | None) -> str:
+def _words(bound: BoundView | None) -> str:
     """Matrices as an error message names them."""
-    if geometry is None:
+    if bound is None:
         return "no matrices"
-    blocks = " + ".join(f"{b.batch} x ({b.rows} x {b.cols})" for b in geometry.blocks)
-    return f"the shape {geometry.shape} read as {blocks}"
+    blocks = " + ".join(f"{b.batch} x ({b.rows} x {b.cols})" for b in bound.blocks)
+    return f"the shape {bound.shape} read as {blocks}"

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_muon.matrices.views import Block, Geometry
+from optax_muon.matrices.views import Block, BoundView
 from optax_muon.sharding.buckets import Bucket, Member
 from optax_muon.sharding.cost import RATES, CostModel, Work
-from optax_muon.sharding.layouts import GATHER, HOME, Search, Shape
-from optax_muon.sharding.plan import Dealt, Plan
+from optax_muon.sharding.mesh import LeafShardings, axis_sizes, platform, slow_axes
+from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.sharding.search import GATHER, HOME, BucketGeometry, LayoutSearch
 from optax_muon.sharding.shards import Leaf, leaf_on
-from optax_muon.sharding.specs import Whereabouts, axis_sizes, platform, slow_axes
 
 
 def make(
-    geometries: Mapping[str, Geometry],
+    bounds: Mapping[str, BoundView],
     dtypes: Mapping[str, np.dtype],
-    where: Whereabouts,
+    where: LeafShardings,
     work: Work,
     *,
     on: str | None = None,
@@ -42,8 +42,8 @@ def make(
     work = work.at(kind)
     sizes = axis_sizes(where.mesh)
     leaves = tuple(
-        leaf_on(path, geometry, where.specs.get(path, ((),) * len(geometry.shape)), sizes)
-        for path, geometry in geometries.items()
+        leaf_on(path, bound, where.specs.get(path, ((),) * len(bound.shape)), sizes)
+        for path, bound in bounds.items()
     )
     free = [axis for axis in sizes if axis not in slow_axes(where.mesh)]
     deal = functools.partial(
@@ -57,8 +57,14 @@ def make(
     )
     # In, out, and out in float32 where it is turned back: four times what is pooled is held.
     pooled = pool(leaves, dtypes, sizes, memory // (4 * work.itemsize))
-    dealt = tuple(deal(bucket) for bucket in pooled)
-    return Plan(where.mesh, leaves, dealt, work, blind=where.mesh is None and where.blind)
+    bucket_plan = tuple(deal(bucket) for bucket in pooled)
+    return Plan(
+        where.mesh,
+        leaves,
+        bucket_plan,
+        work,
+        unknown_shardings=where.mesh is None and where.unknown_shardings,
+    )
 
 
 def _deal(
@@ -69,7 +75,7 @@ def _deal(
     model: CostModel,
     layout: str | None,
     memory: int,
-) -> Dealt:
+) -> BucketPlan:
     """Choose the lots of a bucket."""
     cut = (*bucket.rows_over, *bucket.cols_over, *bucket.batch_over)
     copies = [axis for axis in free if axis not in cut and sizes[axis] > 1]
@@ -77,17 +83,20 @@ def _deal(
         tuple((axis, sizes[axis]) for axis in axes)
         for axes in (bucket.rows_over, bucket.cols_over, copies)
     )
-    shape = Shape(bucket.rows, bucket.cols, rows, cols, copies_over)
+    shape = BucketGeometry(bucket.rows, bucket.cols, rows, cols, copies_over)
     ways = {
-        name: Search(shape, work, model, way, memory).lots(bucket.size)
+        name: LayoutSearch(shape, work, model, way, memory).assignments(bucket.size)
         for name, way in (("chosen", layout), (HOME, HOME), (GATHER, GATHER))
     }
-    return Dealt(
+    return BucketPlan(
         bucket,
-        lots=ways["chosen"],
+        assignments=ways["chosen"],
         copies=math.prod(sizes[axis] for axis in bucket.batch_over),
         whole=work.on(bucket.rows, bucket.cols),
-        seconds={n: sum(model.seconds(lot.cost) for lot in lots) for n, lots in ways.items()},
+        seconds={
+            n: sum(model.seconds(assignment.cost) for assignment in assignments)
+            for n, assignments in ways.items()
+        },
     )
 
 
@@ -101,7 +110,7 @@ def pool(
     """
     members: dict[tuple[Any, ...], list[Member]] = {}
     for leaf in leaves:
-        for index, block in enumerate(leaf.geometry.blocks):
+        for index, block in enumerate(leaf.bound.blocks):
             tall, sides = _sides(leaf, block, sizes)
             sharing = math.prod(n for axis, n in sizes.items() if axis not in leaf.batch_over)
             big = math.prod(block.shape) > entries and block.batch % sharing == 0

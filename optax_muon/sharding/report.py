@@ -16,7 +16,11 @@ HEADS = (
 
 def table(plan: Entry) -> str:
     """A line for every lot, and the totals per device."""
-    rows = [_row(bucket, lot) for bucket in plan["buckets"] for lot in bucket["lots"]]
+    rows = [
+        _row(bucket, assignment)
+        for bucket in plan["buckets"]
+        for assignment in bucket["assignments"]
+    ]
     return "\n".join((_title(plan), "", *_aligned([HEADS, *rows]), "", *_totals(plan)))
 
 
@@ -26,29 +30,29 @@ def _title(plan: Entry) -> str:
     return f"Muon on {where}: {plan['steps']} steps in {plan['dtype']}"
 
 
-def _row(bucket: Entry, lot: Entry) -> tuple[str, ...]:
+def _row(bucket: Entry, assignment: Entry) -> tuple[str, ...]:
     return (
-        f"{lot['count'] * bucket['copies']} x ({bucket['rows']} x {bucket['cols']})",
+        f"{assignment['count'] * bucket['copies']} x ({bucket['rows']} x {bucket['cols']})",
         " ".join(bucket["rows_over"]) or "-",
         " ".join(bucket["cols_over"]) or "-",
-        lot["layout"],
-        _workers(bucket, lot),
-        str(lot["owned"]),
-        str(lot["padding"]),
-        str(lot["rounds"]),
-        lot["form"] or "-",
-        f"{lot['flops'] / 1e9:.1f}",
-        f"{lot['bytes'] / 2**20:.1f}",
-        f"{lot['memory'] / 2**20:.0f}",
-        _why(bucket["seconds"]) if lot["start"] == 0 else "remainder",
+        assignment["layout"],
+        _workers(bucket, assignment),
+        str(assignment["owned"]),
+        str(assignment["padding"]),
+        str(assignment["rounds"]),
+        assignment["form"] or "-",
+        f"{assignment['flops'] / 1e9:.1f}",
+        f"{assignment['bytes'] / 2**20:.1f}",
+        f"{assignment['memory'] / 2**20:.0f}",
+        _why(bucket["seconds"]) if assignment["start"] == 0 else "remainder",
     )
 
 
-def _workers(bucket: Entry, lot: Entry) -> str:
-    if lot["layout"] in ("local", "gather"):
-        return "each device" if lot["layout"] == "local" else "all alike"
-    homes = math.prod(lot["homes"].values()) * bucket["copies"]
-    sharing = math.prod(lot["shared_by"].values())
+def _workers(bucket: Entry, assignment: Entry) -> str:
+    if assignment["layout"] in ("local", "gather"):
+        return "each device" if assignment["layout"] == "local" else "all alike"
+    homes = math.prod(assignment["homes"].values()) * bucket["copies"]
+    sharing = math.prod(assignment["shared_by"].values())
     return f"{homes} x {sharing} devices" if sharing > 1 else f"{homes} devices"
 
 
@@ -62,7 +66,7 @@ def _why(seconds: Mapping[str, float]) -> str:
 def _totals(plan: Entry) -> Iterable[str]:
     flops, wire = (
         f"{plan[cost] / plan[bound]:.2f} of" if plan[bound] else "1.00 of"
-        for cost, bound in (("flops", "even_flops"), ("wire", "least"))
+        for cost, bound in (("flops", "balanced_flops"), ("wire", "least"))
     )
     yield f"per device {plan['flops'] / 1e9:.1f} GFLOP, {flops} an even share"
     yield (
@@ -70,7 +74,7 @@ def _totals(plan: Entry) -> Iterable[str]:
         f" ({plan['bytes'] / 2**20:.1f} MiB of results of collectives)"
     )
     yield f"           {plan['memory'] / 2**20:.0f} MiB of temporary arrays at the peak"
-    yield f"a step communicates {plan['against_adamw']:.3f} of what it does with distributed AdamW"
+    yield f"a step communicates {plan['comm_vs_adamw']:.3f} of what it does with distributed AdamW"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,14 +13,14 @@ import math
 from collections.abc import Mapping
 from typing import TypeVar
 
-from optax_muon.matrices.views import Geometry, Split
-from optax_muon.sharding.specs import Spec
+from optax_muon.matrices.views import BoundView, Split
+from optax_muon.sharding.mesh import Spec
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class AxisReshard:
     """An exchange that makes a fused axis whole on each device, and cuts another axis instead."""
 
     axes: tuple[str, ...]
@@ -41,9 +41,9 @@ class Leaf:
     """Mesh axes that its axes are cut over, those of one device too, which types name."""
     shape: tuple[int, ...]
     """Its shape, grown by zeros to divide evenly among the devices."""
-    whole: Geometry
+    whole: BoundView
     """Its view, bound to the shape that it has."""
-    geometry: Geometry
+    bound: BoundView
     """Its view, bound to the shape of the shard that one device works on."""
     batch_over: tuple[str, ...]
     """Mesh axes over which its matrices are dealt out."""
@@ -51,16 +51,16 @@ class Leaf:
     """Mesh axes that its rows are cut over."""
     cols_over: tuple[str, ...]
     """Mesh axes that its columns are cut over."""
-    turn: Turn | None = None
+    turn: AxisReshard | None = None
     """What has to happen first where a split does not fit the shards."""
 
     @property
     def turned(self) -> int:
         """Entries of a device that a turn exchanges, each way."""
-        return 0 if self.turn is None else math.prod(self.geometry.shape)
+        return 0 if self.turn is None else math.prod(self.bound.shape)
 
 
-def leaf_on(path: str, geometry: Geometry, spec: Spec, sizes: Mapping[str, int]) -> Leaf:
+def leaf_on(path: str, bound: BoundView, spec: Spec, sizes: Mapping[str, int]) -> Leaf:
     """Bind a parameter to the mesh.
 
     Raises:
@@ -69,28 +69,28 @@ def leaf_on(path: str, geometry: Geometry, spec: Spec, sizes: Mapping[str, int])
     lies = spec
     spec = tuple(tuple(axis for axis in over if sizes[axis] > 1) for over in spec)
     ways = [math.prod(sizes[axis] for axis in over) for over in spec]
-    shape = tuple(-(-n // k) * k for n, k in zip(geometry.shape, ways, strict=True))
+    shape = tuple(-(-n // k) * k for n, k in zip(bound.shape, ways, strict=True))
     shard = tuple(n // k for n, k in zip(shape, ways, strict=True))
-    split, turn, here = geometry.split, None, spec
-    dealt: tuple[str, ...] = ()
+    split, turn, here = bound.split, None, spec
+    bucket_plan: tuple[str, ...] = ()
     if split is not None and spec[split.axis]:
         if _whole_heads(split, ways[split.axis]):
-            dealt, here = spec[split.axis], _replaced(spec, split.axis, ())
+            bucket_plan, here = spec[split.axis], _replaced(spec, split.axis, ())
             split = _fewer_heads(split, ways[split.axis])
         else:
-            turn = _turn(path, split.axis, geometry, spec, shard, ways)
+            turn = _turn(path, split.axis, bound, spec, shard, ways)
             here, shard = _turned(turn, spec, shard, ways[turn.whole])
     batch_over, rows_over, cols_over = (
         tuple(name for axis in axes for name in here[axis])
-        for axes in (geometry.batch_axes, geometry.row_axes, geometry.col_axes)
+        for axes in (bound.batch_axes, bound.row_axes, bound.col_axes)
     )
     return Leaf(
         path=path,
         spec=lies,
         shape=shape,
-        whole=geometry,
-        geometry=dataclasses.replace(geometry, shape=shard, split=split),
-        batch_over=tuple(sorted((*batch_over, *dealt), key=list(sizes).index)),
+        whole=bound,
+        bound=dataclasses.replace(bound, shape=shard, split=split),
+        batch_over=tuple(sorted((*batch_over, *bucket_plan), key=list(sizes).index)),
         rows_over=rows_over,
         cols_over=cols_over,
         turn=turn,
@@ -109,12 +109,12 @@ def _fewer_heads(split: Split, ways: int) -> Split:
 
 
 def _turn(
-    path: str, whole: int, geometry: Geometry, spec: Spec, shard: tuple[int, ...], ways: list[int]
-) -> Turn:
+    path: str, whole: int, bound: BoundView, spec: Spec, shard: tuple[int, ...], ways: list[int]
+) -> AxisReshard:
     """Find the longest other axis that the devices of the fused axis can cut."""
-    if geometry.shape[whole] % ways[whole]:
+    if bound.shape[whole] % ways[whole]:
         raise ValueError(
-            f"{path}: its fused axis of {geometry.shape[whole]} does not divide over {spec[whole]};"
+            f"{path}: its fused axis of {bound.shape[whole]} does not divide over {spec[whole]};"
             " shard it evenly."
         )
     others = [a for a, length in enumerate(shard) if a != whole and length % ways[whole] == 0]
@@ -123,11 +123,11 @@ def _turn(
             f"{path}: its fused axis is cut over {spec[whole]} across its parts, and no other axis"
             f" of the shard {shard} divides by {ways[whole]}; shard another axis instead."
         )
-    return Turn(spec[whole], whole, max(others, key=lambda axis: shard[axis]))
+    return AxisReshard(spec[whole], whole, max(others, key=lambda axis: shard[axis]))
 
 
 def _turned(
-    turn: Turn, spec: Spec, shard: tuple[int, ...], ways: int
+    turn: AxisReshard, spec: Spec, shard: tuple[int, ...], ways: int
 ) -> tuple[Spec, tuple[int, ...]]:
     """Spec and shard after a turn."""
     spec = _replaced(_replaced(spec, turn.whole, ()), turn.cut, (*spec[turn.cut], *turn.axes))

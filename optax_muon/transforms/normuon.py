@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.matrices import paths, rules
-from optax_muon.matrices.views import Axes, Geometry, Split
+from optax_muon.matrices import assign, paths
+from optax_muon.matrices.views import Axes, BoundView, Split
 from optax_muon.transforms.dtype import at_least_float32
 
 
@@ -50,19 +50,19 @@ def normuon(
     True
     """
 
-    def geometries(tree: Any) -> dict[str, Geometry]:
+    def bounds(tree: Any) -> dict[str, BoundView]:
         leaves = paths.named_leaves(tree)
-        views_of = rules.assign(tree, views)
+        views_of = assign.assign(tree, views)
         return {p: v.on(leaves[p].shape) for p, v in views_of.items() if v is not None}
 
     def init(params: optax.Params) -> NorMuonState:
-        found = geometries(params)
+        found = bounds(params)
 
         def zeros(path: Any, leaf: Any) -> jax.Array | optax.MaskedNode:
-            geometry = found.get(paths.path_name(path))
-            if geometry is None:
+            bound = found.get(paths.path_name(path))
+            if bound is None:
                 return optax.MaskedNode()
-            return jnp.zeros(_neurons(geometry).shape, at_least_float32(leaf.dtype))
+            return jnp.zeros(_neurons(bound).shape, at_least_float32(leaf.dtype))
 
         return NorMuonState(jax.tree.map_with_path(zeros, params))
 
@@ -71,11 +71,11 @@ def normuon(
     ) -> tuple[optax.Updates, NorMuonState]:
         del params
         leaves, nu = paths.named_leaves(updates), paths.named_leaves(state.nu)
-        for path, geometry in geometries(updates).items():
-            neurons, axes = _neurons(geometry), (geometry.part_rows, geometry.part_cols)
-            pairs = zip(geometry.parts(leaves[path]), neurons.parts(nu[path]), strict=True)
+        for path, bound in bounds(updates).items():
+            neurons, axes = _neurons(bound), (bound.part_rows, bound.part_cols)
+            pairs = zip(bound.parts(leaves[path]), neurons.parts(nu[path]), strict=True)
             moved = [_normalise(part, old, *axes, beta2, eps) for part, old in pairs]
-            leaves[path] = geometry.join([part for part, _ in moved])
+            leaves[path] = bound.join([part for part, _ in moved])
             nu[path] = neurons.join([mean_square for _, mean_square in moved])
         return _like(updates, leaves), NorMuonState(_like(state.nu, nu))
 
@@ -86,16 +86,16 @@ def _like(tree: Any, leaves: dict[str, jax.Array]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
 
 
-def _neurons(geometry: Geometry) -> Geometry:
+def _neurons(bound: BoundView) -> BoundView:
     """The parameter with one row: where its neurons lie, split as it is."""
-    shape, split = list(geometry.shape), geometry.split
-    for axis in geometry.row_axes:
+    shape, split = list(bound.shape), bound.split
+    for axis in bound.row_axes:
         shape[axis] = 1
-    if split is not None and split.axis in geometry.row_axes:
+    if split is not None and split.axis in bound.row_axes:
         assert split.heads is not None
         split = Split(split.axis, split.heads, split.heads)
         shape[split.axis] = split.total
-    return dataclasses.replace(geometry, shape=tuple(shape), split=split)
+    return dataclasses.replace(bound, shape=tuple(shape), split=split)
 
 
 def _normalise(

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 import optax
 
-from optax_muon.matrices import paths, rules
-from optax_muon.matrices.views import Geometry
+from optax_muon.matrices import assign, paths
+from optax_muon.matrices.views import BoundView
+from optax_muon.planning import work_of
 from optax_muon.polar import newton_schulz
-from optax_muon.sharding import specs
 from optax_muon.sharding.execute import Orthogonalizer, execute
+from optax_muon.sharding.mesh import LeafShardings, read
 from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.planner import make
-from optax_muon.transforms.planning import work_of
 
 
 def orthogonalize(
@@ -37,7 +37,7 @@ def orthogonalize(
     Args:
       orthogonalizer: a function `[..., m, n] -> [..., m, n]`; set its options with
         `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. If it takes a keyword
-        `columns`, it may be given columns that lie on several devices; else it gets whole matrices
+        `column_shards`, it may be given columns that lie on several devices; else it gets whole matrices
         only.
       views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
         pass unchanged.
@@ -64,11 +64,11 @@ def orthogonalize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves = paths.named_leaves(updates)
-        assigned = rules.assign(updates, views)
-        geometries = {p: v.on(leaves[p].shape) for p, v in assigned.items() if v is not None}
+        assigned = assign.assign(updates, views)
+        bounds = {p: v.on(leaves[p].shape) for p, v in assigned.items() if v is not None}
         if plan is not None:
-            plan.check(geometries)
-        chosen = plan or _plan(leaves, geometries, shardings, orthogonalizer)
+            plan.check(bounds)
+        chosen = plan or _plan(leaves, bounds, shardings, orthogonalizer)
         leaves |= execute(chosen, leaves, orthogonalizer)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
 
@@ -77,17 +77,17 @@ def orthogonalize(
 
 def _plan(
     leaves: Mapping[str, jax.Array],
-    geometries: Mapping[str, Geometry],
+    bounds: Mapping[str, BoundView],
     shardings: Any,
     orthogonalizer: Orthogonalizer,
 ) -> Plan:
-    where = specs.read({path: leaves[path] for path in geometries}, shardings)
-    if where.blind:
+    where = read({path: leaves[path] for path in bounds}, shardings)
+    if where.unknown_shardings:
         warnings.warn(
             "Muon cannot see how its updates are sharded on the Auto axes of this mesh, and leaves"
             " the communication to the compiler; pass shardings= (or use Explicit axes).",
             stacklevel=2,
         )
-        where = specs.Whereabouts(None, {}, blind=True)
-    dtypes = {path: np.dtype(leaves[path].dtype) for path in geometries}
-    return make(geometries, dtypes, where, work_of(orthogonalizer))
+        where = LeafShardings(None, {}, unknown_shardings=True)
+    dtypes = {path: np.dtype(leaves[path].dtype) for path in bounds}
+    return make(bounds, dtypes, where, work_of(orthogonalizer))

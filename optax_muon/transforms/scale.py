@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.matrices import paths, rules
-from optax_muon.matrices.views import Axes, Geometry
+from optax_muon.matrices import assign, paths
+from optax_muon.matrices.views import Axes, BoundView
 
 ScaleRule = Callable[[int, int], float]
 """`(fan_in, fan_out) -> factor`, for one logical matrix."""
@@ -86,9 +86,9 @@ def scale_by_shape(
     """
     rule = rule or match_rms()
 
-    def scale(x: jax.Array, geometry: Geometry) -> jax.Array:
-        factors = [rule(block.rows, block.cols) for block in geometry.blocks]
-        return x * jnp.asarray(geometry.spread(factors), x.dtype)
+    def scale(x: jax.Array, bound: BoundView) -> jax.Array:
+        factors = [rule(block.rows, block.cols) for block in bound.blocks]
+        return x * jnp.asarray(bound.spread(factors), x.dtype)
 
     return _on_matrices(scale, views)
 
@@ -108,9 +108,9 @@ def scale_by_update_norm(rms: float = 0.2, *, views: Any = None) -> optax.Gradie
     [0.2 0.2 0.2 0.2]
     """
 
-    def scale(x: jax.Array, geometry: Geometry) -> jax.Array:
-        axes = (*geometry.part_rows, *geometry.part_cols)
-        return geometry.join([_to_rms(part, axes, rms) for part in geometry.parts(x)])
+    def scale(x: jax.Array, bound: BoundView) -> jax.Array:
+        axes = (*bound.part_rows, *bound.part_cols)
+        return bound.join([_to_rms(part, axes, rms) for part in bound.parts(x)])
 
     return _on_matrices(scale, views)
 
@@ -121,7 +121,7 @@ def _to_rms(x: jax.Array, axes: Axes, rms: float) -> jax.Array:
 
 
 def _on_matrices(
-    transform: Callable[[jax.Array, Geometry], jax.Array], views: Any
+    transform: Callable[[jax.Array, BoundView], jax.Array], views: Any
 ) -> optax.GradientTransformation:
     """A stateless link that changes the leaves that have a view."""
 
@@ -130,7 +130,7 @@ def _on_matrices(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves = paths.named_leaves(updates)
-        for path, view in rules.assign(updates, views).items():
+        for path, view in assign.assign(updates, views).items():
             if view is not None:
                 leaves[path] = transform(leaves[path], view.on(leaves[path].shape))
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state

@@ -1,0 +1,140 @@
+"""`optax-muon plan`: where Muon would work on the matrices of a model on a mesh; no device needed.
+
+The models are those of `abstract.py`, the table is `print(plan)`, the picture `plan_picture.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+from jax.sharding import AbstractMesh
+from rich.console import Console
+
+import optax_muon
+from optax_muon.cli.reports.plan import png
+from optax_muon.errors import UsageError
+from optax_muon.matrices import paths
+from optax_muon.models import abstract
+from optax_muon.sharding.cost import RATES
+from optax_muon.sharding.plan import Plan
+from optax_muon.sharding.search import GATHER, HOME
+
+REPLICAS = "data"
+"""Name of the mesh axis along which parameters lie in copies."""
+MOST_DEVICES = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanModel:
+    """Print where Muon works on a model's matrices on a mesh, what moves, and what it costs.
+
+    The models are llama3-1b, llama3-8b, llama3-8b-unrolled and moonlight-16b-a3b. No device and no
+    memory is needed.
+    """
+
+    model: str = "llama3-8b"
+    """Name of the model."""
+    mesh: str = "fsdp=16,tp=4"
+    """Axes and sizes of the mesh, major first: fsdp and tp, or expert and fsdp; data for copies."""
+    layout: str | None = None
+    """`home` or `gather` for all matrices; the cheapest for each if absent."""
+    platform: str = "tpu"
+    """What the devices are: tpu, gpu or cpu."""
+    png: Path | None = None
+    """File for the picture of who owns what, and what moves."""
+    json: Path | None = None
+    """File for all numbers of the plan."""
+
+    def __call__(self) -> None:
+        """Write the files, print the table."""
+        self._check()
+        plan = self._plan()
+        entry = plan.to_dict()
+        files = {}
+        if self.json is not None:
+            files[self.json] = (json.dumps(entry, indent=2) + "\n").encode()
+        if self.png is not None:
+            files[self.png] = png(entry, title=self.model)
+        for path, content in files.items():
+            _write(path, content)
+        Console().out(plan, highlight=False)
+
+    def _check(self) -> None:
+        """Refuse what cannot be planned or written."""
+        _one_of("model", self.model, tuple(abstract.MODELS))
+        _one_of("platform", self.platform, tuple(RATES))
+        if self.layout is not None:
+            _one_of("layout", self.layout, (HOME, GATHER))
+        for option, path in (("png", self.png), ("json", self.json)):
+            if path is not None:
+                _check_file(option, path)
+        if self.png is not None and self.png == self.json:
+            raise UsageError(f"--png and --json are both {self.png}; give each its own file")
+
+    def _plan(self) -> Plan:
+        tree = abstract.MODELS[self.model]()
+        sizes = _sizes(self.mesh)
+        known = (*abstract.axes(tree), REPLICAS)
+        for axis in sizes:
+            if axis not in known:
+                raise UsageError(
+                    f"--mesh {self.mesh} has the axis {axis!r}; {self.model} has {', '.join(known)}"
+                )
+        _check_divides(tree, sizes)
+        params = abstract.leaves_on(tree, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+        return optax_muon.plan(params, layout=self.layout, platform=self.platform)
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"unknown {option} {value!r}; there are {', '.join(known)}")
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """Axes and sizes of `fsdp=16,tp=4`.
+
+    >>> _sizes("fsdp=16,tp=4")
+    {'fsdp': 16, 'tp': 4}
+    """
+    found = [re.fullmatch(r"\s*([A-Za-z_]\w*)=([1-9][0-9]{0,6})\s*", p) for p in text.split(",")]
+    sizes = {match[1]: int(match[2]) for match in found if match}
+    if len(sizes) < len(found):
+        raise UsageError(f"--mesh is {text!r}; write different axes and sizes, as in fsdp=16,tp=4")
+    if math.prod(sizes.values()) > MOST_DEVICES:
+        raise UsageError(f"--mesh {text} has more than {MOST_DEVICES} devices")
+    return sizes
+
+
+def _check_divides(tree: abstract.Tree, sizes: dict[str, int]) -> None:
+    """See that every sharded length divides over its mesh axes, as jax wants it."""
+    leaves: dict[str, abstract.Leaf] = paths.named_leaves(tree)
+    for path, leaf in leaves.items():
+        for length, over in zip(leaf.shape, leaf.over, strict=False):
+            ways = math.prod(sizes.get(axis, 1) for axis in over)
+            if length % ways:
+                raise UsageError(
+                    f"{path} has {length} entries along {' and '.join(over)}, which do not divide "
+                    f"over {ways} devices; choose sizes that do"
+                )
+
+
+def _check_file(option: str, path: Path) -> None:
+    suffix = f".{option}"
+    if path.suffix != suffix:
+        raise UsageError(f"--{option} is {path}; its name must end in {suffix}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"--{option} is {path}; give a file in a folder that exists")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UsageError(f"--{option} is {path}, which cannot be written")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""Tables and figures that the commands print and save."""

@@ -1,0 +1,73 @@
+"""What a Moonlight's run says of its attention and its experts: a table and a picture.
+
+The largest attention logit and the share above 100 are the paper's figure 7 (arXiv 2502.16982); the
+imbalance of experts is that of the worst layer, the largest load over the mean, less one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+
+from optax_muon.training.loop import StepMetrics
+from optax_muon.training.optimizers import Trial
+
+COLUMNS = ("optimizer", "largest logit", "at the end", "above 100", "imbalance", "router entropy")
+
+LAST = 0.1
+"""Part of the steps that the imbalance at the end is the mean of; it is noisy from step to step."""
+
+Records = Mapping[Trial, Sequence[StepMetrics]]
+
+
+def table(runs: Records) -> list[Sequence[str]]:
+    """The heads, and a row for every contestant."""
+    return [COLUMNS, *(_row(trial.title, records) for trial, records in runs.items())]
+
+
+def explain() -> str:
+    """How to read the table."""
+    return (
+        "largest logit: of attention, over all layers and steps, and in the last step; above 100: "
+        "the largest share of a step's logits above 100. imbalance: the largest load of an expert "
+        f"over the mean load, less one, in the worst layer, the mean of the last {LAST:.0%} of the "
+        "steps. router entropy: of the scores in the last step, in nats."
+    )
+
+
+def plot(runs: Records, colors: Mapping[str, str], path: Path) -> None:
+    """Imbalance and largest attention logit over the steps."""
+    figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for trial, records in runs.items():
+        steps = [record.step for record in records]
+        style = {"color": colors[trial.name], "label": trial.title, "linewidth": 1.2}
+        upper.plot(steps, _series(records, "imbalance"), **style)
+        lower.plot(steps, _series(records, "max_logit"), **style)
+    upper.set(ylabel="imbalance of experts,\nworst layer", ylim=0)
+    lower.set(ylabel="largest attention logit", xlabel="step")
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+    upper.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _row(title: str, records: Sequence[StepMetrics]) -> Sequence[str]:
+    logits, imbalance = _series(records, "max_logit"), _series(records, "imbalance")
+    last = max(1, round(LAST * len(records)))
+    return (
+        title,
+        f"{logits.max():.1f}",
+        f"{logits[-1]:.1f}",
+        f"{_series(records, 'high_logits').max():.1e}",
+        f"{imbalance[-last:].mean():.2f}",
+        f"{_series(records, 'router_entropy')[-1]:.3f}",
+    )
+
+
+def _series(records: Sequence[StepMetrics], name: str) -> np.ndarray:
+    """A number of every step; NaN where the model has none."""
+    return np.array([getattr(record, name) for record in records], np.float64)

@@ -1,0 +1,136 @@
+"""The pictures of `optax-muon spectra`: a panel for every group of matrices.
+
+`entropies` is the paper's Figure 4, `singular_values` its Figures 9 and 10 (arXiv 2502.16982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.figure
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from optax_muon.training.spectra import GROUPS, Row, SpectraTrial, Spectrum
+
+COLORS = ("#6b7280", "#2b8cbe", "#d95f0e", "#31a354", "#7a6b9e", "#c51b8a")
+"""Of the contestants in their order, AdamW first, as in the run's loss.png."""
+PANEL = (3.6, 2.7)
+"""Inches: width and height."""
+ACROSS = 3
+"""Panels of a row."""
+RANKS = np.linspace(0, 1, 101)
+"""Where spectra of different lengths are compared, as parts of their length."""
+
+
+def entropies(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> matplotlib.figure.Figure:
+    """SVD entropy over steps: the mean, and a band between the quartiles of the matrices."""
+    groups = [group for group in GROUPS if any(line.group == group for line in lines)]
+    figure, panels = _panels(
+        groups, "step (line: mean of the matrices, band: quartiles)", "SVD entropy"
+    )
+    for group, axes in zip(groups, panels, strict=True):
+        count = next(line.matrices for line in lines if line.group == group)
+        axes.set_title(_title(group, count), fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for trial, color in zip(trials, COLORS, strict=False):
+            mine = [r for r in lines if (r.trial, r.group) == (trial.name, group)]
+            steps = [line.step for line in mine]
+            mark = "o-" if len(steps) < 30 else "-"
+            axes.plot(steps, [line.entropy for line in mine], mark, color=color, markersize=3)
+            band = [line.entropy_lower for line in mine], [line.entropy_upper for line in mine]
+            if len(steps) == 1:  # a band of one step has no width
+                axes.vlines(steps, *band, color=color, alpha=0.4)
+                axes.set_xticks(steps)
+            else:
+                axes.fill_between(steps, *band, color=color, alpha=0.15, linewidth=0)
+    _legend(figure, _named(trials, {line.trial for line in lines}))
+    return figure
+
+
+def singular_values(
+    trials: Sequence[SpectraTrial], found: Sequence[Spectrum]
+) -> matplotlib.figure.Figure:
+    """Singular values over the largest by rank: the median matrix, and a band of the quartiles.
+
+    Lines are of the last checkpoint; dotted ones are of the first, without a band.
+    """
+    groups = [group for group in GROUPS if any(s.group == group for s in found)]
+    figure, panels = _panels(
+        groups,
+        "rank / all ranks (line: median matrix, band: quartiles)",
+        "singular value / largest",
+    )
+    for group, axes in zip(groups, panels, strict=True):
+        for trial, color in zip(trials, COLORS, strict=False):
+            mine = [s for s in found if (s.trial, s.group) == (trial.name, group)]
+            steps = sorted({spectrum.step for spectrum in mine})
+            for step in {steps[0], steps[-1]} if steps else ():
+                curves = _curves([spectrum for spectrum in mine if spectrum.step == step])
+                axes.set_title(_title(group, len(curves)), fontsize=10)
+                lower, median, upper = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
+                if step == steps[-1]:
+                    axes.plot(RANKS, median, color=color)
+                    axes.fill_between(RANKS, lower, upper, color=color, alpha=0.15, linewidth=0)
+                else:
+                    axes.plot(RANKS, median, color=color, linestyle=":", linewidth=1.2)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+    there = {spectrum.trial for spectrum in found}
+    _legend(figure, [*_named(trials, there), *_styles(sorted({s.step for s in found}))])
+    return figure
+
+
+def _panels(
+    groups: Sequence[str], across: str, up: str
+) -> tuple[matplotlib.figure.Figure, list[Axes]]:
+    cols = min(ACROSS, len(groups))
+    lines = math.ceil(len(groups) / cols)
+    size = (max(PANEL[0] * cols, 6), PANEL[1] * lines + 0.5)
+    figure = matplotlib.figure.Figure(figsize=size, dpi=150, layout="constrained")
+    panels = [figure.add_subplot(lines, cols, i + 1) for i in range(len(groups))]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.2)
+    figure.supxlabel(across, fontsize=10)
+    figure.supylabel(up, fontsize=10)
+    return figure, panels
+
+
+def _curves(group: Sequence[Spectrum]) -> np.ndarray:
+    """The singular values of all matrices at `RANKS`, `[matrices, ranks]`."""
+
+    def at_ranks(values: np.ndarray) -> np.ndarray:
+        return np.interp(RANKS, np.linspace(0, 1, len(values)), values)
+
+    return np.stack([at_ranks(values) for spectrum in group for values in spectrum.values])
+
+
+def _title(group: str, matrices: int) -> str:
+    return f"{group}: {matrices} {'matrix' if matrices == 1 else 'matrices'}"
+
+
+def _named(trials: Sequence[SpectraTrial], there: set[str]) -> list[Line2D]:
+    return [
+        Line2D([], [], color=color, label=trial.title)
+        for trial, color in zip(trials, COLORS, strict=False)
+        if trial.name in there
+    ]
+
+
+def _styles(steps: Sequence[int]) -> list[Line2D]:
+    """What lines and dots mean, where there is more than one step."""
+    if len(steps) == 1:
+        return []
+    return [
+        Line2D([], [], color="black", label=f"step {steps[-1]}"),
+        Line2D([], [], color="black", linestyle=":", linewidth=1.2, label=f"step {steps[0]}"),
+    ]
+
+
+def _legend(figure: matplotlib.figure.Figure, handles: Sequence[Line2D]) -> None:
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)

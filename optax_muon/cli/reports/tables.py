@@ -1,0 +1,24 @@
+"""The commands by name: dataclasses whose fields are their options; tyro does the rest."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from optax_muon.cli.experiments import Sample, Sweep, Train
+from optax_muon.cli.finetune import Finetune
+from optax_muon.cli.huggingface import ExportHF, ImportHF
+from optax_muon.cli.plan import PlanModel
+from optax_muon.cli.spectra import Spectra
+
+COMMANDS = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Spectra, tyro.conf.subcommand("spectra")]
+    | Annotated[PlanModel, tyro.conf.subcommand("plan")]
+    | Annotated[ImportHF, tyro.conf.subcommand("import-hf")]
+    | Annotated[ExportHF, tyro.conf.subcommand("export-hf")]
+)

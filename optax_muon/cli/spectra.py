@@ -1,0 +1,109 @@
+"""`optax-muon spectra`: how evenly a run's matrices spread their energy, as a table and pictures.
+
+The work is done in `training/spectra.py`, the pictures are drawn by `spectra.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from optax_muon.cli.reports import spectra as figures
+from optax_muon.training.spectra import Row, SpectraTrial, rows, sources, spectra
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectra:
+    """Compare the singular values of a run's matrices, over all the checkpoints it has kept.
+
+    Writes spectra.csv, the SVD entropies by group and step; spectra.png, their curves; and
+    singular_values.png, the singular values of the first and last checkpoint. Prints how many
+    matrices have a higher entropy with Muon than with AdamW at the same step.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run; one that import-hf made has one checkpoint."""
+    out: Path | None = None
+    """Folder of the result; the run's own if absent."""
+
+    def __call__(self) -> None:
+        """Decompose, then write, draw and print."""
+        trials, kept = sources(self.run)
+        shown = track(kept, "checkpoints", console=Console(stderr=True), transient=True)
+        found = [
+            spectrum
+            for source in shown
+            for spectrum in spectra(source.read(), source.trial, source.step)
+        ]
+        lines = rows(trials, found)
+        out = self.out or self.run
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "spectra.csv", lines)
+        figures.entropies(trials, lines).savefig(out / "spectra.png")
+        figures.singular_values(trials, found).savefig(out / "singular_values.png")
+        console = Console()
+        console.print(table(trials, lines))
+        for line in comparison(trials, lines):
+            console.print(line, highlight=False, markup=False)
+        console.out(f"All of it is in {out}", highlight=False)
+
+
+def write(path: Path, lines: Sequence[Row]) -> None:
+    """Save the lines as CSV, numbers to six digits; what is None is empty."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        for line in lines:
+            cells = dataclasses.asdict(line).items()
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells})
+
+
+def table(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Table:
+    """Mean entropies by group at the last step, and how many matrices are above AdamW's."""
+    step = _last_common(lines)
+    last = {(line.group, line.trial): line for line in lines if line.step == step}
+    there = {line.trial for line in last.values()}
+    shown = [trial for trial in trials if trial.name in there]
+    made = Table(title=f"SVD entropy after step {step}", box=box.SIMPLE, collapse_padding=True)
+    for heading in ("group", "matrices", *(trial.title for trial in shown)):
+        made.add_column(heading, justify="left" if heading == "group" else "right")
+    for group in dict.fromkeys(group for group, _ in last):
+        cells = [last[group, trial.name] for trial in shown]
+        made.add_row(group, str(cells[0].matrices), *map(_cell, cells))
+    return made
+
+
+def comparison(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Iterator[str]:
+    """A sentence for every contestant that can be compared with AdamW."""
+    for trial in trials:
+        compared = [r for r in lines if r.trial == trial.name and r.higher is not None]
+        if compared:
+            above = sum(line.higher or 0 for line in compared)
+            matrices = sum(line.matrices for line in compared)
+            steps = len({line.step for line in compared})
+            yield (
+                f"{trial.title}: {above} of {matrices} matrices ({above / matrices:.1%}) have a "
+                f"higher SVD entropy than with AdamW at the same step, in {steps} "
+                f"{'checkpoint' if steps == 1 else 'checkpoints'}. The paper's: over 90%."
+            )
+
+
+def _last_common(lines: Sequence[Row]) -> int:
+    """The last step that every contestant has kept, or the last one at all."""
+    steps: dict[str, set[int]] = {}
+    for line in lines:
+        steps.setdefault(line.trial, set()).add(line.step)
+    return max(set.intersection(*steps.values()) or set.union(*steps.values()))
+
+
+def _cell(line: Row) -> str:
+    above = "" if line.higher is None else f" ({line.higher} higher)"
+    return f"{line.entropy:.4f}{above}"

@@ -1,0 +1,153 @@
+"""Parameters in one safetensors file, written and read in pieces.
+
+A leaf of a scanned model stacks what a checkpoint keeps in hundreds of tensors, up to ten gigabytes
+of them. So the file is laid out first, from shapes alone, and each piece is written where it
+belongs; and whoever reads it takes the slices that its devices hold. The format is that of the
+library `safetensors`: eight bytes for the length of a JSON header, the header, the arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from optax_muon.errors import UsageError
+
+DTYPES = {
+    "BF16": np.dtype(jnp.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+"""The dtypes that parameters may have, by their names in the format."""
+
+
+class Entry(NamedTuple):
+    """What a header says of an array."""
+
+    shape: tuple[int, ...]
+    """Its shape."""
+    dtype: str
+    """Name of its dtype in the format: a key of `DTYPES`, or one that no parameter may have."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class Writer:
+    """A safetensors file of these entries, its arrays written in any order and in parts."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]):
+        header, end = {}, 0
+        for name, entry in entries.items():
+            start, end = end, end + entry.nbytes
+            header[name] = {**entry._asdict(), "data_offsets": [start, end]}
+        text = json.dumps(header)
+        text += " " * (-len(text) % 8)  # the format wants its arrays aligned
+        self._entries = dict(entries)
+        self._starts = {
+            name: 8 + len(text) + row["data_offsets"][0] for name, row in header.items()
+        }
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text.encode())
+        self._file.truncate(8 + len(text) + end)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, name: str, index: tuple[int, ...], array: np.ndarray) -> None:
+        """Write what lies at `index`, along the leading axes, of an array."""
+        entry, axes = self._entries[name], len(index)
+        assert (array.shape, array.dtype) == (entry.shape[axes:], DTYPES[entry.dtype]), name
+        place = int(np.ravel_multi_index(index, entry.shape[:axes])) if index else 0
+        self._file.seek(self._starts[name] + place * array.nbytes)
+        self._file.write(array.tobytes())
+
+
+def entries(path: Path) -> dict[str, Entry]:
+    """The arrays of a safetensors file, from its header alone."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return {
+            name: Entry(tuple(array.get_shape()), array.get_dtype())
+            for name, array in slices.items()
+        }
+
+
+def load(path: Path, shardings: Any = None) -> dict[str, Any]:
+    """Read a file as the tree that its names, `layers/attn/kernel`, spell.
+
+    Args:
+        path: the file.
+        shardings: a tree of shardings of the same structure; each device's slice alone is read.
+            None puts everything on the first device.
+
+    Raises:
+        UsageError: when there is no such file or it is no safetensors file.
+    """
+    tree: dict[str, Any] = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            *modules, leaf = name.split("/")
+            node, sharding = tree, shardings
+            for module in modules:
+                node = node.setdefault(module, {})
+                sharding = sharding and sharding[module]
+            node[leaf] = _array(file.get_slice(name), sharding and sharding[leaf])
+    return tree
+
+
+@contextlib.contextmanager
+def folder_at_once(target: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `target` at the end, or disappears on an error.
+
+    Raises:
+        UsageError: when `target` exists.
+    """
+    if target.exists():
+        raise UsageError(f"{target} exists; give a folder that does not")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp lets nobody else in
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def _array(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array[:])
+    return jax.make_array_from_callback(
+        tuple(array.get_shape()), sharding, lambda index: array[index]
+    )

@@ -1,0 +1,73 @@
+r"""Matrices whose columns lie on several devices.
+
+With $X = [X_1 \dots X_d]$, a device holding $X_i$, the Gram matrix is a sum over the devices,
+$X X^T = \sum_i X_i X_i^T$, and so is the squared norm; all that follows is m x m, and the last
+product is local again. What a device needs of the others is here, and nothing else in this package
+knows that there are others. Who they are is the caller's affair: inside `shard_map`, a mesh axis or
+a part of one.
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class ColumnShards(Protocol):
+    """The devices that hold the columns of the same matrices."""
+
+    @property
+    def size(self) -> int:
+        """How many devices."""
+
+    def index(self) -> jax.Array:
+        """This device's number among them: int32 []."""
+
+    def psum(self, x: jax.Array) -> jax.Array:
+        """Sum over the devices."""
+
+    def pmax(self, x: jax.Array) -> jax.Array:
+        """Largest over the devices."""
+
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        """Collect [...] of all devices, by number: [size, ...]."""
+
+
+class _Whole:
+    """All columns are here."""
+
+    size = 1
+
+    def index(self) -> jax.Array:
+        return jnp.zeros([], jnp.int32)
+
+    def psum(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def pmax(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        return x[None]
+
+
+WHOLE: ColumnShards = _Whole()
+"""All columns are here: nothing is asked of other devices."""
+
+
+def my_rows(gram: jax.Array, column_shards: ColumnShards) -> jax.Array:
+    """Return this device's share of the rows of [..., m, m]; all of them if they do not divide."""
+    m = gram.shape[-2]
+    if column_shards.size == 1 or m % column_shards.size:
+        return gram
+    share = m // column_shards.size
+    return lax.dynamic_slice_in_dim(gram, column_shards.index() * share, share, axis=-2)
+
+
+def all_rows(share: jax.Array, column_shards: ColumnShards) -> jax.Array:
+    """Return [..., m, m] of which every device has made `my_rows`."""
+    if share.shape[-2] == share.shape[-1]:
+        return share
+    shares = jnp.moveaxis(column_shards.all_gather(share), 0, -3)
+    return shares.reshape(*share.shape[:-2], -1, share.shape[-1])

@@ -1,0 +1,261 @@
+"""The checkpoints of a run: what training changes, by step, saved by orbax in the background."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from orbax.checkpoint import checkpoint_managers as policies
+
+from optax_muon import checkpoint
+from optax_muon.errors import UsageError
+from optax_muon.training.loop import State
+
+POSITION = "position"
+"""The item that says where a run is beyond its arrays."""
+
+_DROPPED = "dropped"
+"""The folder that a step no longer kept is moved to: a kill while files are deleted one by one
+would else leave half a step among the whole ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RetentionPolicy:
+    """Which checkpoints stay: the newest, and every n-th step for good.
+
+    Attributes:
+        last: how many of the newest stay.
+        every: steps divisible by it stay, as the paper's intermediate checkpoints; None: no others.
+    """
+
+    last: int = 2
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what keeps nothing."""
+        for name in ("last", "every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"Keep: {name} is {value}, it must be at least 1")
+
+    @property
+    def policy(self) -> policies.PreservationPolicy:
+        """As orbax wants it."""
+        newest = [policies.LatestN(self.last)]
+        others = [policies.EveryNSteps(self.every)] if self.every else []
+        return policies.AnyPreservationPolicy([*newest, *others])
+
+
+class Checkpoints:
+    """The saved states of one contestant, by step, each with its description and its position.
+
+    Saving goes on in the background; leaving the context waits for it. A step is there whole or not
+    at all, however the process ends.
+
+    Args:
+        path: the folder of the steps.
+        keep: which steps stay.
+        settings: what has to be the same to go on, as `optax_muon.checkpoint.describe` takes it;
+            None does not ask.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keep: RetentionPolicy | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        self.path = path.absolute()
+        self._settings = settings
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=(keep or RetentionPolicy()).policy, todelete_subdir=_DROPPED
+        )
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+        self._has_written = False
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._has_written:
+            self._clear()
+        self._manager.close()
+
+    @property
+    def latest(self) -> int:
+        """The newest saved step; 0 when there is none."""
+        return self._manager.latest_step() or 0
+
+    @property
+    def steps(self) -> list[int]:
+        """The saved steps, oldest first."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: State, position: Mapping[str, Any] | None = None) -> None:
+        """Begin to save the state after `step` steps, if it is not saved yet.
+
+        Args:
+            step: steps done.
+            state: what training changes; it may be donated as soon as this returns.
+            position: where the run is beyond that, as `describe` takes settings: tokens seen, the
+                seed or key that data and randomness come from.
+        """
+        if step not in self._manager.all_steps():
+            self._clear()
+            self._has_written = True
+            args = checkpoint.save_args(state._asdict(), self._settings)
+            place = ocp.args.JsonSave(checkpoint.plain({"step": step, **(position or {})}))
+            args = ocp.args.Composite(**dict(args.items()), **{POSITION: place})
+            # Without force, orbax passes over steps before the newest in silence.
+            self._manager.save(step, args=args, force=True)
+
+    def restore(self, like: State, step: int | None = None) -> State:
+        """A saved state, bit for bit, with the structure and shardings of `like`.
+
+        Args:
+            like: a state of the same shapes and dtypes, of arrays or `ShapeDtypeStruct`s, on any
+                mesh.
+            step: which one; None is the newest.
+
+        Raises:
+            UsageError: when there is no such step, files of it are damaged, or another optimizer,
+                model or other settings made it; the message says what differs.
+        """
+        return type(like)(**self._restore(like._asdict(), self._step(step)))
+
+    def params(self, step: int | None = None, like: optax.Params | None = None) -> optax.Params:
+        """The parameters alone.
+
+        Args:
+            step: after how many steps; None is the newest.
+            like: where they are to lie, as `restore` takes it; None is the first device.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        step = self._step(step)
+        shapes = like if like is not None else _tree(self.shapes(step)["params"])
+        return self._restore({"params": shapes}, step)["params"]
+
+    def some(self, like: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
+        """Some of a state's parts alone, such as its parameters and router biases.
+
+        Args:
+            like: each part by its name in the state, as `restore` takes it.
+            step: after how many steps; None is the newest.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        return self._restore(like, self._step(step))
+
+    def shapes(self, step: int | None = None) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Shape and dtype of every array, by part of the state and path in it.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        leaves = self._description(self._step(step))["leaves"]
+        return {
+            part: {path: jax.ShapeDtypeStruct(**leaf) for path, leaf in named.items()}
+            for part, named in leaves.items()
+        }
+
+    def array(self, part: str, path: str, step: int | None = None) -> np.ndarray:
+        """One array alone, on the host: memory stays near its size, whatever the state's.
+
+        Args:
+            part: of the state, such as `params`.
+            path: of the leaf in it; empty where the part is a lone array.
+            step: after how many steps; None is the newest.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        step = self._step(step)
+        leaf = ocp.RestoreArgs(restore_type=np.ndarray)
+        tree, restore = _tree({path: self.shapes(step)[part][path]}), _tree({path: leaf})
+        args = ocp.args.PyTreeRestore(tree, restore_args=restore, partial_restore=True)
+        with self._one_error(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(self.path / str(step) / part, args=args)
+        return jax.tree.leaves(found)[0]
+
+    def position(self, step: int | None = None) -> dict[str, Any]:
+        """Where the run was: what `save` was given, and `step`; None is the newest.
+
+        Raises:
+            UsageError: as `restore`.
+        """
+        args = ocp.args.Composite(**{POSITION: ocp.args.JsonRestore()})
+        return self._read(self._step(step), args)[POSITION]
+
+    def _clear(self) -> None:
+        """Delete steps that are not kept, and half ones of a killed process.
+
+        Only who writes may: for others a half step may be one that is being written.
+        """
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for path in (
+                self.path / _DROPPED,
+                *self.path.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"),
+            ):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _restore(self, like: Mapping[str, Any], step: int) -> dict[str, Any]:
+        here = checkpoint.describe(like, self._settings)
+        try:
+            checkpoint.check(self._description(step), here, str(self.path / str(step)))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return checkpoint.restored(self._read(step, checkpoint.restore_args(like)), like)
+
+    def _description(self, step: int) -> dict[str, Any]:
+        return self._read(step, checkpoint.description_args())["description"]
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        with self._one_error(step):
+            return self._manager.restore(step, args=args)
+
+    @contextlib.contextmanager
+    def _one_error(self, step: int) -> Iterator[None]:
+        """Whatever is wrong with the files of a step, and which other steps there are."""
+        try:
+            with checkpoint.readable(self.path / str(step)):
+                yield
+        except ValueError as error:
+            others = ", ".join(str(other) for other in self.steps if other != step)
+            way = f"; without that folder the run goes on from one of {others}" if others else ""
+            raise UsageError(f"{error}{way}") from error
+
+    def _step(self, step: int | None) -> int:
+        steps = self.steps
+        if not steps:
+            raise UsageError(f"{self.path} has no checkpoint")
+        if step is not None and step not in steps:
+            there = ", ".join(map(str, steps))
+            raise UsageError(f"{self.path} has no checkpoint of step {step}; it has {there}")
+        return steps[-1] if step is None else step
+
+
+def _tree(leaves: Mapping[str, Any]) -> Any:
+    """The tree that paths spell; a lone array is saved in a list."""
+    if "" in leaves:
+        return [leaves[""]]
+    return traverse_util.unflatten_dict(leaves, sep="/")  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""Training data: token files and prompt-completion pairs."""

@@ -1,0 +1,192 @@
+"""The data: text as bytes, or tokens; a held-out part; batches as a function of seed and step.
+
+By default the sources of Python's own standard library, which every machine has (about 9 MB). A
+file is held out by a hash of its path inside the corpus, so every machine holds out the same ones.
+Tokens are bytes; a zero byte, which no text contains, stands before each file. Text in the tokens
+of another vocabulary is a `.npy` file of integers, which stays on disk; `numpy.save` writes it.
+
+A batch depends on `(seed, step)` and on nothing else, so every optimizer sees the same data in the
+same order and a resumed run goes on where it stopped without any saved state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from optax_muon.errors import UsageError
+
+# Tests and installed packages differ from machine to machine; `encodings` and `pydoc_data` are
+# generated tables, not text that somebody wrote.
+NOT_TEXT = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "pydoc_data"}
+)
+HELD_OUT = 1 / 20
+FEWEST_FILES = 20
+PIECE = 2**24
+"""Tokens looked at at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text as tokens, in two parts that share nothing.
+
+    Attributes:
+        train: integers, `[train tokens]`; uint8 where tokens are bytes.
+        held_out: integers, `[held-out tokens]`, never trained on.
+        origin: where the text is from and how it was split, for people.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    origin: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of both parts: equal on two machines exactly if their texts are."""
+        digest = hashlib.sha256()
+        for piece in (*_pieces(self.train), np.frombuffer(b"|", np.uint8), *_pieces(self.held_out)):
+            digest.update(np.ascontiguousarray(piece).data)
+        return digest.hexdigest()
+
+
+def load(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
+    """Read the corpus.
+
+    Args:
+        pattern: a file, a folder, or a glob (`**` goes into folders), or a `.npy` file of tokens;
+            None is the standard library.
+        context: tokens of one sequence; each part must hold at least one and its next token.
+        vocab: tokens that the model knows.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        UsageError: when no file matches, there is too little text, or a token is not in the
+            vocabulary.
+
+    >>> corpus = load(None, context=128)
+    >>> corpus.train.dtype, len(corpus.train) > 10 * len(corpus.held_out) > 0
+    (dtype('uint8'), True)
+    """
+    if pattern is not None and pattern.endswith(".npy"):
+        corpus = _tokens(Path(pattern).expanduser())
+    else:
+        root, files = _standard_library() if pattern is None else _matches(pattern)
+        texts = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+        train, held_out, how = _split(texts)
+        corpus = Corpus(train, held_out, f"{_title(pattern)}: {len(files)} files, {how}")
+    for part, tokens in (("training", corpus.train), ("held-out", corpus.held_out)):
+        if len(tokens) <= context:
+            unit = "bytes" if tokens.dtype == np.uint8 else "tokens"
+            raise UsageError(
+                f"the text is too short for one sequence: {len(tokens)} {unit} in the {part} part, "
+                f"at least {context + 1} are needed (context {context} + 1)"
+            )
+        low, high = _range(tokens)
+        if low < 0 or high >= vocab:
+            wrong = low if low < 0 else high
+            raise UsageError(
+                f"--data has a token {wrong}, the model's vocabulary is 0 to {vocab - 1}"
+            )
+    return corpus
+
+
+def starts(tokens: np.ndarray, seed: int, step: int, size: int, context: int) -> np.ndarray:
+    """Random places of windows, int64 `[size]`, a pure function of its arguments."""
+    random = np.random.Generator(np.random.Philox(key=[seed, step]))
+    return random.integers(0, len(tokens) - context, size)
+
+
+def held_out_starts(tokens: np.ndarray, size: int, context: int) -> np.ndarray:
+    """Places of at most `size` windows spread evenly, int64; no two windows overlap."""
+    count = min(size, len(tokens) // (context + 1))
+    return np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
+
+
+def windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
+    """The windows that begin at `starts`, `[..]`: int32 `[.., context + 1]`.
+
+    >>> windows(np.arange(9, dtype=np.uint8), np.array([0, 5]), context=2).tolist()
+    [[0, 1, 2], [5, 6, 7]]
+    """
+    return tokens[starts[..., None] + np.arange(context + 1)].astype(np.int32)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the file of this path inside the corpus is held out, by a hash of the path."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+
+
+def _tokens(path: Path) -> Corpus:
+    """The tokens of a file, which are read where they are needed."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise UsageError(
+            f"{path} is {tokens.dtype} {list(tokens.shape)}; tokens are integers along one axis"
+        )
+    cut = round(len(tokens) * (1 - HELD_OUT))
+    how = f"{len(tokens):,} tokens, the last {HELD_OUT:.0%} held out"
+    return Corpus(tokens[:cut], tokens[cut:], f"{path}: {how}")
+
+
+def _pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """All of it, a part at a time: a file of tokens may be larger than memory."""
+    return (tokens[i : i + PIECE] for i in range(0, len(tokens), PIECE))
+
+
+def _range(tokens: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest token."""
+    ends = [(int(piece.min()), int(piece.max())) for piece in _pieces(tokens)]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+def _split(texts: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Hold out whole files, or with few files the end of each."""
+    names = sorted(texts)
+    if len(names) >= FEWEST_FILES:
+        train = [texts[name] for name in names if not is_held_out(name)]
+        held_out = [texts[name] for name in names if is_held_out(name)]
+        return _join(train), _join(held_out), f"{len(held_out)} of them held out"
+    cuts = {name: round(len(text) * (1 - HELD_OUT)) for name, text in texts.items()}
+    train = [texts[name][: cuts[name]] for name in names]
+    held_out = [texts[name][cuts[name] :] for name in names]
+    return _join(train), _join(held_out), f"the last {HELD_OUT:.0%} of each held out"
+
+
+def _join(texts: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(b"\0" + text for text in texts), np.uint8)
+
+
+def _standard_library() -> tuple[Path, list[Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path for path in root.rglob("*.py") if path.is_file())
+    return root, [path for path in files if not NOT_TEXT & set(path.relative_to(root).parts)]
+
+
+def _matches(pattern: str) -> tuple[Path, list[Path]]:
+    pattern = os.path.expanduser(pattern)
+    pattern = os.path.join(pattern, "**") if os.path.isdir(pattern) else pattern
+    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in files if path.is_file()]
+    if not files:
+        raise UsageError(f"no file matches {pattern!r}; --data takes a file, a folder or a glob")
+    return Path(os.path.commonpath([path.parent for path in files])), files
+
+
+def _title(pattern: str | None) -> str:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return f"Python {version} standard library" if pattern is None else pattern

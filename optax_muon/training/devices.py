@@ -1,0 +1,151 @@
+"""Where a step is computed: the devices' mesh, and micro-batches one after the other.
+
+None of it changes what is computed, but for rounding: a run may go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_muon.errors import UsageError
+from optax_muon.matrices.paths import named_leaves
+from optax_muon.models.abstract import Leaf
+from optax_muon.models.layers import BATCH
+from optax_muon.models.spec import Model
+from optax_muon.training.data.corpus import windows
+
+AXES = (*BATCH, "tensor")
+"""What a mesh's axes may be (`models/layers.py`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Devices and micro-batches.
+
+    Attributes:
+        mesh: of all devices, its axes Explicit; None is the first device alone.
+        accumulate: micro-batches that a batch is cut into, before it grows.
+    """
+
+    mesh: Mesh | None = None
+    accumulate: int = 1
+
+    def __str__(self) -> str:
+        """The devices, for people."""
+        devices = jax.device_count()
+        if self.mesh is not None:
+            return ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return f"1 of {devices} devices; --mesh shares the work" if devices > 1 else "1 device"
+
+    @property
+    def ambient(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the mesh the ambient one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @property
+    def ways(self) -> int:
+        """Devices that sequences are divided over."""
+        sizes = {} if self.mesh is None else self.mesh.shape
+        return math.prod(sizes.get(axis, 1) for axis in BATCH)
+
+    def sequences(self, tokens: np.ndarray, starts: np.ndarray, context: int) -> jax.Array:
+        """Windows of tokens on the devices.
+
+        Every process reads those of its own devices alone.
+
+        Args:
+            tokens: the text.
+            starts: where the windows begin, `[k, b]`.
+            context: tokens of a window, less one.
+
+        Returns:
+            int32 `[k, b, context + 1]`, `b` over the batch axes.
+        """
+        shape = (*starts.shape, context + 1)
+        if self.mesh is None:
+            return jax.numpy.asarray(windows(tokens, starts, context))
+
+        def read(at: tuple[slice, ...] | None) -> np.ndarray:
+            assert at is not None
+            return windows(tokens, starts[at[:2]], context)
+
+        return jax.make_array_from_callback(shape, self._sharding(self.mesh), read)
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """An array `[k, b, ..]` that every process has, laid out as `sequences` are."""
+        if self.mesh is None:
+            return jax.numpy.asarray(array)
+        return jax.make_array_from_callback(
+            array.shape, self._sharding(self.mesh), lambda at: array[at]
+        )
+
+    def check(self, model: Model, batch: int) -> None:
+        """Refuse what does not divide.
+
+        Raises:
+            UsageError: when the batch does not divide into micro-batches and over the devices, or a
+                parameter does not over the mesh.
+        """
+        parts = self.accumulate * self.ways
+        if batch % parts:
+            over = f" over the {self.ways} devices of {', '.join(BATCH)}" if self.ways > 1 else ""
+            raise UsageError(
+                f"--batch {batch} does not divide into {self.accumulate} micro-batches{over}; "
+                f"it must be a multiple of {parts}"
+            )
+        if self.mesh is not None:
+            _check_parameters(model, self.mesh)
+
+    @staticmethod
+    def _sharding(mesh: Mesh) -> NamedSharding:
+        axes = tuple(axis for axis in BATCH if axis in mesh.axis_names)
+        return NamedSharding(mesh, P(None, axes or None))
+
+
+SINGLE_DEVICE = Devices()
+"""The first device, the whole batch at once."""
+
+
+def parse(text: str) -> Mesh:
+    """The mesh of `data=2,fsdp=2,expert=2`, over all devices, in this order.
+
+    Raises:
+        UsageError: when an axis is unknown or there twice, or the sizes do not multiply to the
+            number of devices.
+    """
+    sizes: dict[str, int] = {}
+    for entry in text.split(","):
+        name, _, size = entry.strip().partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise UsageError(
+                f"--mesh {text} has {entry.strip()!r}; it takes axes and sizes such as "
+                f"data=2,fsdp=4, each of {', '.join(AXES)} at most once"
+            )
+        sizes[name] = int(size)
+    devices = jax.device_count()
+    if math.prod(sizes.values()) != devices:
+        raise UsageError(
+            f"--mesh {text} is of {math.prod(sizes.values())} devices, there are {devices}"
+        )
+    kinds = (AxisType.Explicit,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+def _check_parameters(model: Model, mesh: Mesh) -> None:
+    """Refuse a parameter that the mesh does not cut into equal parts."""
+    params = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    for path, sharding in named_leaves(model.shardings(mesh)).items():
+        shape, over = params[path].shape, Leaf(params[path].shape, sharding.spec).over
+        ways = [math.prod(mesh.shape[axis] for axis in axes) for axes in over]
+        if any(size % n for size, n in zip(shape, ways, strict=False)):
+            raise UsageError(
+                f"--mesh cuts {path}, {list(shape)}, into {ways} parts, which do not divide it; "
+                "give smaller axes"
+            )

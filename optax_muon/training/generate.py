@@ -1,0 +1,77 @@
+"""Writing on: bytes drawn one after the other from a trained model."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_muon.models.spec import Model
+
+Carry = tuple[jax.Array, jax.Array]
+"""The window of tokens, `[context]`, and how many of them are written."""
+
+
+def continuation(
+    model: Model,
+    params: optax.Params,
+    bias: jax.Array | None,
+    prompt: bytes,
+    length: int,
+    temperature: float,
+    seed: int,
+) -> bytes:
+    """Draw `length` bytes after the prompt.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        bias: of its router; None where it has none.
+        prompt: what is there already; the model sees its last `context` bytes. An empty one means
+            the beginning of a file.
+        length: bytes to write.
+        temperature: divides the logits; 0 takes the likeliest byte.
+        seed: of the draws.
+
+    Returns:
+        The new bytes, without the prompt.
+    """
+    context = model.config.context
+    seen = prompt[-context:] or b"\0"
+    window = jnp.zeros([context], jnp.int32).at[: len(seen)].set(jnp.array(list(seen), jnp.int32))
+    count = jnp.asarray(len(seen), jnp.int32)
+    keys = jax.random.split(jax.random.key(seed), length)
+    return bytes(_draw(model, params, bias, window, count, keys, temperature).tolist())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _draw(
+    model: Model,
+    params: optax.Params,
+    bias: jax.Array | None,
+    window: jax.Array,
+    count: jax.Array,
+    keys: jax.Array,
+    temperature: float,
+) -> jax.Array:
+    """Scan over new tokens: the window fills up, then slides; what is after `count` is unseen."""
+
+    def write(carry: Carry, key: jax.Array) -> tuple[Carry, jax.Array]:
+        window, count = carry
+        last = model.forward(params, window[None], bias)[0][0, count - 1]
+        token = _choose(key, last, temperature).astype(jnp.int32)
+        full = count == window.size
+        window = jnp.where(full, jnp.roll(window, -1), window)
+        count = jnp.where(full, count, count + 1)
+        return (window.at[count - 1].set(token), count), token
+
+    _, tokens = jax.lax.scan(write, (window, count), keys)
+    return tokens
+
+
+def _choose(key: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
+    if temperature == 0:
+        return jnp.argmax(logits)
+    return jax.random.categorical(key, logits / temperature)

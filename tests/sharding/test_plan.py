@@ -1,0 +1,334 @@
+"""The plan as data: every matrix dealt out once, evenly, at the least modelled cost."""
+
+import functools
+import itertools
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_muon import Split, View, newton_schulz, plan
+from optax_muon.sharding.search import GATHER, LOCAL
+
+MESHES = {
+    "one axis": {"fsdp": 8},
+    "two axes": {"fsdp": 4, "tp": 2},
+    "replicas": {"replica": 2, "fsdp": 4},
+    "three axes": {"expert": 2, "fsdp": 4, "tp": 4},
+    "pod": {"fsdp": 16, "tp": 16},
+    "odd": {"fsdp": 6},
+}
+SHAPES = {"wide": (64, 256), "tall": (1024, 128), "square": (512, 512), "large": (4096, 12288)}
+COUNTS = (1, 8, 9, 31, 100)
+SPECS = {
+    "copies": lambda axes: P(),
+    "rows": lambda axes: P(None, axes[0]),
+    "columns": lambda axes: P(None, None, axes[-1]),
+    "both": lambda axes: P(None, axes[0], axes[1:]),
+    "stack": lambda axes: P(axes[0], None, axes[1:]),
+}
+
+
+def kernel(count, shape, dtype=jnp.float32):
+    return {"kernel": jax.ShapeDtypeStruct((count, *shape), dtype)}
+
+
+def planned(mesh, shape, spec, count, **options):
+    """The plan of `count` stacked matrices."""
+    mesh = AbstractMesh(tuple(MESHES[mesh].values()), tuple(MESHES[mesh]))
+    options = {"views": View(1, 2), "shardings": SPECS[spec](mesh.axis_names), **options}
+    return plan(kernel(count, SHAPES[shape]), mesh=mesh, **options)
+
+
+def in_dtype(dtype):
+    return functools.partial(newton_schulz, dtype=dtype)
+
+
+@functools.cache
+def plans(mesh, spec):
+    """Plans for every shape and count: `[(count, plan)]`."""
+    return [
+        (count, planned(mesh, shape, spec, count))
+        for shape, count in itertools.product(SHAPES, COUNTS)
+    ]
+
+
+@pytest.mark.parametrize(("mesh", "spec"), list(itertools.product(MESHES, SPECS)))
+class TestEveryPlan:
+    def test_deals_every_matrix_once(self, mesh, spec):
+        for count, found in plans(mesh, spec):
+            for bucket_plan in found.buckets:
+                ends = np.cumsum(
+                    [0, *(assignment.count for assignment in bucket_plan.assignments)]
+                ).tolist()
+                assert [assignment.start for assignment in bucket_plan.assignments] == ends[:-1]
+                assert ends[-1] == bucket_plan.bucket.size
+                # A stack that does not divide over its axis is grown.
+                assert (
+                    count
+                    <= bucket_plan.bucket.size * bucket_plan.copies
+                    < count + bucket_plan.copies
+                )
+
+    def test_gives_every_home_as_many(self, mesh, spec):
+        for _, found in plans(mesh, spec):
+            for bucket_plan in found.buckets:
+                for assignment in bucket_plan.assignments:
+                    if assignment.layout not in (LOCAL, GATHER):
+                        assert (
+                            assignment.homes * assignment.owned
+                            == assignment.count + assignment.padding
+                        )
+                        assert assignment.padding < assignment.homes
+                    assert assignment.owned % assignment.rounds == 0
+
+    def test_costs_no_more_than_home_or_gather(self, mesh, spec):
+        for _, found in plans(mesh, spec):
+            for bucket_plan in found.buckets:
+                assert bucket_plan.seconds["chosen"] <= min(bucket_plan.seconds.values())
+
+    def test_does_an_even_share_at_least_and_brings_what_is_missing(self, mesh, spec):
+        for _, found in plans(mesh, spec):
+            assert found.cost.flops >= 0.999 * found.balanced_flops
+            assert found.cost.least <= found.cost.wire
+
+
+def test_the_axes_of_a_lot_multiply_to_the_devices_that_hold_its_matrices():
+    [bucket_plan] = planned("three axes", "wide", "both", 31).buckets
+    for assignment in bucket_plan.assignments:
+        assert assignment.homes * assignment.sharing == 32
+
+
+def test_whole_multiples_go_home_and_the_remainder_is_shared():
+    [bucket_plan] = planned("one axis", "large", "rows", 13).buckets
+    assert [
+        (assignment.layout, assignment.count, assignment.homes, assignment.sharing)
+        for assignment in bucket_plan.assignments
+    ] == [
+        ("home", 8, 8, 1),
+        ("split", 4, 4, 2),
+        ("split", 1, 1, 8),
+    ]
+
+
+def test_tiny_matrices_are_gathered_rather_than_sent_out_and_back():
+    mesh = AbstractMesh((8,), ("fsdp",))
+    [bucket_plan] = plan(
+        kernel(1, (8, 8)), views=View(1, 2), shardings=P(None, "fsdp"), mesh=mesh
+    ).buckets
+    assert [assignment.layout for assignment in bucket_plan.assignments] == ["gather"]
+
+
+def test_whole_matrices_stay_where_they_are():
+    found = planned("one axis", "square", "stack", 64)
+    assert [
+        assignment.layout for bucket_plan in found.buckets for assignment in bucket_plan.assignments
+    ] == ["local"]
+    assert (found.cost.bytes, found.cost.messages) == (0, 0)
+
+
+def test_an_orthogonalizer_of_whole_matrices_gets_whole_matrices():
+    found = planned("one axis", "large", "rows", 9, orthogonalizer=lambda x: x)
+    assert {
+        assignment.sharing
+        for bucket_plan in found.buckets
+        for assignment in bucket_plan.assignments
+    } == {1}
+
+
+@pytest.mark.parametrize("layout", ["home", "gather"])
+def test_a_layout_can_be_insisted_on(layout):
+    found = planned("two axes", "large", "both", 9, layout=layout)
+    assert {
+        assignment.layout for bucket_plan in found.buckets for assignment in bucket_plan.assignments
+    } == {layout}
+
+
+def test_square_matrices_cut_either_way_share_a_bucket():
+    params = {"q": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    params["o"] = params["q"]
+    specs = {"q": P("fsdp", "tp"), "o": P("tp", "fsdp")}
+    mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
+    [bucket_plan] = plan(params, views=View(0, 1), shardings=specs, mesh=mesh).buckets
+    assert [(m.path, m.tall) for m in bucket_plan.bucket.members] == [("o", True), ("q", False)]
+
+
+def test_small_memory_takes_turns():
+    free, tight = (planned("one axis", "large", "rows", 64, memory=m) for m in (2**40, 2**28))
+    assert [assignment.rounds for assignment in free.buckets[0].assignments] == [1]
+    assert tight.buckets[0].assignments[0].rounds == 8
+    assert tight.cost.memory < free.cost.memory / 4
+    assert (tight.cost.flops, tight.cost.bytes) == (free.cost.flops, free.cost.bytes)
+
+
+def test_slow_axes_carry_nothing():
+    class Device:
+        platform = "tpu"
+
+        def __init__(self, number):
+            self.slice_index = number // 4
+
+    mesh = jax.sharding.Mesh(np.array([Device(i) for i in range(8)]).reshape(2, 4), ("dcn", "fsdp"))
+    found = plan(kernel(16, (256, 512)), views=View(1, 2), shardings=P(None, "fsdp"), mesh=mesh)
+    used = {
+        role.axis
+        for bucket_plan in found.buckets
+        for assignment in bucket_plan.assignments
+        for role in assignment.roles
+    }
+    assert used == {"fsdp"}
+    assert found.devices == 4
+
+
+# What travels, in which dtype
+
+
+def test_accelerators_send_bfloat16_and_cpus_what_they_have():
+    found = planned("one axis", "wide", "rows", 16, orthogonalizer=in_dtype(jnp.bfloat16))
+    assert found.payload(np.dtype(np.float32)) == jnp.bfloat16
+    assert planned("one axis", "wide", "rows", 16).payload(np.dtype(np.float32)) == np.float32
+    assert found.cost.bytes == planned("one axis", "wide", "rows", 16).cost.bytes / 2
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex64])
+def test_wide_and_complex_numbers_travel_as_they_are_in_float32(dtype):
+    found = planned("one axis", "wide", "rows", 16)
+    assert found.payload(np.dtype(dtype)) == dtype
+
+
+def test_float16_travels_as_float32():
+    found = planned("one axis", "wide", "rows", 16, orthogonalizer=in_dtype(np.float16))
+    assert found.payload(np.dtype(np.float32)) == np.float32
+
+
+# Communication against AdamW (arXiv 2502.16982, section 2.3)
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_gathering_as_in_the_paper_communicates_a_quarter_more_than_adamw(count):
+    found = planned(
+        "one axis", "large", "rows", count, layout="gather", orthogonalizer=in_dtype(jnp.bfloat16)
+    )
+    # 4 bytes of gradient + 4 of parameter, and 2 of momentum on top.
+    assert found.comm_vs_adamw == pytest.approx((4 + 4 + 2) / (4 + 4))
+    assert 1 < found.comm_vs_adamw <= 1.25
+
+
+def test_going_home_communicates_far_less():
+    found = planned("one axis", "large", "rows", 64, orthogonalizer=in_dtype(jnp.bfloat16))
+    assert found.comm_vs_adamw == pytest.approx(1 + 2 * 2 / 8 / 8)
+
+
+# Reading it
+
+
+def test_the_table_has_a_line_for_every_lot_and_the_totals():
+    found = planned("one axis", "large", "rows", 9)
+    text = str(found)
+    assert "8 x (4096 x 12288)" in text
+    assert "1 x (4096 x 12288)" in text
+    assert f"{found.cost.flops / 1e9:.1f} GFLOP" in text
+    assert f"{found.cost.flops / found.balanced_flops:.2f} of an even share" in text
+    assert f"{found.cost.wire / 2**20:.1f} MiB arrive" in text
+    assert f"{found.cost.wire / found.cost.least:.2f} of the least" in text
+    assert f"{found.comm_vs_adamw:.3f} of" in text
+
+
+def test_the_table_says_what_other_layouts_would_have_cost():
+    [bucket_plan] = (found := planned("one axis", "large", "rows", 8)).buckets
+    ratio = bucket_plan.seconds["gather"] / bucket_plan.seconds["chosen"]
+    assert f"gather {ratio:.2g}x" in str(found)
+
+
+def test_a_plan_is_plain_data():
+    found = planned("three axes", "large", "both", 31)
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["mesh"] == {"expert": 2, "fsdp": 4, "tp": 4}
+    assert (data["flops"], data["bytes"]) == (found.cost.flops, found.cost.bytes)
+    assignments = [assignment for bucket in data["buckets"] for assignment in bucket["assignments"]]
+    assert sum(assignment["count"] for assignment in assignments) == 31
+    assert sum(assignment["flops"] for assignment in assignments) == found.cost.flops
+    assert data["buckets"][0]["members"] == ["kernel"]
+
+
+def test_one_device_needs_no_mesh():
+    found = plan(kernel(4, (8, 16)), views=View(1, 2))
+    assert str(found).startswith("Muon on one device")
+    assert (found.mesh, found.devices, found.cost.bytes) == (None, 1, 0)
+    assert found.cost.flops == found.balanced_flops
+
+
+# A real model
+
+
+def llama3_8b():
+    """Llama-3-8B, unrolled: 32 layers of 7 kernels."""
+    sizes = {
+        "q_proj": (4096, 4096, P("fsdp", "tp")),
+        "k_proj": (4096, 1024, P("fsdp", "tp")),
+        "v_proj": (4096, 1024, P("fsdp", "tp")),
+        "o_proj": (4096, 4096, P("tp", "fsdp")),
+        "gate_proj": (4096, 14336, P("fsdp", "tp")),
+        "up_proj": (4096, 14336, P("fsdp", "tp")),
+        "down_proj": (14336, 4096, P("tp", "fsdp")),
+    }
+    params, specs = {}, {}
+    for layer, (name, (m, n, spec)) in itertools.product(range(32), sizes.items()):
+        params[f"layers/{layer}/{name}/kernel"] = jax.ShapeDtypeStruct((m, n), jnp.float32)
+        specs[f"layers/{layer}/{name}/kernel"] = spec
+    return params, specs
+
+
+@pytest.mark.parametrize("shape", [(16, 4), (32, 8)])
+def test_llama_is_planned_in_no_time_and_evenly(shape):
+    params, specs = llama3_8b()
+    mesh = AbstractMesh(shape, ("fsdp", "tp"))
+    began = time.process_time()
+    found = plan(params, shardings=specs, mesh=mesh, platform="tpu")
+    assert time.process_time() - began < 2
+    assert {(d.bucket.rows, d.bucket.cols, d.bucket.size) for d in found.buckets} == {
+        (1024, 4096, 64),
+        (4096, 4096, 64),
+        (4096, 14336, 96),
+    }
+    assert found.cost.flops <= (1.15 if math.prod(shape) <= 64 else 2.0) * found.balanced_flops
+    # 1.017 and 1.021: shared matrices sum their Gram matrices on top of the two trips.
+    assert found.comm_vs_adamw < 1.03
+
+
+# Views
+
+
+def test_equal_heads_of_a_sharded_axis_stay_where_they_are():
+    params = {"k": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+    mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
+    view = View(0, 1, Split.equal(1, 256, parts=4))
+    found = plan(params, views=view, shardings=P("fsdp", "tp"), mesh=mesh)
+    assert found.leaves[0].turn is None
+    assert [d.bucket.batch_over for d in found.buckets] == [("tp",)]
+
+
+def test_unequal_parts_of_a_sharded_axis_are_made_whole_first():
+    params = {"k": jax.ShapeDtypeStruct((64, 256 + 128), jnp.float32)}
+    mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
+    view = View(0, 1, Split(1, (256, 64, 64)))
+    found = plan(params, views=view, shardings=P("fsdp", "tp"), mesh=mesh)
+    assert found.leaves[0].turn is not None
+    assert found.leaves[0].turn.axes == ("tp",)
+    assert {d.bucket.rows_over + d.bucket.cols_over for d in found.buckets} == {("fsdp", "tp")}
+
+
+def test_shardings_may_be_a_callable_of_the_leaves():
+    mesh = jax.make_mesh((8,), ("fsdp",))
+
+    def by_shape(leaves):
+        return {path: NamedSharding(mesh, P(None, "fsdp")) for path in leaves}
+
+    found = plan(kernel(8, (64, 128)), views=View(1, 2), shardings=by_shape)
+    assert found.leaves[0].spec == ((), ("fsdp",), ())

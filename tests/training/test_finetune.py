@@ -1,0 +1,351 @@
+"""`optax-muon finetune`: what counts in the loss, what is seen when, going on after a stop."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from optax_muon.cli import finetune as command
+from optax_muon.cli.main import main
+from optax_muon.errors import Interrupted, UsageError
+from optax_muon.models import llama, moonlight, spec
+from optax_muon.training.checkpoints import Checkpoints
+from optax_muon.training.config import TrainConfig
+from optax_muon.training.data import prompts
+from optax_muon.training.finetune import (
+    FinetuneConfig,
+    begin,
+    finetune,
+    judge,
+    pretrained,
+)
+from optax_muon.training.loop import State, gradients, init
+from optax_muon.training.optimizers import Trial, transformation
+from optax_muon.training.presets import HyperParams
+from optax_muon.training.run_folder import RunFolder
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LLAMA = llama.LlamaConfig(width=32, depth=1, heads=2, kv_heads=1, mlp=64, context=24)
+MOONLIGHT = dataclasses.replace(
+    moonlight.CONFIGS["moonlight-tiny"], width=32, depth=2, mlp=40, expert_mlp=24, context=24
+)
+ADAMW = Trial("adamw", "AdamW", "adamw", HyperParams(1e-2, 0.1))
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """`optax.adamw` itself raises a float to an int32 count, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def write(path, pairs):
+    lines = (json.dumps({"prompt": p, "answer": a}, ensure_ascii=False) + "\n" for p, a in pairs)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty words to be said again."""
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abc"), 3)) for _ in range(60)]
+    path = tmp_path_factory.mktemp("data") / "copy.jsonl"
+    return write(path, [(f"{i} {word} =", word) for i, word in enumerate(words)])
+
+
+def source_of(folder, config):
+    """A run of one checkpoint, of parameters that nobody trained and biases that are not zero."""
+    setup = TrainConfig(config, 4, 10, 0, 10, 4)
+    with jax.numpy_dtype_promotion("standard"):
+        state = init(setup, transformation(ADAMW, setup))
+    if state.bias is not None:
+        state = state._replace(bias=state.bias + 0.25)
+    run = {"setup": dataclasses.asdict(setup), "trials": [dataclasses.asdict(ADAMW)]}
+    RunFolder(folder).config.write_text(json.dumps(run))
+    with Checkpoints(RunFolder(folder).checkpoints("adamw")) as checkpoints:
+        checkpoints.save(10, state)
+    return folder, state
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return source_of(tmp_path_factory.mktemp("llama"), LLAMA)[0]
+
+
+def run(source, data, runs, *options):
+    """Fine-tune, and what metrics.jsonl says of it."""
+    name = f"{source.name}-adamw"
+    usual = ["--optimizer", "adamw", "--batch", "8", "--lr", "1e-2", "--eval-every", "4"]
+    paths = ["--from", str(source), "--data", str(data), "--runs", str(runs)]
+    main(["finetune", *paths, *usual, *options])
+    return RunFolder(runs / name).journal.read("adamw")
+
+
+def refused(capsys, *arguments):
+    """The one line of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(["finetune", *map(str, arguments)])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+# What a line becomes
+
+
+def test_a_line_becomes_bytes_whose_answer_and_end_alone_have_weight(tmp_path):
+    path = write(tmp_path / "two.jsonl", [("née =", "é"), ("b", "c")])
+    loaded = prompts.load(path, context=12)
+    rows = {bytes(t.astype(np.uint8)).rstrip(b"\0"): w for t, w in both(loaded)}
+    assert set(rows) == {b"\0" + "née =é".encode(), b"\0bc"}
+    # Position i predicts token i + 1: six bytes of prompt, two of the answer, the end.
+    assert rows[b"\0" + "née =é".encode()].tolist() == [0] * 6 + [1] * 3 + [0] * 3
+    assert rows[b"\0bc"].tolist() == [0, 1, 1] + [0] * 9
+
+
+def both(loaded):
+    for part in (loaded.train, loaded.held_out):
+        yield from zip(part.tokens, part.weights, strict=True)
+
+
+def test_no_prompt_is_in_both_parts_and_a_twentieth_is_held_out(tmp_path):
+    pairs = [(f"{i % 50} =", str(i)) for i in range(200)]
+    loaded = prompts.load(write(tmp_path / "many.jsonl", pairs), context=24)
+    prompts = [
+        {bytes(t.astype(np.uint8)).split(b"=")[0] for t in part.tokens}
+        for part in (loaded.train, loaded.held_out)
+    ]
+    assert not prompts[0] & prompts[1]
+    assert len(loaded.train) + len(loaded.held_out) == 200
+    assert 8 <= len(loaded.held_out) <= 16  # a tenth hash at the border has four lines
+
+
+def test_every_example_is_seen_as_often_as_there_are_epochs():
+    seen = [prompts.rows(10, seed=3, step=s, batch=4, epochs=3) for s in range(1, 9)]
+    assert prompts.steps(10, batch=4, epochs=3) == 8
+    seen = np.concatenate(seen)
+    assert [sorted(seen[i : i + 10].tolist()) for i in (0, 10, 20)] == [list(range(10))] * 3
+    assert seen[30:].tolist() == [-1, -1]
+    assert seen[:10].tolist() != seen[10:20].tolist()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "is no JSON"),
+        ('{"prompt": "a"}', 'has no text "answer"'),
+        ('{"prompt": 1, "answer": "b"}', 'has no text "prompt"'),
+        ("[1]", 'has no text "prompt"'),
+        ('{"prompt": "a", "answer": ""}', "has an empty answer"),
+        (
+            '{"prompt": "aaaaaaa", "answer": "bb"}',
+            "too long: 10 tokens (1 + 7 of the prompt + 2 of the answer), the model's context is 8",
+        ),
+    ],
+)
+def test_what_a_line_lacks_is_said_with_its_number(tmp_path, line, said):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{{"prompt": "a", "answer": "b"}}\n\n{line}\n')
+    with pytest.raises(UsageError) as error:
+        prompts.load(path, context=8)
+    assert "line 3" in str(error.value)
+    assert said in str(error.value)
+
+
+def test_a_file_that_is_not_there_not_utf8_or_of_one_prompt_is_refused(tmp_path):
+    path = tmp_path / "file.jsonl"
+    with pytest.raises(UsageError, match="cannot be read"):
+        prompts.load(path, context=8)
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(UsageError, match="cannot be read"):
+        prompts.load(path, context=8)
+    with pytest.raises(UsageError, match="1 prompts, two are needed"):
+        prompts.load(write(path, [("a", "b"), ("a", "c")]), context=8)
+
+
+# The loss
+
+
+def learn(model, params, examples, bias=None):
+    """Gradient, loss and report of a step on examples."""
+    state = State(params, (), bias)
+    measured = jax.jit(gradients, static_argnums=0)
+    return measured(model, state, examples.tokens[None], examples.weights[None])
+
+
+@pytest.mark.parametrize("config", [LLAMA, MOONLIGHT], ids=["llama", "moonlight"])
+def test_the_loss_is_that_of_the_answers_alone_as_a_plain_loop_finds_it(config, data):
+    model = spec.model(config)
+    params, bias = jax.jit(model.init)(jax.random.key(1)), model.zero_bias()
+    examples = prompts.load(data, config.context).train.at(np.arange(4))
+    found = learn(model, params, examples, bias)[1]
+
+    forward = jax.jit(model.forward)
+    costs = []
+    for tokens, weights in zip(examples.tokens, examples.weights, strict=True):
+        end = int(np.flatnonzero(weights)[-1]) + 2  # no padding at all
+        scores = np.asarray(forward(params, tokens[None, : end - 1], bias)[0][0], np.float64)
+        for place in np.flatnonzero(weights):
+            row = scores[place] - scores[place].max()
+            costs.append(np.log(np.exp(row).sum()) - row[tokens[place + 1]])
+    # float32 logits of a model of width 32, and a sum of sixteen.
+    assert float(found) == pytest.approx(np.mean(costs), rel=2e-6)
+
+    # What the prompt's tokens are predicted to be does not matter.
+    scores = forward(params, examples.tokens[:, :-1], bias)[0]
+    other = np.where(examples.weights > 0, examples.tokens[:, 1:], 7)
+    terms = jax.nn.log_softmax(scores)
+    picked = -np.take_along_axis(np.asarray(terms), other[..., None], 2)[..., 0]
+    mean = (picked * examples.weights).sum() / examples.weights.sum()
+    assert float(found) == pytest.approx(mean, rel=2e-6)
+
+
+def test_rows_that_fill_up_a_batch_change_nothing(data):
+    model = spec.model(LLAMA)
+    params = jax.jit(model.init)(jax.random.key(1))
+    train = prompts.load(data, LLAMA.context).train
+    alone, filled = (train.at(np.array(rows)) for rows in ([0, 5], [0, 5, -1, -1]))
+    one, other = (learn(model, params, examples)[0] for examples in (alone, filled))
+    # The sum over four rows in another order than over two.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), one, other)
+
+
+def test_exact_answers_are_those_that_greedy_decoding_writes(data):
+    start, held_out = learned(data)
+    found = judge(start.model, start.params, None, held_out, batch=4)
+    forward = jax.jit(start.model.forward)
+    written = 0
+    for tokens, weights in zip(held_out.tokens, held_out.weights, strict=True):
+        places = np.flatnonzero(weights)
+        own = tokens.copy()
+        own[places + 1] = 0
+        for place in places:
+            own[place + 1] = np.argmax(forward(start.params, own[None, :-1])[0][0, place])
+        written += (own == tokens).all()
+    assert found.exact == written / len(held_out)
+    assert 0 < found.exact <= 1
+
+
+def learned(data):
+    """A model that has learned the examples it is judged by."""
+    loaded = prompts.load(data, LLAMA.context)
+    loaded = dataclasses.replace(loaded, held_out=loaded.train)
+    model = spec.model(LLAMA)
+    steps = prompts.steps(len(loaded.train), 8, 30)
+    setup = FinetuneConfig(LLAMA, 8, steps, 0, steps, 1, epochs=30)
+    start = command.Pretrained(model, jax.jit(model.init)(jax.random.key(0)), None)
+    muon = Trial("muon", "Muon", "muon", HyperParams(1e-2, 0.1))
+    *_, (record, state) = finetune(setup, muon, loaded, begin(start, setup, muon))
+    assert record.val_loss < 1
+    return start._replace(params=state.params), loaded.train
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def finished(source, data, tmp_path_factory):
+    """A whole run's folder of runs, and its records."""
+    runs = tmp_path_factory.mktemp("runs")
+    with jax.numpy_dtype_promotion("standard"):
+        return runs, run(source, data, runs)
+
+
+def test_the_rate_falls_along_a_line_to_zero(finished):
+    lrs = [record.lr for record in finished[1]]
+    np.testing.assert_allclose(lrs, 1e-2 * (1 - np.arange(len(lrs)) / len(lrs)), rtol=1e-5)
+    assert len(lrs) == prompts.steps(57, batch=8, epochs=2)
+
+
+def test_the_held_out_answers_get_likelier(finished, source, data):
+    start, loaded = pretrained(source), prompts.load(data, LLAMA.context)
+    before = judge(start.model, start.params, start.bias, loaded.held_out, 8).loss
+    assert finished[1][-1].val_loss < 0.7 * before
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    finished, source, data, tmp_path, monkeypatch, capsys
+):
+    def press_at_six(self, title, record):
+        if record.step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.Progress, "step", press_at_six)
+        with pytest.raises(SystemExit) as end:
+            run(source, data, tmp_path)
+    assert end.value.code == Interrupted.exit_code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "go on with: optax-muon finetune" in said
+    assert said.endswith("--resume")
+    again = run(source, data, tmp_path, "--resume")
+    whole = finished[1]
+    assert [dataclasses.replace(r, seconds=0) for r in again] == [
+        dataclasses.replace(r, seconds=0) for r in whole
+    ]
+    one, other = (pretrained(runs / f"{source.name}-adamw") for runs in (tmp_path, finished[0]))
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+@pytest.mark.slow
+def test_a_moonlight_keeps_its_router_biases(data, tmp_path):
+    source, before = source_of(tmp_path, MOONLIGHT)
+    np.testing.assert_array_equal(pretrained(source).bias, before.bias)
+    run(source, data, tmp_path / "runs", "--epochs", "1")
+    path = tmp_path / "runs" / f"{source.name}-adamw"
+    np.testing.assert_array_equal(pretrained(path).bias, before.bias)
+
+
+def test_spectra_reads_the_run(finished, source):
+    path = finished[0] / f"{source.name}-adamw"
+    main(["spectra", str(path)])
+    assert (path / "spectra.png").exists()
+
+
+def test_what_cannot_be_begun_with_is_refused_in_a_line(finished, source, data, tmp_path, capsys):
+    options = ["--data", data, "--runs", tmp_path]
+    assert "there is no run in" in refused(capsys, "--from", tmp_path / "none", *options)
+    named = refused(capsys, "--from", source, *options, "--contestant", "muon")
+    assert "has no contestant 'muon'; it has adamw" in named
+    assert "--epochs is 0" in refused(capsys, "--from", source, *options, "--epochs", "0")
+    lost = tmp_path / "lost"
+    shutil.copytree(source, lost, ignore=lambda *_: ["checkpoints"])
+    assert "has no checkpoint of adamw" in refused(capsys, "--from", lost, *options)
+    taken = ["--runs", finished[0], "--optimizer", "adamw"]
+    exists = refused(capsys, "--from", source, "--data", data, *taken)
+    assert "exists; --resume goes on with it" in exists
+    other = refused(capsys, "--from", source, "--data", data, *taken, "--resume", "--epochs", "3")
+    assert "was made with another config" in other
+
+
+# The table of pretraining and fine-tuning
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks are not part of a source archive")
+def test_the_table_judges_all_four_by_functions_that_nobody_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench, script = map(importlib.import_module, ("_bench", "finetune_table"))
+    script.main(bench.Options(quick=True, out=tmp_path))
+    work = tmp_path / "finetune_table" / "tiny"
+    learned, judged = (
+        {json.loads(line)["prompt"] for line in (work / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("learned", "judged")
+    )
+    assert len(learned) == len(judged) == script.TOY.examples
+    assert not learned & judged
+    with (tmp_path / "finetune_table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4
+    assert all(float(row["loss"]) < float(row["before"]) for row in rows)
+    page = (tmp_path / "finetune_table.md").read_text()
+    assert all(f"{float(row['loss']):.4f}" in page for row in rows)

@@ -1,0 +1,65 @@
+"""The paper's schedule: its numbers at its corners, and in between."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_muon
+from optax_muon.training.schedules import MOONLIGHT, three_stage_schedule
+
+SMALL = {"warmup": 10, "decay": 110, "floor": 0.1, "rewarm": 5, "again": 0.25, "cooldown": 40}
+
+
+def naive(step):
+    """The rate as one would say it."""
+    if step < 10:
+        return step / 10
+    if step < 110:
+        return 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (step - 10) / 100))
+    if step < 115:
+        return 0.1 + (step - 110) / 5 * 0.15
+    return max(0.0, 0.25 * (1 - (step - 115) / 40))
+
+
+def test_every_step_is_as_one_would_say_it():
+    schedule = jax.jit(three_stage_schedule(1.0, **SMALL))
+    found = [float(schedule(step)) for step in range(170)]
+    # float32: a cosine and a few products.
+    np.testing.assert_allclose(found, [naive(step) for step in range(170)], atol=1e-6)
+
+
+def test_moonlights_corners_are_the_papers():
+    # 200e9 / (2048 x 8192), and from there on 4096 x 8192 tokens a step.
+    assert MOONLIGHT.batch(11_920) == 2048
+    assert MOONLIGHT.batch(11_921) == 4096
+    decayed = 11_921 + round((5.2e12 - 11_921 * 2048 * 8192) / (4096 * 8192))
+    rates = {0: 0, 2000: 4.2e-4, decayed: 4.2e-5, decayed + 100: 1e-4, MOONLIGHT.steps: 0}
+    for step, rate in rates.items():
+        np.testing.assert_allclose(MOONLIGHT.learning_rate(step), rate, rtol=1e-5, atol=1e-12)
+    assert float(MOONLIGHT.bias_update_speed(decayed - 1)) == pytest.approx(1e-3)
+    assert float(MOONLIGHT.bias_update_speed(decayed)) == 0
+    tokens = 8192 * (2048 * 11_921 + 4096 * (MOONLIGHT.steps - 11_921))
+    assert tokens == pytest.approx(5.7e12, rel=1e-5)
+
+
+def test_it_drives_the_optimizer():
+    tx = optax_muon.muon(MOONLIGHT.learning_rate)
+    params = {"dense": {"kernel": jnp.ones((4, 8))}}
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert not np.asarray(updates["dense"]["kernel"]).any()  # the first step has rate 0
+    assert optax.tree.norm(updates) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"decay": 10}, "decay=10 was given, more than warmup=10"),
+        ({"cooldown": 0}, "cooldown=0 was given, at least 1"),
+        ({"warmup": 0}, "warmup=0 was given, at least 1"),
+    ],
+)
+def test_stages_without_steps_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        three_stage_schedule(1.0, **{**SMALL, **wrong})

@@ -1,0 +1,409 @@
+"""`optax-muon train`: what it leaves behind, going on after a stop, saying no in one line."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+from optax_muon.cli.main import main
+from optax_muon.cli.reports import training
+from optax_muon.errors import Diverged, Interrupted
+from optax_muon.training.checkpoints import Checkpoints
+from optax_muon.training.config import TrainConfig
+from optax_muon.training.data import corpus as data
+from optax_muon.training.flops import newton_schulz_flops, run_flops
+from optax_muon.training.loop import StepMetrics, init
+from optax_muon.training.optimizers import OPTIMIZERS, Trial, comparison, transformation
+from optax_muon.training.presets import PRESETS, HyperParams
+from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.trainer import RunConfig, Trainer
+
+TINY = PRESETS["tiny"]
+SETUP = TrainConfig(TINY.model, TINY.batch, TINY.steps, seed=0, eval_every=10, eval_sequences=128)
+LINEUP = comparison(TINY.adamw, TINY.muon)
+OPTIONS = ["--preset", "tiny", "--eval-every", "10", "--save-every", "20"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+    """`optax.adamw` itself raises a float to an int32 count, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Forty files of text that has something to learn."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        lines = (f"def f{j}(x):\n    return x + {i * j}\n" for j in range(30))
+        (folder / f"module{i}.py").write_text("\n".join(lines))
+    return f"{folder}/*.py"
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """The folder of one whole run."""
+    runs = tmp_path_factory.mktemp("runs")
+    main(["train", *OPTIONS, "--data", text, "--runs", str(runs), "--name", "whole"])
+    return RunFolder(runs / "whole")
+
+
+class Silence:
+    """A progress bar that nobody sees."""
+
+    def begin(self, title, done):
+        pass
+
+    def step(self, title, record):
+        pass
+
+
+class StopAfter(Silence):
+    """Presses Ctrl-C after a step: the progress it watches and the interrupt in one."""
+
+    def __init__(self, step=math.inf):
+        self.pressed, self.last = False, step
+
+    def step(self, title, record):
+        self.pressed = record.step >= self.last
+
+
+def train(folder, trial, text, stop_after=math.inf):
+    corpus = data.load(text, SETUP.model.context)
+    run = RunConfig("tiny", text, corpus.fingerprint, SETUP, (trial,), save_every=20)
+    user = StopAfter(stop_after)
+    Trainer(run, corpus, folder, user, user).train(trial)
+
+
+def saved(folder, trial):
+    with Checkpoints(folder.checkpoints(trial.name)) as checkpoints:
+        state = init(SETUP, transformation(trial, SETUP))
+        return checkpoints.latest, checkpoints.restore(state)
+
+
+def without_seconds(records):
+    return [dataclasses.replace(record, seconds=0.0) for record in records]
+
+
+def refused(capsys, *arguments):
+    """The one line of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+# What a run leaves behind
+
+
+def test_one_optimizer_is_trained_alone_as_among_others(finished, text, tmp_path):
+    alone = ["--optimizer", "muon", "--save-every", "10", "--keep-every", "20"]
+    where = ["--data", text, "--runs", str(tmp_path), "--name", "alone"]
+    main(["train", "--preset", "tiny", "--eval-every", "10", *where, *alone])
+    folder = RunFolder(tmp_path / "alone")
+    [trial] = folder.read_config()["trials"]
+    assert trial["name"] == LINEUP[-1].name
+    records, among = (f.journal.read(LINEUP[-1].name) for f in (folder, finished))
+    assert without_seconds(records) == without_seconds(among)
+    with Checkpoints(folder.checkpoints(LINEUP[-1].name)) as checkpoints:
+        assert checkpoints.steps == [20, 30, 40]
+    row = (folder.path / "summary.md").read_text().splitlines()[6]
+    assert row.split(" | ")[4:7] == ["-", "-", "-"]  # AdamW's final loss, and when it was reached
+
+
+def test_kept_steps_are_saved_steps(capsys):
+    line = refused(capsys, "train", "--save-every", "40", "--keep-every", "60")
+    assert "--keep-every 60 must be a multiple of --save-every 40" in line
+
+
+def test_every_step_of_every_contestant_is_written_once(finished):
+    for trial in LINEUP:
+        records = finished.journal.read(trial.name)
+        assert [r.step for r in records] == list(range(1, 41))
+        assert [r.step for r in records if r.val_loss is not None] == [10, 20, 30, 40]
+
+
+def test_every_contestant_learns_from_the_same_start(finished):
+    curves = [finished.journal.read(trial.name) for trial in LINEUP]
+    assert len({records[0].loss for records in curves}) == 1
+    assert all(records[-1].val_loss < 0.75 * math.log(256) for records in curves)
+
+
+def test_the_first_update_has_no_learning_rate_and_the_peak_comes_after_the_warm_up(finished):
+    lrs = [record.lr for record in finished.journal.read("adamw")]
+    assert lrs[0] == 0
+    assert np.argmax(lrs) == 4
+    assert math.isclose(max(lrs), TINY.adamw.lr, rel_tol=1e-6)
+    assert lrs[-1] < 0.12 * TINY.adamw.lr
+
+
+def test_the_config_holds_what_was_asked_for(finished, text):
+    config = json.loads(finished.config.read_text())
+    assert config["preset"] == "tiny"
+    assert config["data"] == text
+    assert config["setup"]["model"] == dataclasses.asdict(TINY.model)
+    assert [c["tuning"]["lr"] for c in config["trials"]] == [0.01, 0.01, 0.02]
+
+
+def test_the_summary_holds_each_final_loss_and_learning_rate(finished):
+    summary = (finished.path / "summary.md").read_text()
+    for trial in LINEUP:
+        final = finished.journal.read(trial.name)[-1].val_loss
+        row = next(line for line in summary.splitlines() if f"| {trial.title} |" in line)
+        assert f"| {trial.tuning.lr:g} | 0.1 | {final:.4f} |" in row
+    assert "jax" in summary.splitlines()[-1]
+
+
+def test_the_picture_shows_something(finished):
+    picture = matplotlib.image.imread(finished.path / "loss.png")
+    assert min(picture.shape[:2]) > 500
+    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20
+
+
+def test_a_finished_run_resumes_to_the_same_report(finished, text):
+    before = finished.journal.path.read_text()
+    where = ["--runs", str(finished.path.parent), "--name", "whole", "--resume"]
+    main(["train", *OPTIONS, "--data", text, *where])
+    assert finished.journal.path.read_text() == before
+
+
+def test_sample_writes_on_from_the_prompt(finished, capsys):
+    where = ["--runs", str(finished.path.parent), "--run", "whole"]
+    main(["sample", *where, "--prompt", "def f", "--length", "60", "--temperature", "0"])
+    first = capsys.readouterr().out
+    main(["sample", *where, "--prompt", "def f", "--length", "60", "--temperature", "0"])
+    assert first.startswith("def f")
+    assert len(first) == len("def f") + 60 + 1
+    assert capsys.readouterr().out == first
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("trial", [LINEUP[0], LINEUP[2]], ids=lambda c: c.name)
+def test_a_stopped_run_goes_on_bit_for_bit(finished, text, tmp_path, trial):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(Interrupted, match="at step 23"):
+        train(folder, trial, text, stop_after=23)
+    assert saved(folder, trial)[0] == 23
+    train(folder, trial, text)
+    jax.tree.map(np.testing.assert_array_equal, saved(folder, trial), saved(finished, trial))
+    whole = finished.journal.read(trial.name)
+    assert without_seconds(folder.journal.read(trial.name)) == without_seconds(whole)
+
+
+def test_steps_after_the_last_checkpoint_and_half_lines_are_forgotten(tmp_path):
+    journal = RunFolder(tmp_path).journal
+    for step in (1, 2, 3):
+        journal.write("muon", StepMetrics(step, 1.0, 1.0, 0.1, 0.5))
+        journal.write("adamw", StepMetrics(step, 1.0, 1.0, 0.1, 0.5))
+    with journal.path.open("a") as file:
+        file.write('{"run": "muon", "st')
+    journal.forget("muon", after=1)
+    assert [record.step for record in journal.read("muon")] == [1]
+    assert [record.step for record in journal.read("adamw")] == [1, 2, 3]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
+    arguments = ["train", *OPTIONS, "--data", text, "--runs", str(tmp_path), "--name", "long"]
+    program = "from optax_muon.cli.main import main; main()"
+    command = [sys.executable, "-c", program, *arguments, "--steps", "100000", "--overwrite"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(tmp_path / "long")
+    wait_for(lambda: len(folder.journal.read("adamw")) >= 5, process)
+    process.send_signal(signal.SIGINT)
+    last = process.communicate(timeout=120)[1].splitlines()[-1]
+    assert process.returncode == 130
+    step = folder.journal.read("adamw")[-1].step
+    assert f"saved adamw at step {step}; go on with: optax-muon train --preset tiny" in last
+    assert last.endswith("--steps 100000 --resume")
+    assert (folder.checkpoints("adamw") / str(step)).is_dir()
+
+
+def wait_for(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# Divergence
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", *OPTIONS, "--data", text, "--runs", str(tmp_path), "--adamw-lr", "1e30"])
+    assert end.value.code == 1
+    # Step 1 has learning rate 0, step 2 the first large update, which step 3 meets.
+    assert capsys.readouterr().err.splitlines()[-1].endswith("is nan at step 3")
+
+
+def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path, monkeypatch):
+    def explode(schedule, weight_decay, views):
+        return optax.sgd(lambda count: jnp.where(count < 25, 0.1, jnp.inf))
+
+    monkeypatch.setitem(OPTIMIZERS, "explosive", explode)
+    trial = Trial("explosive", "Explosive", "explosive", HyperParams(0.1, 0.0))
+    folder = RunFolder(tmp_path)
+    with pytest.raises(Diverged, match="at step 27"):
+        train(folder, trial, text)
+    step, state = saved(folder, trial)
+    assert step == 20
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert folder.journal.read("explosive")[-1].step == 26
+
+
+# Refusals: one line, exit code 2
+
+
+def test_an_unknown_preset_is_refused(capsys):
+    assert "unknown model 'huge'; there are tiny, small" in refused(
+        capsys, "train", "--preset", "huge"
+    )
+
+
+def test_text_that_is_not_there_is_refused(capsys, tmp_path):
+    assert "no file matches" in refused(capsys, "train", "--data", f"{tmp_path}/*.txt")
+
+
+def test_text_too_short_for_a_sequence_is_refused(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("too short")
+    assert "too short for one sequence" in refused(
+        capsys, "train", *OPTIONS, "--data", f"{tmp_path}/a.txt"
+    )
+
+
+def test_a_run_that_exists_is_refused_without_resume_or_overwrite(finished, text, capsys):
+    where = ["--runs", str(finished.path.parent), "--name", "whole"]
+    line = refused(capsys, "train", *OPTIONS, "--data", text, *where)
+    assert "exists; --resume goes on with it, --overwrite deletes it" in line
+
+
+def test_resuming_with_another_config_is_refused(finished, text, capsys):
+    where = ["--runs", str(finished.path.parent), "--name", "whole", "--resume"]
+    line = refused(capsys, "train", *OPTIONS, "--data", text, *where, "--seed", "7")
+    assert "made with another config: setup.seed is 0 there and 7 here" in line
+
+
+def test_resuming_with_other_text_is_refused(finished, text, capsys):
+    added = Path(text).parent / "added.py"
+    added.write_text("more\n" * 100)
+    where = ["--runs", str(finished.path.parent), "--name", "whole", "--resume"]
+    line = refused(capsys, "train", *OPTIONS, "--data", text, *where)
+    added.unlink()
+    assert "another config: fingerprint is" in line
+
+
+def test_resuming_nothing_is_refused(tmp_path, text, capsys):
+    where = ["--runs", str(tmp_path), "--name", "none", "--resume"]
+    assert "there is no run in" in refused(capsys, "train", *OPTIONS, "--data", text, *where)
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(tmp_path, text, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    where = ["--runs", str(tmp_path), "--name", "mine", "--overwrite"]
+    assert "there is no run in" in refused(capsys, "train", *OPTIONS, "--data", text, *where)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--save-every", "15"], "--save-every 15 must be a multiple of --eval-every 10"),
+        (["--steps", "0"], "--steps is 0, it must be at least 1"),
+        (["--batch", "-2"], "--batch is -2, it must be at least 1"),
+        (["--seed", "-1"], "--seed is -1, it must be at least 0"),
+        (["--muon-lr", "0"], "lr is 0.0 and decay 0.1; lr must be positive"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, reason, text, tmp_path, capsys):
+    where = ["--data", text, "--runs", str(tmp_path)]
+    assert reason in refused(capsys, "train", *OPTIONS, *where, *options)
+
+
+def test_a_sample_of_nothing_is_refused(finished, tmp_path, capsys):
+    where = ["--runs", str(finished.path.parent), "--run", "whole"]
+    assert "no run in" in refused(capsys, "sample", "--runs", str(tmp_path), "--run", "none")
+    assert "no contestant 'sgd'" in refused(capsys, "sample", *where, "--contestant", "sgd")
+    assert "--length is 0, it must be at least 1" in refused(capsys, "sample", "--length", "0")
+
+
+def test_without_the_extra_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tyro" else 1)
+    line = refused(capsys, "train")
+    assert line == "optax-muon: tyro not found; pip install 'optax-muon[train]'"
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "sample"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert "(default: " in capsys.readouterr().out
+
+
+# Arithmetic of the report
+
+
+def outcome(name, losses, flops, step_seconds=0.1):
+    trial = Trial(name, name, "adamw", HyperParams(1e-3, 0.1))
+    steps = range(10, 10 * len(losses) + 1, 10)
+    records = [
+        StepMetrics(step, 1.0, 1.0, 1e-3, step_seconds, loss)
+        for step, loss in zip(steps, losses, strict=True)
+    ]
+    return training.Outcome(trial, records, lambda n: n * flops, update_seconds=0.02)
+
+
+def test_the_fractions_are_those_of_the_crossing():
+    adamw = outcome("adamw", [4.0, 3.0, 2.5, 2.0], flops=100)
+    muon = outcome("muon", [3.0, 1.0, 0.9, 0.8], flops=120)
+    compared = training.Comparison(muon, adamw)
+    assert compared.reached == 15  # half way from 3 at step 10 to 1 at step 20
+    assert compared.steps == 15 / 40
+    assert math.isclose(compared.flops, 15 / 40 * 1.2)
+    assert math.isclose(muon.share, 0.2)
+
+
+def test_a_level_that_is_never_reached_says_so():
+    adamw, muon = outcome("adamw", [3.0, 2.0], 100), outcome("muon", [3.0, 2.1], 120)
+    compared = training.Comparison(muon, adamw)
+    assert (compared.reached, compared.steps, compared.flops) == (None, None, None)
+    assert "never" in compared.cells
+
+
+def test_flops_are_six_per_weight_and_token_and_the_products_of_newton_schulz():
+    model = TINY.model
+    params = init(SETUP, optax.identity()).params
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    weights = 256 * 32 + 2 * layer + 32
+    scores = 12 * model.depth * model.context * model.width
+    assert run_flops(SETUP, LINEUP[0], params) == 8 * 32 * (6 * weights + scores)
+
+    def products(m, n):  # X X^T, A A, (b A + c A A) X: five times, two operations each
+        return 5 * 2 * (m * m * n + m * m * m + m * m * n)
+
+    layer = 2 * products(32, 32) + 2 * products(16, 32) + 3 * products(32, 64)
+    assert newton_schulz_flops(params) == 2 * layer
+    assert run_flops(SETUP, LINEUP[1], params) - run_flops(SETUP, LINEUP[0], params) == 2 * layer
+
+
+def test_muon_at_adamws_numbers_is_not_run_twice():
+    assert [c.name for c in comparison(TINY.adamw, TINY.adamw)] == ["adamw", "muon-carried"]

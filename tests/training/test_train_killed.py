@@ -1,0 +1,95 @@
+"""A training run that is killed, `kill -9`, goes on from its newest checkpoint to the same end."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from optax_muon.training.checkpoints import Checkpoints
+from optax_muon.training.config import TrainConfig
+from optax_muon.training.data import corpus as data
+from optax_muon.training.loop import init
+from optax_muon.training.optimizers import comparison, transformation
+from optax_muon.training.presets import PRESETS
+from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.trainer import RunConfig, Trainer
+
+TINY = PRESETS["tiny"]
+STEPS = 60
+SETUP = TrainConfig(TINY.model, TINY.batch, STEPS, seed=0, eval_every=4, eval_sequences=8)
+MUON = comparison(TINY.adamw, TINY.muon)[2]
+CHILD = """
+import sys, conftest
+sys.path.insert(0, "tests")
+from test_train_killed import train
+train(*sys.argv[1:])
+"""
+
+
+class Nobody:
+    """A progress bar that nobody sees and an interrupt that nobody presses."""
+
+    pressed = False
+
+    def begin(self, title, done):
+        pass
+
+    def step(self, title, record):
+        pass
+
+
+def train(path, text):
+    """Train, or go on."""
+    corpus = data.load(text, SETUP.model.context)
+    run = RunConfig("tiny", text, corpus.fingerprint, SETUP, (MUON,), save_every=4)
+    Path(path).mkdir(exist_ok=True)
+    with jax.numpy_dtype_promotion("standard"):  # parts of optax.adamw need it
+        Trainer(run, corpus, RunFolder(Path(path)), Nobody(), Nobody()).train(MUON)
+
+
+def outcome(path):
+    """The last state and what the steps said of themselves, without their times."""
+    folder = RunFolder(path)
+    with Checkpoints(folder.checkpoints(MUON.name)) as checkpoints:
+        assert checkpoints.latest == STEPS
+        like = jax.eval_shape(lambda: init(SETUP, transformation(MUON, SETUP)))
+        state = checkpoints.restore(like)
+    records = folder.journal.read(MUON.name)
+    return state, [dataclasses.replace(record, seconds=0.0) for record in records]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Forty files of text."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 30)
+    return f"{folder}/*.py"
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_end(text, tmp_path):
+    train(tmp_path / "whole", text)
+    killed = RunFolder(tmp_path / "killed")
+    for step in (3, 30):  # before the first checkpoint, and between two
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, killed.path, text], cwd=Path(__file__).parents[2]
+        )
+        deadline = time.monotonic() + 120
+        while not any(record.step >= step for record in killed.journal.read(MUON.name)):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        child.kill()
+        child.wait()
+        with killed.journal.path.open("a") as file:
+            file.write('{"run": "muon", "st')  # as a kill in the midst of a line
+    train(killed.path, text)
+    (state, records), (expected, whole) = outcome(killed.path), outcome(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert records == whole

@@ -1,0 +1,133 @@
+"""`optax-muon sweep`: equal budgets, one line per finished run, going on where it stopped."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from optax_muon.cli.main import main
+from optax_muon.cli.reports import sweep as sweep_report
+from optax_muon.training import sweep
+from optax_muon.training.presets import PRESETS, HyperParams
+from optax_muon.training.sweep import Point, Table
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+COMMITTED = {"small": RESULTS / "sweep", "moonlight-tiny": RESULTS / "moonlight" / "sweep"}
+POINTS = [
+    Point("adamw", 1e-3, 0.1, 2.5),
+    Point("adamw", 2e-3, 0.1, 2.25),
+    Point("muon", 2e-3, 0.1, 2.0),
+    Point("muon", 4e-3, 0.1),
+]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """`optax.adamw` itself raises a float to an int32 count, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def run(folder, *options):
+    size = ["--preset", "tiny", "--steps", "12", "--data", str(folder / "text.txt")]
+    main(["sweep", *size, "--out", str(folder / "sweep"), *options])
+    return (folder / "sweep" / "sweep.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweeps")
+    (path / "text.txt").write_text("to be or not to be, that is the question\n" * 100)
+    return path
+
+
+def test_the_grid_is_every_rate_with_every_decay():
+    points = sweep.grid({"adamw": (1.0, 2.0), "muon": (3.0, 4.0)}, (0.1, 0.3))
+    assert [(p.optimizer, p.lr, p.weight_decay) for p in points] == [
+        ("adamw", 1.0, 0.1),
+        ("adamw", 2.0, 0.1),
+        ("adamw", 1.0, 0.3),
+        ("adamw", 2.0, 0.3),
+        ("muon", 3.0, 0.1),
+        ("muon", 4.0, 0.1),
+        ("muon", 3.0, 0.3),
+        ("muon", 4.0, 0.3),
+    ]
+
+
+def test_unequal_budgets_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", "--adamw-lr", "1e-3", "--muon-lr", "1e-3", "2e-3"])
+    assert end.value.code == 2
+    assert "same budget, but learning rates are 1 for adamw, 2 for muon" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_with_the_points_that_are_missing(folder, capsys):
+    first = run(folder, "--adamw-lr", "1e30", "--muon-lr", "1e-3", "--decay", "0.1")
+    both = ["--adamw-lr", "1e30", "1e-3", "--muon-lr", "1e-3", "4e-3", "--decay", "0.1"]
+    assert run(folder, *both).startswith(first)
+    points = Table(folder / "sweep" / "sweep.csv").read()
+    assert [(p.optimizer, p.lr) for p in points] == [
+        ("adamw", 1e30),
+        ("muon", 1e-3),
+        ("adamw", 1e-3),
+        ("muon", 4e-3),
+    ]
+    assert [math.isfinite(p.val_loss) for p in points] == [False, True, True, True]
+    assert (folder / "sweep" / "sweep.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit) as end:
+        run(folder, *both, "--seed", "1")
+    assert end.value.code == 2
+    assert "setup.seed is 0 there and 1 here" in capsys.readouterr().err
+
+
+def test_points_survive_the_file(tmp_path):
+    table = Table(tmp_path / "sweep.csv")
+    for point in POINTS:
+        table.append(point)
+    assert [repr(p) for p in table.read()] == [repr(p) for p in POINTS]  # NaN equals itself here
+
+
+def test_the_report_marks_the_best_of_each_and_names_the_machine():
+    text = sweep_report.markdown(POINTS, "tiny", "byte")
+    assert "| AdamW | 0.001 | 0.1 | 2.5000 |" in text
+    assert "| AdamW | 0.002 | 0.1 | **2.2500** |" in text
+    assert "| Muon | 0.002 | 0.1 | **2.0000** |" in text
+    assert "| Muon | 0.004 | 0.1 | diverged |" in text
+    assert "Best Muon: lr 0.002, decay 0.1." in text
+    assert f"jax {jax.__version__}" in text
+
+
+def test_an_optimizer_that_always_diverged_has_no_best_point():
+    assert sweep.best([Point("adamw", 1.0, 0.1)], "adamw") is None
+    assert "Best Muon" not in sweep_report.markdown(POINTS[:2], "tiny", "byte")
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="results are not part of a source archive")
+@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_presets_run_at_the_committed_sweeps_best_inside_its_grid(name, optimizer):
+    points = Table(COMMITTED[name] / "sweep.csv").read()
+    points = [point for point in points if point.optimizer == optimizer]
+    winner = sweep.best(points, optimizer)
+    row = PRESETS[name]
+    assert getattr(row, optimizer) == HyperParams(winner.lr, winner.weight_decay)
+    assert min(p.lr for p in points) < winner.lr < max(p.lr for p in points)
+    decays = {p.weight_decay for p in points}
+    # Moonlight's decay was not swept, it is that of `small`.
+    inside = min(decays) < winner.weight_decay < max(decays)
+    assert inside if len(decays) > 1 else decays == {PRESETS["small"].muon.weight_decay}
+    setup = json.loads((COMMITTED[name] / "config.json").read_text())["setup"]
+    assert setup["model"] == dataclasses.asdict(row.model)
+    assert (setup["batch"], setup["steps"]) == (row.batch, row.steps)
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="results are not part of a source archive")
+@pytest.mark.parametrize("folder", COMMITTED.values(), ids=COMMITTED)
+def test_the_committed_sweeps_gave_both_optimizers_the_same_budget(folder):
+    names = [point.optimizer for point in Table(folder / "sweep.csv").read()]
+    assert names.count("adamw") == names.count("muon") == len(names) / 2
