@@ -1,6 +1,7 @@
-"""What the benchmarks share: options, contestants measured in turn, and pages of results.
+"""What the benchmarks share: options, implementations measured in turn, and pages of results.
 
-Contestants of a case run one after the other, turn by turn in one process, so that whatever slows
+Implementations of a case run one after the other, turn by turn in one process, so that whatever
+slows
 the machine slows all of them. Their ratio is the median of the ratios of single turns. A time is
 that of one call, waited for, after a call that warms up; compilation is never part of it.
 """
@@ -33,7 +34,7 @@ LONGEST = 20.0
 LEAST = 3
 """Turns of a case, however long."""
 PAUSE = 0.005
-"""Seconds between contestants, for the threads of one library to stop spinning."""
+"""Seconds between implementations, for the threads of one library to stop spinning."""
 
 Case = TypeVar("Case")
 Row = TypeVar("Row")
@@ -78,7 +79,7 @@ class Times:
         return low, middle, high
 
     def over(self, other: Times) -> float:
-        """Median ratio to another contestant of the same turns."""
+        """Median ratio to another implementation of the same turns."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
@@ -97,7 +98,7 @@ Trial = Callable[[], Any]
 def in_turn(
     trials: Mapping[str, Trial], repeats: int, longest: float = LONGEST
 ) -> dict[str, Times]:
-    """Measure contestants that are compiled, in turn."""
+    """Measure implementations that are compiled, in turn."""
     guess = {name: _seconds(run, 1) for name, run in trials.items()}
     calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in trials}
     turn = sum(guess[name] * calls[name] for name in trials)

@@ -57,7 +57,7 @@ Setting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def newton_schulz(matrices: np.ndarray, setting: Setting, device: str = "cpu") -> Any:
-    """A contestant that orthogonalizes `[B, m, n]`, one matrix after the other."""
+    """A implementation that orthogonalizes `[B, m, n]`, one matrix after the other."""
     stack = torch.from_numpy(np.array(matrices)).to(device)
 
     @torch.no_grad()

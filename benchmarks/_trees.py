@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_muon.models import abstract
+from optax_muon.models import abstract as shapes
 
 Tree = dict[str, Any]
 
@@ -70,7 +70,7 @@ def _is_shape(node: Any) -> bool:
 def _llama(
     width: int, *, hidden: int, keys: int, vocabulary: int, layers: int, scanned: bool
 ) -> Tree:
-    tree = abstract.llama(
+    tree = shapes.llama(
         width, hidden=hidden, keys=keys, vocabulary=vocabulary, layers=layers, scanned=scanned
     )
     return jax.tree.map(lambda leaf: leaf.shape, tree) | {"lm_head": (width, vocabulary)}

@@ -44,7 +44,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contestant on one tree."""
+    """One implementation on one tree."""
 
     case: str
     trial: str
@@ -55,7 +55,7 @@ class Row:
     hlo_bytes: int
     over_optax: float
     over_shallowest: float
-    """The median over this contestant's at the least depth."""
+    """The median over this implementation's at the least depth."""
 
 
 def main(options: _bench.Options) -> None:

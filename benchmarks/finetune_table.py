@@ -36,7 +36,7 @@ from optax_muon.training.finetune import judge, pretrained
 from optax_muon.training.optimizers import TITLES
 
 PRETRAINED = {"adamw": "adamw", "muon": "muon-carried"}
-"""Contestants of the pretraining run by optimizer."""
+"""Implementations of the pretraining run by optimizer."""
 RATES = (5e-5, 7e-4)
 BATCH = 16
 JUDGED_AT_ONCE = 50
@@ -104,7 +104,7 @@ class Work:
     def finetuned(self, case: Case, before: str, after: str) -> Path:
         """The run of a model that is fine-tuned so."""
         run = self.folder / f"{before}-{after}-{case.rate:g}"
-        source = ["--from", self.pretraining, "--contestant", PRETRAINED[before]]
+        source = ["--from", self.pretraining, "--trial", PRETRAINED[before]]
         numbers = ["--optimizer", after, "--lr", case.rate, "--batch", BATCH]
         self._command(run, "finetune", *source, "--data", self._path("learned"), *numbers)
         return run

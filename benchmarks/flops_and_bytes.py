@@ -40,7 +40,7 @@ TOY = ((16, 64),)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contestant on one tree."""
+    """One implementation on one tree."""
 
     case: str
     trial: str

@@ -50,7 +50,7 @@ CHECKED = ((2, 384, 384), (1, 500, 1100), (1, 1024, 1024), (1, 1024, 4096))
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contestant on one case."""
+    """One implementation on one case."""
 
     case: str
     trial: str
@@ -117,7 +117,7 @@ def checked(case: _stacks.Case) -> list[Check]:
 
 
 def matrices(case: _stacks.Case, repeats: int) -> list[Row]:
-    """Time all contestants on a stack."""
+    """Time all implementations on a stack."""
     x = case.normal()
     named = {"ours": case.form} | {f"ours, {form}": form for form in forms() if form != case.form}
     makers: dict[str, Callable[[], _bench.Trial]] = {
@@ -160,7 +160,7 @@ def timed(
     work: dict[str, int],
     stack: _stacks.Case | None,
 ) -> list[Row]:
-    """Rows of the contestants that can be made and run once, in turn, and of those that cannot."""
+    """Rows of the implementations that can be made and run once, and of those that cannot."""
     ready: dict[str, _bench.Trial] = {}
     failed = []
     for name, make in makers.items():
@@ -189,7 +189,7 @@ def timed(
 
 
 def ran_once(make: Callable[[], _bench.Trial]) -> _bench.Trial:
-    """Make a contestant and run it."""
+    """Make an implementation and run it."""
     run = make()
     jax.block_until_ready(run())
     return run
@@ -214,7 +214,7 @@ def ceiling() -> _bench.Trial:
 
 
 def torch_on_gpu() -> Any:
-    """The contestants of torch, or None where it sees no GPU."""
+    """The implementations of torch, or None where it sees no GPU."""
     if importlib.util.find_spec("torch") is None:
         return None
     usable = importlib.import_module("torch").cuda.is_available()

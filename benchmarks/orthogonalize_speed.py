@@ -35,7 +35,7 @@ OPTAX, TORCH, PRODUCT = "optax", "torch", "one product"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contestant on one case."""
+    """One implementation on one case."""
 
     case: str
     trial: str
@@ -46,7 +46,7 @@ class Row:
     upper_ms: float
     turns: int
     gflops: float
-    """Operations of the plain form per second, 1e9, whatever the contestant really does."""
+    """Operations of the plain form per second, 1e9, whatever the implementation really does."""
     over_optax: float
     over_torch: float
 
@@ -81,7 +81,7 @@ def main(options: _bench.Options) -> None:
 
 
 def measure(case: _stacks.Case, repeats: int) -> list[Row]:
-    """Time all contestants on a case."""
+    """Time all implementations on a case."""
     x = case.normal()
     forms = forms_of(case)
     trials: dict[str, _bench.Trial] = {

@@ -1,7 +1,7 @@
 """Time a whole update of five parameter trees: ours, optax.contrib.muon, torch.optim.Muon, AdamW.
 
 An update is the optimizer's and its application to the parameters; parameters, gradients and
-state are float32. The jax contestants are one program each, parameters and state donated.
+state are float32. The jax implementations are one program each, parameters and state donated.
 optax.contrib.muon is told which axes are matrices, so that it orthogonalizes those that ours does
 and gives the same leaves to Adam. torch.optim.Muon takes matrices only: each is a parameter of its
 own, stacks taken apart, convolutions flattened; torch.optim.AdamW(foreach=True) has the other
@@ -44,7 +44,7 @@ COMPARISONS = ((OURS, OPTAX), (OURS, TORCH), (OURS_SHORT, OPTAX), (OURS_SHORT, T
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contestant on one tree."""
+    """One implementation on one tree."""
 
     case: str
     trial: str
@@ -53,9 +53,9 @@ class Row:
     upper_ms: float
     turns: int
     ours_over: float
-    """Ours in float32 over this contestant."""
+    """Ours in float32 over this implementation."""
     ours_bfloat16_over: float
-    """Ours with bfloat16 operands over this contestant."""
+    """Ours with bfloat16 operands over this implementation."""
 
 
 def main(options: _bench.Options) -> None:
@@ -69,7 +69,7 @@ def main(options: _bench.Options) -> None:
 
 
 def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Row]:
-    """Time all contestants on a tree."""
+    """Time all implementations on a tree."""
     params, grads = _trees.normal(tree, 0), _trees.normal(tree, 1)
     made = trials(params, grads, options.quick)
     times = _bench.in_turn(made, options.repeats, longest=60)

@@ -67,7 +67,7 @@ def plan(
     >>> params = {"kernel": jax.ShapeDtypeStruct((9, 512, 2048), jnp.float32)}
     >>> views = {"kernel": View(rows=1, cols=2)}
     >>> [bucket_plan] = plan(params, views=views, shardings=P(None, "fsdp"), mesh=mesh).buckets
-    >>> [(assignment.layout, assignment.count, assignment.form) for assignment in bucket_plan.assignments]
+    >>> [(part.layout, part.count, part.form) for part in bucket_plan.assignments]
     [('home', 8, 'Gram 2, 2 panels'), ('split', 1, 'plain')]
     """
     if platform not in (None, "tpu", "gpu", "cpu"):

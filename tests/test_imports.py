@@ -11,17 +11,25 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "optax_muon"
 
 # Each room, and the rooms of the house that it may look into. `optax_muon` alone is the face.
+GROUND = {"errors", "hlo", "platforms"}
 BELOW = {
-    "polar": set(),
+    **dict.fromkeys(GROUND, set()),
+    "polar": {"platforms"},
     "matrices": set(),
-    "sharding": {"matrices"},
-    "transforms": {"sharding", "matrices", "polar"},
+    "sharding": {"matrices", "platforms"},
 }
+BELOW["planning"] = {"sharding", "matrices", "polar", "platforms"}
+BELOW["transforms"] = {"planning", *BELOW["planning"]}
 BELOW["muon"] = {"transforms", *BELOW["transforms"]}
 BELOW["checkpoint"] = {"muon", *BELOW["muon"]}
 BELOW["compat"] = {"muon", *BELOW["muon"]}
-BELOW["__init__"] = {"checkpoint", "compat", *BELOW["compat"]}
-BELOW["models"] = {"__init__", *BELOW["__init__"]}
+BELOW["__init__"] = {"checkpoint", "compat", *BELOW["compat"], *GROUND}
+
+# The three upper wings see the public face of the library and each what is below it.
+FACE = {"__init__", "checkpoint", "compat", *GROUND}
+BELOW["models"] = FACE
+BELOW["training"] = {"models", *FACE}
+BELOW["cli"] = {"training", "models", *FACE}
 
 # The rooms of pure mathematics and geometry: what they may use of the world outside.
 OUTSIDE = {"polar": {"jax", "numpy"}, "matrices": {"jax", "numpy", "optax"}}

@@ -47,7 +47,7 @@ def run(folder, *arguments, devices=1):
 
 
 def kill_after(process, folder, trial, steps):
-    """`kill -9` once a contestant has done so many steps."""
+    """`kill -9` once a trial has done so many steps."""
     journal = RunFolder(folder).journal
     deadline = time.monotonic() + 300
     while not any(record.step >= steps for record in journal.read(trial)):
@@ -98,7 +98,7 @@ def test_import_train_on_eight_devices_die_go_on_on_four_export(tmp_path):
     process = start(tmp_path, *TRAIN, "--mesh", "fsdp=2,expert=4", devices=8)
     kill_after(process, tmp_path / "runs/run", "muon-carried", 10)
     run(tmp_path, *TRAIN, "--mesh", "fsdp=2,expert=2", "--resume", devices=4)
-    run(tmp_path, "export-hf", "runs/run", "--contestant", "muon-carried", "--out", "exported")
+    run(tmp_path, "export-hf", "runs/run", "--trial", "muon-carried", "--out", "exported")
 
     records = RunFolder(tmp_path / "runs/run").journal.read("muon-carried")
     assert [record.step for record in records] == list(range(1, STEPS + 1))

@@ -36,7 +36,7 @@ from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.trainer import RunConfig, train_all
 
 EVAL_SEQUENCES = 128
-"""16 kB at context 128, the same for all contestants; looking takes about a tenth of the time."""
+"""16 kB at context 128, the same for all trials; looking takes about a tenth of the time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Experiment:
 
     @property
     def setup(self) -> TrainConfig:
-        """What all contestants share."""
+        """What all trials share."""
         row = self.row
         return TrainConfig(
             row.model,

@@ -82,7 +82,7 @@ def table(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Table:
 
 
 def comparison(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Iterator[str]:
-    """A sentence for every contestant that can be compared with AdamW."""
+    """A sentence for every trial that can be compared with AdamW."""
     for trial in trials:
         compared = [r for r in lines if r.trial == trial.name and r.higher is not None]
         if compared:
@@ -97,7 +97,7 @@ def comparison(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Iterator
 
 
 def _last_common(lines: Sequence[Row]) -> int:
-    """The last step that every contestant has kept, or the last one at all."""
+    """The last step that every trial has kept, or the last one at all."""
     steps: dict[str, set[int]] = {}
     for line in lines:
         steps.setdefault(line.trial, set()).add(line.step)

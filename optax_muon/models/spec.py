@@ -74,7 +74,7 @@ class Model(Protocol):
 
     @property
     def attentions(self) -> tuple[optax_muon.MHA | optax_muon.MLA, ...]:
-        """Where the heads lie, for `qk_clip`; in the order of the rows of `ForwardStats.max_logits`."""
+        """Where the heads lie, for `qk_clip`; in the order of the rows of `max_logits`."""
 
     @property
     def active(self) -> int:

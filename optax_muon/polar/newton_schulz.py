@@ -66,7 +66,8 @@ def newton_schulz(
             float32 at least. An explicit float32 is true float32 on every platform.
         form: How the polynomial is evaluated, `Plain()` or `Gram(restarts)`; None takes the
             plain one unless another saves enough operations on these shapes and this platform.
-        columns: The devices that hold the columns of these matrices, each its own; `x` is then
+        column_shards: The devices that hold the columns of these matrices, each its own; `x` is
+        then
             [..., m, n / size] of matrices with m <= n. By default all columns are here.
 
     Returns:
@@ -117,9 +118,10 @@ def gram_newton_schulz(
         steps: How many steps, where the table leaves a choice; None takes it as it is.
         dtype: What the operands of the products are rounded to, as for `newton_schulz`.
         restarts: Steps, counted from 0, before which the Gram matrix is formed anew. None takes
-            `default_restarts`. Fewer are cheaper and can diverge in half precision.
-        columns: The devices that hold the columns of these matrices, as for `newton_schulz`. They
-            are asked for one sum per Gram matrix: 1 + restarts.
+            `default_restarts`. Fewer are cheaper and can diverge in half
+            precision.
+        column_shards: The devices that hold the columns of these matrices, as for
+            `newton_schulz`. They are asked for one sum per Gram matrix: 1 + restarts.
 
     Returns:
         Matrices of the shape and dtype of `x`.

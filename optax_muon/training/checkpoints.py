@@ -57,7 +57,7 @@ class RetentionPolicy:
 
 
 class Checkpoints:
-    """The saved states of one contestant, by step, each with its description and its position.
+    """The saved states of one trial, by step, each with its description and its position.
 
     Saving goes on in the background; leaving the context waits for it. A step is there whole or not
     at all, however the process ends.

@@ -1,4 +1,4 @@
-"""What all contestants of a run share: the model, the data they see, and what is done with it."""
+"""What all trials of a run share: the model, the data they see, and what is done with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEDULES = (COSINE, THREE_STAGE)
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What all contestants share.
+    """What all trials share.
 
     Attributes:
         model: the sizes of the model; their type says which model.
@@ -53,7 +53,8 @@ class TrainConfig:
         """Steps after which the batch is twice as large; `steps` where it never is.
 
         >>> from optax_muon.models.moonlight.model import CONFIGS
-        >>> TrainConfig(CONFIGS["moonlight-16b-a3b"], 2048, 175_834, 0, 100, 128, THREE_STAGE).grows_at
+        >>> moonlight = CONFIGS["moonlight-16b-a3b"]
+        >>> TrainConfig(moonlight, 2048, 175_834, 0, 100, 128, THREE_STAGE).grows_at
         11921
         """
         return self._at(MOONLIGHT.grows_at) if self.schedule == THREE_STAGE else self.steps

@@ -36,7 +36,7 @@ def as_imported(
     Args:
         run: a folder of `import-hf`, which is taken as it is, or of a training run.
         near: a temporary folder is made beside this path, of the size of the parameters.
-        contestant: whose parameters; None is the last one that has any.
+        trial: whose parameters; None is the last one that has any.
         step: after how many steps; None is the newest checkpoint.
 
     Raises:
@@ -46,7 +46,7 @@ def as_imported(
     config = folder.read_config()
     if "trials" not in config:
         if trial is not None or step is not None:
-            raise UsageError(f"{run} is no training run; it has neither contestants nor steps")
+            raise UsageError(f"{run} is no training run; it has neither trials nor steps")
         yield run
         return
     origin = {"model": _sizes(run, config), "huggingface": _origin(config)}

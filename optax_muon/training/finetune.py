@@ -5,7 +5,7 @@ learning rate falling linearly from 5e-5 to 0 (arXiv 2502.16982, section 3.5). T
 the answers alone (`answers.py`); a batch's is the mean over all its answers' tokens. Router biases
 stay as pretraining left them, as in the paper's last stage.
 
-A run of it is a run like any other (`run.py`, `folder.py`), of one contestant: `sample` and
+A run of it is a run like any other (`run.py`, `folder.py`), of one trial: `sample` and
 `spectra` read it, and it goes on after a stop, bit for bit.
 """
 
@@ -80,7 +80,7 @@ def pretrained(run: Path, trial: str | None = None) -> Pretrained:
 
     Args:
         run: a folder of `optax-muon train`, `finetune` or `import-hf`.
-        contestant: whose parameters; None is the last one that has any.
+        trial: whose parameters; None is the last one that has any.
 
     Raises:
         UsageError: when there is no run, it has no such checkpoint, or its tokens are no bytes.
@@ -109,7 +109,7 @@ def finetune(
 
     Args:
         setup: its `steps` are `answers.steps` of the training part.
-        contestant: the optimizer.
+        trial: the optimizer.
         answers: the examples.
         state: after `done` steps; it is donated, so use the yielded one instead.
         done: steps already taken.

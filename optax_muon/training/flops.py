@@ -28,8 +28,8 @@ def run_flops(setup: TrainConfig, trial: Trial, params: optax.Params, steps: flo
     """Operations of the first steps of a run, model and optimizer; the last may be a part of one.
 
     Args:
-        setup: what all contestants share.
-        contestant: the optimizer.
+        setup: what all trials share.
+        trial: the optimizer.
         params: arrays or `ShapeDtypeStruct`s.
         steps: how many.
     """

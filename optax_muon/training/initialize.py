@@ -26,7 +26,7 @@ class PretrainedSource:
 
     Attributes:
         path: its folder.
-        contestant: whose parameters; None is the last one trained.
+        trial: whose parameters; None is the last one trained.
     """
 
     path: Path
@@ -80,7 +80,7 @@ def begin(
     """The state before the first step of a run; the mesh, if there is one, is ambient.
 
     Args:
-        setup: what all contestants share.
+        setup: what all trials share.
         tx: the optimizer.
         mesh: where the state lies.
         start: whose parameters and router biases; None makes them at random.

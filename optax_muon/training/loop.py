@@ -1,4 +1,4 @@
-"""The training loop: one jitted step, one contestant, a record of every step.
+"""The training loop: one jitted step, one trial, a record of every step.
 
 `train` is a generator that knows neither files nor screens: the run (`run.py`) writes what it
 yields and saves what it should, the sweep (`sweep.py`) only looks at the last record. The batch of
@@ -265,8 +265,8 @@ def train(
     """Train from step `done` to the end of the schedule.
 
     Args:
-        setup: what all contestants share.
-        contestant: the optimizer.
+        setup: what all trials share.
+        trial: the optimizer.
         corpus: the text.
         state: after `done` steps; it is donated, so use the yielded one instead.
         done: steps already taken.
@@ -306,8 +306,8 @@ def take_steps(
     """Take the steps after `done`, whatever they learn; yields and raises as `train`.
 
     Args:
-        setup: what all contestants share.
-        contestant: the optimizer.
+        setup: what all trials share.
+        trial: the optimizer.
         state: after `done` steps; it is donated.
         done: steps already taken.
         batch: of a step, counted from 1.

@@ -3,7 +3,7 @@
 All see the same batches, the same schedule (`setup.py`), and the same clipping of the gradient's
 global norm; only the transformation and its two tuned numbers differ. The paper
 ("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2) claims that the numbers tuned
-for AdamW can be reused for Muon: the second contestant. What Muon can do when it is tuned with the
+for AdamW can be reused for Muon: the second trial. What Muon can do when it is tuned with the
 same budget is the third. `presets.py` owns the numbers, `sweep.py` finds them.
 """
 
@@ -66,7 +66,7 @@ class Trial:
 
 @functools.cache  # `train.py` compiles a step per transformation, so the same one stays one object
 def transformation(trial: Trial, setup: TrainConfig) -> optax.GradientTransformation:
-    """The contestant's optax chain for a run."""
+    """The trial's optax chain for a run."""
     tuning, optimizer = trial.tuning, OPTIMIZERS[trial.optimizer]
     links = [
         optax.clip_by_global_norm(CLIP_NORM),
@@ -86,7 +86,7 @@ def views(setup: TrainConfig) -> Views:
 def comparison(
     adamw: HyperParams, muon: HyperParams, optimizer: str | None = None
 ) -> tuple[Trial, ...]:
-    """The contestants, AdamW first; Muon's own numbers are left out where they are AdamW's.
+    """The trials, AdamW first; Muon's own numbers are left out where they are AdamW's.
 
     Args:
         adamw: AdamW's numbers.

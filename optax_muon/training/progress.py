@@ -19,10 +19,10 @@ from optax_muon.training.loop import StepMetrics
 
 
 class Progress:
-    """A bar per contestant.
+    """A bar per trial.
 
     Args:
-        titles: of the contestants.
+        titles: of the trials.
         setup: what they share.
         hidden: shows nothing, as in all processes but one.
     """

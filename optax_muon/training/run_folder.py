@@ -3,8 +3,8 @@
 What a run leaves behind:
 
     runs/NAME/config.json      what was asked for; a resumed run must ask for the same
-    runs/NAME/metrics.jsonl    a line per contestant and step
-    runs/NAME/checkpoints/     per contestant: parameters and optimizer state, by orbax
+    runs/NAME/metrics.jsonl    a line per trial and step
+    runs/NAME/checkpoints/     per trial: parameters and optimizer state, by orbax
     runs/NAME/loss.png         the held-out curves
     runs/NAME/summary.md       the outcome (`commands/report.py`)
 """
@@ -37,11 +37,11 @@ class RunFolder:
 
     @property
     def journal(self) -> Journal:
-        """A line per contestant and step."""
+        """A line per trial and step."""
         return Journal(self.path / "metrics.jsonl")
 
     def checkpoints(self, trial: str) -> Path:
-        """The folder of one contestant's checkpoints."""
+        """The folder of one trial's checkpoints."""
         return self.path / "checkpoints" / trial
 
     def claim(self, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -75,7 +75,7 @@ class RunFolder:
         return config
 
     def trained(self, trials: Sequence[str]) -> Path:
-        """The checkpoints of the last of these contestants that has any.
+        """The checkpoints of the last of these trials that has any.
 
         Raises:
             UsageError: when none has.
@@ -88,14 +88,14 @@ class RunFolder:
         raise UsageError(f"{self.path} has no checkpoint of {' or '.join(trials)}")
 
     def trained_by(self, trial: str | None) -> Path:
-        """The checkpoints of a contestant of this run; None is the last one that has any.
+        """The checkpoints of a trial of this run; None is the last one that has any.
 
         Raises:
-            UsageError: when there is no such contestant, or it has none.
+            UsageError: when there is no such trial, or it has none.
         """
         names = [each["name"] for each in self.read_config()["trials"]]
         if trial not in (None, *names):
-            raise UsageError(f"{self.path} has no contestant {trial!r}; it has {', '.join(names)}")
+            raise UsageError(f"{self.path} has no trial {trial!r}; it has {', '.join(names)}")
         return self.trained(names if trial is None else [trial])
 
     def _same_config(self, config: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class RunFolder:
 
 
 class Journal:
-    """`metrics.jsonl`: one JSON object per contestant and step, written as it happens."""
+    """`metrics.jsonl`: one JSON object per trial and step, written as it happens."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -132,7 +132,7 @@ class Journal:
             file.write(json.dumps({"run": trial, **dataclasses.asdict(record)}) + "\n")
 
     def read(self, trial: str) -> list[StepMetrics]:
-        """The steps of one contestant, in order."""
+        """The steps of one trial, in order."""
         rows = (json.loads(line) for line in self._lines())
         return [
             StepMetrics(**{key: value for key, value in row.items() if key != "run"})
@@ -141,7 +141,7 @@ class Journal:
         ]
 
     def forget(self, trial: str, after: int) -> None:
-        """Drop the steps of a contestant past its checkpoint: they are about to be done again."""
+        """Drop the steps of a trial past its checkpoint: they are about to be done again."""
         kept = [line for line in self._lines() if not _is_past(json.loads(line), trial, after)]
         draft = self.path.with_suffix(".draft")
         draft.write_text("".join(kept))

@@ -57,7 +57,7 @@ class Spectrum:
     """The matrices of one parameter at one step.
 
     Attributes:
-        contestant: whose they are.
+        trial: whose they are.
         step: of the checkpoint.
         group: a key of `GROUPS`.
         path: of the parameter.
@@ -81,7 +81,7 @@ class Source:
     """Parameters that a run has kept.
 
     Attributes:
-        contestant: whose they are.
+        trial: whose they are.
         step: after how many.
         read: reads them.
     """
@@ -93,7 +93,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class SpectraTrial:
-    """A contestant as `config.json` tells of it.
+    """A trial as `config.json` tells of it.
 
     Attributes:
         name: of the folder of its checkpoints.
@@ -108,10 +108,10 @@ class SpectraTrial:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A group of a contestant's matrices at one step: a line of spectra.csv.
+    """A group of a trial's matrices at one step: a line of spectra.csv.
 
     Attributes:
-        contestant: whose they are.
+        trial: whose they are.
         step: of the checkpoint.
         group: a key of `GROUPS`.
         matrices: how many.
@@ -174,7 +174,7 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
 
     Args:
         params: a Llama's or a Moonlight's, of any floating dtype.
-        contestant: whose they are.
+        trial: whose they are.
         step: after how many.
 
     Raises:
@@ -195,11 +195,11 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
 
 
 def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
-    """The contestants of a run, and every checkpoint that it has kept.
+    """The trials of a run, and every checkpoint that it has kept.
 
     Args:
         run: a folder of `optax-muon train` or `finetune`, or one of `import-hf`, whose single
-            contestant has no optimizer and whose single checkpoint is of step 0.
+            trial has no optimizer and whose single checkpoint is of step 0.
 
     Raises:
         UsageError: when there is no run, or it has no checkpoint.
@@ -218,7 +218,7 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
 
 
 def rows(trials: Sequence[SpectraTrial], found: Sequence[Spectrum]) -> list[Row]:
-    """The spectra by group: the lines of spectra.csv, by contestant, step and group."""
+    """The spectra by group: the lines of spectra.csv, by trial, step and group."""
     places: dict[tuple[str, int, str], list[Spectrum]] = {}
     for spectrum in found:
         place = (spectrum.trial, spectrum.step, spectrum.group)

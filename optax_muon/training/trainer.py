@@ -1,4 +1,4 @@
-"""One run: every contestant trained in turn, watched, written down, saved, and able to go on."""
+"""One run: every trial trained in turn, watched, written down, saved, and able to go on."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class RunConfig:
         preset: the row of `presets.PRESETS` it started from.
         data: the user's file, folder or glob; None is the standard library.
         fingerprint: of the corpus, so that no run goes on with other text.
-        setup: what all contestants share.
-        contestants: the optimizers and their numbers.
+        setup: what all trials share.
+        trials: the optimizers and their numbers.
         save_every: steps between checkpoints.
         start: folder of the run whose parameters it begins with; None begins at random.
         keep_every: steps between checkpoints that stay; None keeps the newest ones only.
@@ -86,7 +86,7 @@ class Interrupt:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains the contestants of one run.
+    """Trains the trials of one run.
 
     Attributes:
         run: what was asked for.
@@ -105,7 +105,7 @@ class Trainer:
     placement: Devices = SINGLE_DEVICE
 
     def train(self, trial: Trial) -> None:
-        """Train one contestant from its newest checkpoint, or from the start, to the end.
+        """Train one trial from its newest checkpoint, or from the start, to the end.
 
         Raises:
             Diverged: when a loss is not finite; the checkpoints stay as they are.

@@ -37,8 +37,8 @@ def orthogonalize(
     Args:
       orthogonalizer: a function `[..., m, n] -> [..., m, n]`; set its options with
         `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. If it takes a keyword
-        `column_shards`, it may be given columns that lie on several devices; else it gets whole matrices
-        only.
+        `column_shards`, it may be given columns that lie on several devices; else it gets whole
+        matrices only.
       views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
         pass unchanged.
       shardings: how the updates are sharded, where their types do not say (Auto mesh axes): a tree

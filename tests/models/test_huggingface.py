@@ -325,7 +325,7 @@ def trained(checkpoint, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("options", [["--contestant", "adamw"], ["--step", "1"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["--trial", "adamw"], ["--step", "1"]], ids=" ".join)
 def test_a_training_run_is_exported_bit_for_bit(options, trained, checkpoint, tmp_path):
     out = tmp_path / "new/back"
     main.main(["export-hf", str(trained.path), "--out", str(out), *options])
@@ -363,7 +363,7 @@ def test_a_training_run_is_read_a_leaf_at_a_time(trained, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--contestant", "sgd"], "run has no contestant 'sgd'; it has adamw, muon"),
+        (["--trial", "sgd"], "run has no trial 'sgd'; it has adamw, muon"),
         (["--step", "7"], "muon has no checkpoint of step 7; it has 1, 2"),
     ],
 )
@@ -378,7 +378,7 @@ def test_contestants_of_no_training_run_are_refused(trained, tmp_path, capsys):
     where = [str(tmp_path / "start"), "--out", str(tmp_path / "back")]
     with pytest.raises(SystemExit):
         main.main(["export-hf", *where, "--step", "1"])
-    assert "start is no training run; it has neither contestants nor" in capsys.readouterr().err
+    assert "start is no training run; it has neither trials nor" in capsys.readouterr().err
 
 
 def test_a_llama_is_refused(trained, tmp_path, capsys):

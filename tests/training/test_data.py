@@ -43,12 +43,12 @@ def test_the_same_files_are_held_out_wherever_the_folder_is(tmp_path):
 
 def test_the_held_out_files_are_fixed_for_good():
     # Values of the hash, not of the machine: these must never change.
-    held_out = [i for i in range(100) if corpus.is_held_out(f"package/module{i}.py")]
+    held_out = [i for i in range(100) if data.is_held_out(f"package/module{i}.py")]
     assert held_out == [17, 22, 26, 43, 47, 55, 65]
 
 
 def test_the_standard_library_is_text_without_tests_or_installed_packages():
-    root, files = corpus._standard_library()
+    root, files = data._standard_library()
     names = {path.relative_to(root).as_posix() for path in files}
     assert {"ast.py", "json/decoder.py"} <= names
     assert not [name for name in names if "site-packages/" in name or "/test/" in name]

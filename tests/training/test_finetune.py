@@ -120,11 +120,11 @@ def both(loaded):
 def test_no_prompt_is_in_both_parts_and_a_twentieth_is_held_out(tmp_path):
     pairs = [(f"{i % 50} =", str(i)) for i in range(200)]
     loaded = prompts.load(write(tmp_path / "many.jsonl", pairs), context=24)
-    prompts = [
+    found = [
         {bytes(t.astype(np.uint8)).split(b"=")[0] for t in part.tokens}
         for part in (loaded.train, loaded.held_out)
     ]
-    assert not prompts[0] & prompts[1]
+    assert not found[0] & found[1]
     assert len(loaded.train) + len(loaded.held_out) == 200
     assert 8 <= len(loaded.held_out) <= 16  # a tenth hash at the border has four lines
 
@@ -314,8 +314,8 @@ def test_spectra_reads_the_run(finished, source):
 def test_what_cannot_be_begun_with_is_refused_in_a_line(finished, source, data, tmp_path, capsys):
     options = ["--data", data, "--runs", tmp_path]
     assert "there is no run in" in refused(capsys, "--from", tmp_path / "none", *options)
-    named = refused(capsys, "--from", source, *options, "--contestant", "muon")
-    assert "has no contestant 'muon'; it has adamw" in named
+    named = refused(capsys, "--from", source, *options, "--trial", "muon")
+    assert "has no trial 'muon'; it has adamw" in named
     assert "--epochs is 0" in refused(capsys, "--from", source, *options, "--epochs", "0")
     lost = tmp_path / "lost"
     shutil.copytree(source, lost, ignore=lambda *_: ["checkpoints"])

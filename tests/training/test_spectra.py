@@ -67,7 +67,7 @@ ENTRANTS = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of three contestants with two checkpoints each; Muon's matrices are flatter."""
+    """A run of three trials with two checkpoints each; Muon's matrices are flatter."""
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     trials = [dataclasses.asdict(trial) for trial in ENTRANTS]
     folder.config.write_text(json.dumps({"trials": trials}))

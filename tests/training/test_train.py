@@ -341,7 +341,7 @@ def test_options_that_make_no_sense_are_refused(options, reason, text, tmp_path,
 def test_a_sample_of_nothing_is_refused(finished, tmp_path, capsys):
     where = ["--runs", str(finished.path.parent), "--run", "whole"]
     assert "no run in" in refused(capsys, "sample", "--runs", str(tmp_path), "--run", "none")
-    assert "no contestant 'sgd'" in refused(capsys, "sample", *where, "--contestant", "sgd")
+    assert "no trial 'sgd'" in refused(capsys, "sample", *where, "--trial", "sgd")
     assert "--length is 0, it must be at least 1" in refused(capsys, "sample", "--length", "0")
 
 

@@ -24,7 +24,7 @@ Records = Mapping[Trial, Sequence[StepMetrics]]
 
 
 def table(runs: Records) -> list[Sequence[str]]:
-    """The heads, and a row for every contestant."""
+    """The heads, and a row for every trial."""
     return [COLUMNS, *(_row(trial.title, records) for trial, records in runs.items())]
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from optax_muon.training.spectra import GROUPS, Row, SpectraTrial, Spectrum
 
 COLORS = ("#6b7280", "#2b8cbe", "#d95f0e", "#31a354", "#7a6b9e", "#c51b8a")
-"""Of the contestants in their order, AdamW first, as in the run's loss.png."""
+"""Of the trials in their order, AdamW first, as in the run's loss.png."""
 PANEL = (3.6, 2.7)
 """Inches: width and height."""
 ACROSS = 3

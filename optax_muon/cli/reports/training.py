@@ -49,10 +49,10 @@ COLORS = {"adamw": "#6b7280", "muon-carried": "#2b8cbe", "muon-tuned": "#d95f0e"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one contestant came to.
+    """What one trial came to.
 
     Attributes:
-        contestant: the optimizer and its numbers.
+        trial: the optimizer and its numbers.
         records: its steps.
         flops: operations of so many first steps, the optimizer's with the model's.
         update_seconds: median wall time of the optimizer's update alone.
@@ -86,7 +86,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A contestant beside AdamW, or alone."""
+    """A trial beside AdamW, or alone."""
 
     outcome: Outcome
     adamw: Outcome | None
@@ -150,14 +150,14 @@ Seconds = Mapping[Trial, float]
 
 
 def compare(run: RunConfig, folder: RunFolder, seconds: Seconds) -> list[Comparison]:
-    """Every contestant beside AdamW, which is the first of several."""
+    """Every trial beside AdamW, which is the first of several."""
     outcomes = [_outcome(run, each, folder, seconds[each]) for each in run.trials]
     adamw = outcomes[0] if len(outcomes) > 1 else None
     return [Comparison(outcome, adamw) for outcome in outcomes]
 
 
 def update_times(run: RunConfig, placement: Devices = SINGLE_DEVICE) -> Seconds:
-    """Time every contestant's update; the placement's mesh is ambient."""
+    """Time every trial's update; the placement's mesh is ambient."""
     return {each: _update_seconds(run.setup, each, placement.mesh) for each in run.trials}
 
 
@@ -313,7 +313,7 @@ def _outcome(run: RunConfig, trial: Trial, folder: RunFolder, seconds: float) ->
 
 
 def _routed(run: RunConfig, comparisons: Sequence[Comparison]) -> routing.Records:
-    """The records of contestants with a router; none of a Llama."""
+    """The records of trials with a router; none of a Llama."""
     setup = run.setup.model
     if not (isinstance(setup, MoonlightConfig) and setup.moe_depth):
         return {}

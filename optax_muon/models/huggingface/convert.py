@@ -2,7 +2,8 @@
 
 A checkpoint is a folder of `config.json` and safetensors files, one tensor per layer, expert and
 matrix, stored `[out, in]`; a run's parameters are one file of stacked leaves, stored `[in, out]`
-(`safetensors_io.py`). `tensors` says which tensor is which part of which leaf, and `import_checkpoint` and
+(`safetensors_io.py`). `tensors` says which tensor is which part of which leaf, and
+`import_checkpoint` and
 `export_checkpoint` copy them, tensor by tensor, so that memory stays near one tensor and one shard.
 Bits and dtypes stay as they are. Nothing is written until every tensor is known to be there and to
 fit, and what is written appears all at once.

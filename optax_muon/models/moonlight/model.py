@@ -247,7 +247,8 @@ class Moonlight(nn.Module):
         config: the sizes.
 
     Called with tokens `[b, t]` (int32) and router biases `[moe_depth, experts]` it returns float32
-    logits `[b, t, vocab]` and a `ForwardStats`; position `i` sees tokens `0 .. i`. With targets, `[b, t]`
+    logits `[b, t, vocab]` and a `ForwardStats`; position `i` sees tokens `0 .. i`. With targets,
+    `[b, t]`
     int32, it returns their cross-entropy, `[b, t]` in nats, instead of logits. On a mesh call it
     through `forward` and `losses`.
 
