@@ -13,7 +13,7 @@ PACKAGE = "optax_muon"
 # Each room, and the rooms of the house that it may look into. `optax_muon` alone is the face.
 GROUND = {"errors", "hlo", "platforms"}
 BELOW = {
-    **dict.fromkeys(GROUND, set()),
+    **{room: set() for room in GROUND},
     "polar": {"platforms"},
     "matrices": set(),
     "sharding": {"matrices", "platforms"},
