@@ -14,7 +14,7 @@ import optax
 from optax.contrib import _muon as contrib
 
 import optax_muon
-from optax_muon.polar import KELLER, Form, Plain, choose
+from optax_muon.polar import KELLER, Form, Plain, choose_form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Case:
     @property
     def form(self) -> Form:
         """The form that `newton_schulz` chooses."""
-        return choose(*self.sides, KELLER.rows, dtype=self.operands, platform=jax.default_backend())
+        return choose_form(
+            *self.sides, KELLER.rows, dtype=self.operands, platform=jax.default_backend()
+        )
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -1,30 +1,32 @@
-"""Planning for an orthogonalizer: count what it does to each matrix, and deal out the work."""
+"""From parameters to a plan: bind the views, count the orthogonalizer, place the matrices.
+
+`plan` is what a user prints; the link `orthogonalize` plans through the same functions, so what is
+printed is what runs.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from optax_muon.matrices import assign, paths
+from optax_muon.matrices.views import BoundView
+from optax_muon.platforms import get_platform
 from optax_muon.polar import (
-    KELLER,
-    Form,
-    Gram,
-    Row,
-    choose,
+    GramNewtonSchulz,
+    NewtonSchulz,
+    Plain,
     gram_newton_schulz,
     newton_schulz,
 )
 from optax_muon.sharding import planner
-from optax_muon.sharding.cost import CostModel, Share, Work
+from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.execute import Orthogonalizer
-from optax_muon.sharding.mesh import AnyMesh, check_names, read
+from optax_muon.sharding.mesh import AnyMesh, LeafShardings, check_names, read
 from optax_muon.sharding.plan import Plan
 
 
@@ -70,21 +72,17 @@ def plan(
     >>> [(part.layout, part.count, part.form) for part in bucket_plan.assignments]
     [('home', 8, 'Gram 2, 2 panels'), ('split', 1, 'plain')]
     """
-    if platform not in (None, "tpu", "gpu", "cpu"):
-        raise ValueError(f"platform {platform!r} is unknown; use 'tpu', 'gpu', 'cpu' or None.")
+    if platform is not None:
+        get_platform(platform)
     leaves = paths.named_leaves(params)
-    bounds = {
-        p: view.on(leaves[p].shape)
-        for p, view in assign.assign(params, views).items()
-        if view is not None
-    }
+    bounds = bind_views(params, views)
     check_names(leaves, shardings)
-    where = read({p: leaves[p] for p in bounds}, shardings, mesh)
-    return planner.make(
+    where = read({path: leaves[path] for path in bounds}, shardings, mesh)
+    return make_plan(
+        leaves,
         bounds,
-        {p: np.dtype(leaves[p].dtype) for p in bounds},
         where,
-        work_of(orthogonalizer or newton_schulz),
+        orthogonalizer or newton_schulz,
         on=platform or (jax.default_backend() if where.mesh is None else None),
         layout=layout,
         model=model,
@@ -92,56 +90,53 @@ def plan(
     )
 
 
-def work_of(orthogonalizer: Orthogonalizer) -> Work:
-    """What the planner needs to know of an orthogonalizer, read from its options."""
-    function, options = orthogonalizer, {}
-    if isinstance(orthogonalizer, functools.partial):
-        function, options = orthogonalizer.func, orthogonalizer.keywords
-    dtype = options.get("dtype")
-    rows = options.get("coefficients", KELLER).take(options.get("steps"))
-    return Work(
-        steps=len(rows),
+def bind_views(tree: Any, views: Any) -> dict[str, BoundView]:
+    """The view of every leaf that has one, bound to the leaf's shape."""
+    leaves = paths.named_leaves(tree)
+    return {
+        path: view.on(leaves[path].shape)
+        for path, view in assign.assign(tree, views).items()
+        if view is not None
+    }
+
+
+def make_plan(
+    leaves: Mapping[str, Any],
+    bounds: Mapping[str, BoundView],
+    where: LeafShardings,
+    orthogonalizer: Orthogonalizer,
+    **options: Any,
+) -> Plan:
+    """Plan for leaves that lie somewhere; `options` are those of `planner.make`."""
+    dtypes = {path: np.dtype(leaves[path].dtype) for path in bounds}
+    return planner.make(bounds, dtypes, where, work_model(orthogonalizer), **options)
+
+
+def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:
+    """How the planner counts an orthogonalizer.
+
+    An object with a method `count`, like `NewtonSchulz`, counts itself; its `rows` and `dtype` are
+    read where it has them. Any other callable is counted as five steps of the plain form. Matrices
+    are split by columns only for an orthogonalizer that says `supports_column_shards = True`.
+    """
+    adapted = _adapted(orthogonalizer)
+    counts = callable(getattr(adapted, "count", None))
+    counted: Any = adapted if counts else NewtonSchulz(form=Plain())
+    dtype = getattr(counted, "dtype", None)
+    return WorkModel(
+        counted,
+        steps=len(getattr(counted, "rows", ())),
         dtype=None if dtype is None else np.dtype(dtype),
-        splits="column_shards" in inspect.signature(orthogonalizer).parameters,
-        share=_share(function, rows, options),
+        supports_column_shards=getattr(adapted, "supports_column_shards", False),
     )
 
 
-def _share(
-    function: Orthogonalizer, rows: tuple[Row, ...], options: dict[str, Any]
-) -> Callable[..., Share] | None:
-    """Count the forms of this package; what another orthogonalizer does is not known."""
-    if function is newton_schulz:
-        return _Chosen(rows, options.get("form"))
-    if function is gram_newton_schulz:
-        restarts = options.get("restarts")
-        return _OnGram(rows, None if restarts is None else tuple(restarts))
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """Counts one matrix as `newton_schulz` works on it."""
-
-    rows: tuple[Row, ...]
-    form: Form | None
-
-    def __call__(self, m: int, n: int, devices: int, dtype: np.dtype, platform: str) -> Share:
-        form = self.form or choose(m, n, self.rows, dtype=dtype, platform=platform, devices=devices)
-        return _counted(form, m, n, self.rows, devices)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OnGram:
-    """Counts one matrix as `gram_newton_schulz` works on it."""
-
-    rows: tuple[Row, ...]
-    restarts: tuple[int, ...] | None
-
-    def __call__(self, m: int, n: int, devices: int, dtype: np.dtype, platform: str) -> Share:
-        return _counted(Gram.of(len(self.rows), dtype, self.restarts), m, n, self.rows, devices)
-
-
-def _counted(form: Form, m: int, n: int, rows: tuple[Row, ...], devices: int) -> Share:
-    count = form.count(m, n, rows, devices)
-    return Share(count.flops, count.sums, count.gathers, str(form))
+def _adapted(orthogonalizer: Orthogonalizer) -> Orthogonalizer:
+    """Our two functions, or a `partial` of one, as the object that counts."""
+    function, options = orthogonalizer, {}
+    if isinstance(orthogonalizer, functools.partial) and not orthogonalizer.args:
+        function, options = orthogonalizer.func, orthogonalizer.keywords
+    for ours, kind in ((newton_schulz, NewtonSchulz), (gram_newton_schulz, GramNewtonSchulz)):
+        if function is ours:
+            return kind(**options)
+    return orthogonalizer

@@ -20,7 +20,7 @@ from optax_muon.cli.reports.plan import png
 from optax_muon.errors import UsageError
 from optax_muon.matrices import paths
 from optax_muon.models import abstract
-from optax_muon.sharding.cost import RATES
+from optax_muon.platforms import PLATFORMS
 from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.search import GATHER, HOME
 
@@ -67,7 +67,7 @@ class PlanModel:
     def _check(self) -> None:
         """Refuse what cannot be planned or written."""
         _one_of("model", self.model, tuple(abstract.MODELS))
-        _one_of("platform", self.platform, tuple(RATES))
+        _one_of("platform", self.platform, tuple(PLATFORMS))
         if self.layout is not None:
             _one_of("layout", self.layout, (HOME, GATHER))
         for option, path in (("png", self.png), ("json", self.json)):

@@ -20,9 +20,14 @@ from optax_muon.polar.coefficients import (
 from optax_muon.polar.exact import polar_svd
 from optax_muon.polar.gram import SPANS, Gram, default_restarts
 from optax_muon.polar.measures import orthogonality_error, stable_rank, svd_entropy, update_rms
-from optax_muon.polar.newton_schulz import gram_newton_schulz, newton_schulz
+from optax_muon.polar.newton_schulz import (
+    GramNewtonSchulz,
+    NewtonSchulz,
+    gram_newton_schulz,
+    newton_schulz,
+)
 from optax_muon.polar.plain import Plain
-from optax_muon.polar.selection import Form, choose
+from optax_muon.polar.selection import Form, choose_form
 from optax_muon.polar.symmetric import Full, Kernel, Panels
 
 __all__ = [
@@ -38,11 +43,13 @@ __all__ = [
     "Form",
     "Full",
     "Gram",
+    "GramNewtonSchulz",
     "Kernel",
+    "NewtonSchulz",
     "Panels",
     "Plain",
     "Row",
-    "choose",
+    "choose_form",
     "default_restarts",
     "gram_newton_schulz",
     "newton_schulz",

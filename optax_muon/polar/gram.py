@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from optax_muon.polar.coefficients import Row
 from optax_muon.polar.plain import quadratic
 from optax_muon.polar.precision import identity_like, product
-from optax_muon.polar.reductions import WHOLE, ColumnShards
+from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
 from optax_muon.polar.symmetric import FULL, Products
 from optax_muon.polar.work import Work
 
@@ -77,7 +77,7 @@ class Gram:
     """How products of Hermitian matrices that commute are made: all but the last of a span."""
 
     @classmethod
-    def of(
+    def with_default_restarts(
         cls,
         steps: int,
         dtype: DTypeLike,
@@ -89,7 +89,7 @@ class Gram:
         return cls(chosen, products)
 
     def __call__(
-        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = WHOLE
+        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = ALL_COLUMNS
     ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps.
 
@@ -145,6 +145,7 @@ class Gram:
         return Work(
             flops=len(spans) * long + inner * self.products.flops(m, m),
             sums=len(spans) * (devices > 1),
+            form=str(self),
         )
 
     def __str__(self) -> str:

@@ -1,34 +1,151 @@
 r"""Newton-Schulz: the nearest orthogonal matrix, by matrix products alone.
 
-Let $X = U \Sigma V^T$. Muon replaces it by (about) its polar factor $U V^T$, the direction of
-steepest descent in the spectral norm. No decomposition is needed: with
+Let $X = U \Sigma V^T$. Muon replaces it by (approximately) its polar factor $U V^T$, the direction
+of steepest descent in the spectral norm. No decomposition is needed: with
 
 $$X_0 = X / (s \|X\|_F), \qquad X_k = a_k X_{k-1} + b_k A X_{k-1} + c_k A^2 X_{k-1},
 \qquad A = X_{k-1} X_{k-1}^T,$$
 
 the singular vectors stay and every singular value $\sigma$ becomes
-$p_N(\dots p_1(\sigma / (s \|X\|_F)))$, which a good table of coefficients (`coefficients.py`) has
-sent to 1. A is as small as the short side, so tall matrices are turned on their side first.
+$p_N(\dots p_1(\sigma / (s \|X\|_F)))$, which a good table of coefficients (`coefficients.py`) sends
+close to 1. A is as small as the short side, so tall matrices are transposed first.
 
-How that is evaluated is a form: step by step (`plain.py`), or on the Gram matrix (`gram.py`), with
-symmetric products made whole or in half (`symmetric.py`). All give the same update; `forms.py`
-chooses. The paper is "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.1. The exact
-factor is in `exact.py`.
+How the polynomial is evaluated is a form: step by step (`plain.py`) or on the Gram matrix
+(`gram.py`), with symmetric products computed in full or in half (`symmetric.py`). All forms give
+the same update; `selection.py` chooses one. The paper is "Muon is Scalable for LLM Training", arXiv
+2502.16982, section 2.1. The exact factor is in `exact.py`.
+
+`NewtonSchulz` and `GramNewtonSchulz` hold the settings, compute, and count the work that a plan
+prices. `newton_schulz` and `gram_newton_schulz` are the same as plain functions.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_muon.polar.coefficients import KELLER, Coefficients
+from optax_muon.polar.coefficients import KELLER, Coefficients, Row
 from optax_muon.polar.gram import Gram
 from optax_muon.polar.normalize import as_matrices, normalize
-from optax_muon.polar.precision import adjoint, on_platform
-from optax_muon.polar.reductions import WHOLE, ColumnShards
-from optax_muon.polar.selection import Form, choose
+from optax_muon.polar.precision import adjoint, compute_dtype, on_platform
+from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
+from optax_muon.polar.selection import Form, choose_form
+from optax_muon.polar.work import Work
 
-__all__ = ["gram_newton_schulz", "newton_schulz"]
+__all__ = ["GramNewtonSchulz", "NewtonSchulz", "gram_newton_schulz", "newton_schulz"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Iteration:
+    """A table of steps with a rule that chooses their form: enough to compute and to count."""
+
+    coefficients: Coefficients = KELLER
+    """The table of steps."""
+    steps: int | None = None
+    """How many steps, where the table leaves a choice; None takes it as it is."""
+    dtype: DTypeLike | None = None
+    """What the operands of the products are rounded to; None leaves it to the platform."""
+
+    supports_column_shards: ClassVar[bool] = True
+    """Whether `__call__` takes matrices whose columns lie on several devices."""
+
+    def form_for(
+        self, m: int, n: int, *, dtype: DTypeLike, platform: str, devices: int = 1
+    ) -> Form:
+        """Choose the form for matrices [m, n], m <= n, whose columns lie on so many devices."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The coefficients of every step."""
+        return self.coefficients.take(self.steps)
+
+    def __call__(self, x: ArrayLike, /, column_shards: ColumnShards = ALL_COLUMNS) -> jax.Array:
+        """Orthogonalize [..., m, n]; see `newton_schulz`."""
+        rows = self.rows
+
+        def polynomial(x: jax.Array, platform: str) -> jax.Array:
+            devices = column_shards.size
+            m, n = x.shape[-2], x.shape[-1] * devices
+            form = self.form_for(m, n, dtype=x.dtype, platform=platform, devices=devices)
+            return form(x, rows, column_shards)
+
+        # The polynomial sees wide matrices of norm 1 / safety, in the compute dtype.
+        x = as_matrices(x)
+        tall = column_shards.size == 1 and x.shape[-2] > x.shape[-1]
+        unit = normalize(adjoint(x) if tall else x, self.coefficients.safety, column_shards)
+        y = on_platform(polynomial, unit, self.dtype).astype(x.dtype)
+        return adjoint(y) if tall else y
+
+    def count(self, m: int, n: int, devices: int = 1, *, platform: str) -> Work:
+        """Count the work on one float32 matrix.
+
+        Args:
+            m: Rows, the short side.
+            n: Columns.
+            devices: How many devices the columns lie on.
+            platform: `tpu`, `gpu` or `cpu`.
+
+        Returns:
+            The work of one of the devices.
+
+        Raises:
+            ValueError: `platform` is unknown.
+        """
+        dtype = compute_dtype(self.dtype, jnp.float32, platform)
+        form = self.form_for(m, n, dtype=dtype, platform=platform, devices=devices)
+        return form.count(m, n, self.rows, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz(_Iteration):
+    """`newton_schulz` with its settings.
+
+    >>> orthogonalizer = NewtonSchulz(steps=5)
+    >>> orthogonalizer(jnp.eye(4, 8)).shape
+    (4, 8)
+    >>> orthogonalizer.count(512, 2048, platform="gpu").form
+    'Gram 3'
+    """
+
+    form: Form | None = None
+    """How the polynomial is evaluated; None chooses by the work on the target."""
+
+    def form_for(
+        self, m: int, n: int, *, dtype: DTypeLike, platform: str, devices: int = 1
+    ) -> Form:
+        """Return the form asked for, or choose one."""
+        return self.form or choose_form(
+            m, n, self.rows, dtype=dtype, platform=platform, devices=devices
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GramNewtonSchulz(_Iteration):
+    """`gram_newton_schulz` with its settings.
+
+    >>> GramNewtonSchulz().count(512, 2048, platform="cpu").form
+    'Gram 2'
+    """
+
+    restarts: tuple[int, ...] | None = None
+    """Steps, counted from 0, before which the Gram matrix is formed anew; None takes
+    `default_restarts` of the compute dtype."""
+
+    def __post_init__(self) -> None:
+        if self.restarts is not None:
+            object.__setattr__(self, "restarts", tuple(self.restarts))
+
+    def form_for(
+        self, m: int, n: int, *, dtype: DTypeLike, platform: str, devices: int = 1
+    ) -> Form:
+        """Return the Gram form, whatever the shape."""
+        return Gram.with_default_restarts(len(self.rows), dtype, self.restarts)
 
 
 def newton_schulz(
@@ -39,7 +156,7 @@ def newton_schulz(
     steps: int | None = None,
     dtype: DTypeLike | None = None,
     form: Form | None = None,
-    column_shards: ColumnShards = WHOLE,
+    column_shards: ColumnShards = ALL_COLUMNS,
 ) -> jax.Array:
     r"""Send every singular value of each matrix near 1, and keep the singular vectors.
 
@@ -59,16 +176,15 @@ def newton_schulz(
         x: Matrices [..., m, n] of any float dtype and any scale; leading axes are batch.
             Zero matrices stay zero.
         coefficients: The table of steps. The paper's is the default; `POLAR_EXPRESS` ends
-            nearer to 1 at the same cost.
+            closer to 1 at the same cost.
         steps: How many steps, where the table leaves a choice; None takes it as it is.
         dtype: What the operands of the products are rounded to. None is bfloat16 on TPU and
             GPU, as in the paper, and on CPU the input's dtype, float32 at least. Sums run in
             float32 at least. An explicit float32 is true float32 on every platform.
         form: How the polynomial is evaluated, `Plain()` or `Gram(restarts)`; None takes the
-            plain one unless another saves enough operations on these shapes and this platform.
-        column_shards: The devices that hold the columns of these matrices, each its own; `x` is
-        then
-            [..., m, n / size] of matrices with m <= n. By default all columns are here.
+            plain form unless another saves enough work on these shapes and this platform.
+        column_shards: The devices that hold the columns of these matrices; `x` is then the local
+            part [..., m, n / size] of matrices with m <= n. By default all columns are here.
 
     Returns:
         Matrices of the shape and dtype of `x`.
@@ -79,16 +195,7 @@ def newton_schulz(
 
     Source: arXiv 2502.16982, section 2.1, Eq. 2.
     """
-    rows = coefficients.take(steps)
-
-    def polynomial(x: jax.Array, platform: str) -> jax.Array:
-        m, n = x.shape[-2], x.shape[-1] * column_shards.size
-        chosen = form or choose(
-            m, n, rows, dtype=x.dtype, platform=platform, devices=column_shards.size
-        )
-        return chosen(x, rows, column_shards)
-
-    return _on_short_side(polynomial, x, coefficients.safety, dtype, column_shards)
+    return NewtonSchulz(coefficients, steps, dtype, form)(x, column_shards)
 
 
 def gram_newton_schulz(
@@ -99,7 +206,7 @@ def gram_newton_schulz(
     steps: int | None = None,
     dtype: DTypeLike | None = None,
     restarts: Sequence[int] | None = None,
-    column_shards: ColumnShards = WHOLE,
+    column_shards: ColumnShards = ALL_COLUMNS,
 ) -> jax.Array:
     r"""Compute what `newton_schulz` computes, on the Gram matrix whatever the shape.
 
@@ -118,10 +225,9 @@ def gram_newton_schulz(
         steps: How many steps, where the table leaves a choice; None takes it as it is.
         dtype: What the operands of the products are rounded to, as for `newton_schulz`.
         restarts: Steps, counted from 0, before which the Gram matrix is formed anew. None takes
-            `default_restarts`. Fewer are cheaper and can diverge in half
-            precision.
+            `default_restarts`. Fewer restarts are cheaper and can diverge in half precision.
         column_shards: The devices that hold the columns of these matrices, as for
-            `newton_schulz`. They are asked for one sum per Gram matrix: 1 + restarts.
+            `newton_schulz`. They communicate one sum per Gram matrix: 1 + restarts.
 
     Returns:
         Matrices of the shape and dtype of `x`.
@@ -132,25 +238,5 @@ def gram_newton_schulz(
 
     Source: Dao-AILab, gram-newton-schulz, 2026.
     """
-    rows = coefficients.take(steps)
-
-    def polynomial(x: jax.Array, platform: str) -> jax.Array:
-        del platform
-        return Gram.of(len(rows), x.dtype, restarts)(x, rows, column_shards)
-
-    return _on_short_side(polynomial, x, coefficients.safety, dtype, column_shards)
-
-
-def _on_short_side(
-    polynomial: Callable[[jax.Array, str], jax.Array],
-    x: ArrayLike,
-    safety: float,
-    dtype: DTypeLike | None,
-    column_shards: ColumnShards,
-) -> jax.Array:
-    """Apply `polynomial` to wide matrices of norm 1 / safety, in the compute dtype."""
-    x = as_matrices(x)
-    tall = column_shards.size == 1 and x.shape[-2] > x.shape[-1]
-    unit = normalize(adjoint(x) if tall else x, safety, column_shards)
-    y = on_platform(polynomial, unit, dtype).astype(x.dtype)
-    return adjoint(y) if tall else y
+    frozen = None if restarts is None else tuple(restarts)
+    return GramNewtonSchulz(coefficients, steps, dtype, frozen)(x, column_shards)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_muon.polar.precision import at_least_float32
-from optax_muon.polar.reductions import WHOLE, ColumnShards
+from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
 
 
 def as_matrices(x: ArrayLike) -> jax.Array:
@@ -28,7 +28,9 @@ def as_matrices(x: ArrayLike) -> jax.Array:
     return x
 
 
-def normalize(x: jax.Array, safety: float = 1.0, column_shards: ColumnShards = WHOLE) -> jax.Array:
+def normalize(
+    x: jax.Array, safety: float = 1.0, column_shards: ColumnShards = ALL_COLUMNS
+) -> jax.Array:
     """Divide each matrix by `safety` times its Frobenius norm, in float32 at least; 0 stays 0."""
     x = at_least_float32(x)
     x = x / largest_entry(x, column_shards).astype(x.dtype)
@@ -37,7 +39,7 @@ def normalize(x: jax.Array, safety: float = 1.0, column_shards: ColumnShards = W
     return x / (safety * jnp.maximum(norm, 1.0)).astype(x.dtype)
 
 
-def largest_entry(x: jax.Array, column_shards: ColumnShards = WHOLE) -> jax.Array:
+def largest_entry(x: jax.Array, column_shards: ColumnShards = ALL_COLUMNS) -> jax.Array:
     """Return max |x| of each matrix as [..., 1, 1]; 1 where all entries are zero or subnormal."""
     peak = column_shards.pmax(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))
     return jnp.where(peak < jnp.finfo(x.dtype).tiny, 1.0, peak)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from optax_muon.polar.coefficients import Row
 from optax_muon.polar.precision import product
-from optax_muon.polar.reductions import WHOLE, ColumnShards, all_rows, my_rows
+from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards, gather_rows, local_rows
 from optax_muon.polar.symmetric import FULL, Products
 from optax_muon.polar.work import Work
 
@@ -26,7 +26,7 @@ class Plain:
     """How $X X^T$ and $A^2$ are made."""
 
     def __call__(
-        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = WHOLE
+        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = ALL_COLUMNS
     ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps."""
         y = x
@@ -49,11 +49,11 @@ class Plain:
         self, gram: jax.Array, b: float, c: float, dtype: DTypeLike, column_shards: ColumnShards
     ) -> jax.Array:
         """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
-        mine = my_rows(gram, column_shards)
+        mine = local_rows(gram, column_shards)
         if mine is gram:
             return quadratic(gram, b, c, dtype, self.products).astype(dtype)
         share = b * mine + c * product(mine.astype(dtype), gram.astype(dtype)) if c else b * mine
-        return all_rows(share.astype(dtype), column_shards)
+        return gather_rows(share.astype(dtype), column_shards)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
@@ -65,6 +65,7 @@ class Plain:
             flops=len(rows) * step + squares * square,
             sums=len(rows) * (devices > 1),
             gathers=len(rows) * shared,
+            form=str(self),
         )
 
     def __str__(self) -> str:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from optax_muon.platforms import get_platform
+
 _REAL = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 
@@ -59,8 +61,8 @@ def compute_dtype(dtype: DTypeLike | None, given: DTypeLike, platform: str) -> j
     """
     given = jnp.dtype(given)
     if dtype is None:
-        short = platform != "cpu" and given.kind != "c"
-        return jnp.dtype(jnp.bfloat16) if short else given
+        default = get_platform(platform).compute_dtype
+        return default if default.itemsize < 4 and given.kind != "c" else given
     asked = jnp.dtype(dtype)
     complex_input = jnp.issubdtype(given, jnp.complexfloating)
     if asked.name not in _REAL + (_COMPLEX if complex_input else ()):
@@ -96,8 +98,8 @@ def identity_like(gram: jax.Array) -> jax.Array:
 
 
 def _contract(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    # A TPU would round float32 operands to bfloat16; who asks for float32 means float32.
-    # bfloat16 operands are exact in one pass.
+    # By default a TPU rounds float32 operands to bfloat16; an explicit float32 request must stay
+    # float32. bfloat16 operands are exact in one pass.
     short = a.dtype == jnp.bfloat16
     precision = jax.lax.Precision.DEFAULT if short else jax.lax.Precision.HIGHEST
     wide = jnp.float32 if jnp.finfo(a.dtype).bits < 32 else a.dtype

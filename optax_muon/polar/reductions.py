@@ -34,7 +34,7 @@ class ColumnShards(Protocol):
         """Collect [...] of all devices, by number: [size, ...]."""
 
 
-class _Whole:
+class _AllColumns:
     """All columns are here."""
 
     size = 1
@@ -52,11 +52,11 @@ class _Whole:
         return x[None]
 
 
-WHOLE: ColumnShards = _Whole()
+ALL_COLUMNS: ColumnShards = _AllColumns()
 """All columns are here: nothing is asked of other devices."""
 
 
-def my_rows(gram: jax.Array, column_shards: ColumnShards) -> jax.Array:
+def local_rows(gram: jax.Array, column_shards: ColumnShards) -> jax.Array:
     """Return this device's share of the rows of [..., m, m]; all of them if they do not divide."""
     m = gram.shape[-2]
     if column_shards.size == 1 or m % column_shards.size:
@@ -65,8 +65,8 @@ def my_rows(gram: jax.Array, column_shards: ColumnShards) -> jax.Array:
     return lax.dynamic_slice_in_dim(gram, column_shards.index() * share, share, axis=-2)
 
 
-def all_rows(share: jax.Array, column_shards: ColumnShards) -> jax.Array:
-    """Return [..., m, m] of which every device has made `my_rows`."""
+def gather_rows(share: jax.Array, column_shards: ColumnShards) -> jax.Array:
+    """Return [..., m, m] of which every device has made `local_rows`."""
     if share.shape[-2] == share.shape[-1]:
         return share
     shares = jnp.moveaxis(column_shards.all_gather(share), 0, -3)

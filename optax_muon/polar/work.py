@@ -12,4 +12,6 @@ class Work:
     sums: int = 0
     """Gram matrices [m, m] summed over the devices in float32."""
     gathers: int = 0
-    """Matrices [m, m] that the devices make by rows each, gathered in the compute dtype."""
+    """Matrices [m, m] that the devices compute by rows each, gathered in the compute dtype."""
+    form: str = ""
+    """The form of the evaluation, for people."""

@@ -7,10 +7,11 @@ a thousand on a TPU or a GPU, about forty between the devices that share a CPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol
 
-import jax.numpy as jnp
 import numpy as np
+
+from optax_muon.platforms import get_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Cost:
 class CostModel:
     """Rates that turn a `Cost` into seconds.
 
-    >>> RATES["tpu"].seconds(Cost(flops=2 * 10**14))
+    >>> CostModel.for_platform("tpu").seconds(Cost(flops=2 * 10**14))
     1.0
     """
 
@@ -57,96 +58,92 @@ class CostModel:
     latency: float
     """Seconds per collective, whatever its size."""
 
+    @classmethod
+    def for_platform(cls, name: str) -> CostModel:
+        """The rates of a platform.
+
+        Raises:
+          ValueError: the platform is unknown.
+        """
+        platform = get_platform(name)
+        return cls(platform.flops, platform.bandwidth, platform.latency)
+
     def seconds(self, cost: Cost) -> float:
         """Time of a cost, nothing overlapped."""
         return cost.flops / self.flops + cost.wire / self.bandwidth + cost.messages * self.latency
 
 
-RATES = {
-    "tpu": CostModel(flops=2e14, bandwidth=2e11, latency=2e-6),
-    "gpu": CostModel(flops=4e14, bandwidth=3e11, latency=1e-5),
-    "cpu": CostModel(flops=1e11, bandwidth=2.5e9, latency=5e-5),
-}
-"""Rates by platform; a v5p does 459 TFLOP/s and receives 600 GB/s at best, an H100 990 and 450."""
+class Work(Protocol):
+    """Work on one matrix whose columns lie on some number of devices: `polar.work.Work`."""
 
-DTYPES = {"tpu": jnp.bfloat16, "gpu": jnp.bfloat16, "cpu": jnp.float32}
-"""Compute dtype by platform (arXiv 2502.16982, section 2.3, computes and sends bfloat16)."""
+    @property
+    def flops(self) -> int:
+        """Operations, a multiply-add counted as two."""
 
+    @property
+    def sums(self) -> int:
+        """Gram matrices summed over the devices in float32."""
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """What one of the devices that share a matrix has to do."""
+    @property
+    def gathers(self) -> int:
+        """As many that the devices compute by rows each, gathered in the compute dtype."""
 
-    flops: int
-    """Operations, a multiply-add counted as two."""
-    sums: int = 0
-    """Gram matrices summed over the devices in float32."""
-    gathers: int = 0
-    """As many that the devices make by rows each, gathered in the compute dtype."""
-    form: str = ""
-    """How the orthogonalizer does it, in words."""
+    @property
+    def form(self) -> str:
+        """The form of the evaluation, for people."""
 
 
-def plain_share(rows: int, cols: int, devices: int, steps: int) -> Share:
-    """Count the plain polynomial of odd degree 5.
+class Counted(Protocol):
+    """An orthogonalizer that counts its work."""
 
-    Each step is `A = X X^T`, `B = b A + c A^2`, `X = a X + B X`. Spread out, `A` is summed over the
-    devices and each makes its rows of `A^2`, if they divide evenly.
-    """
-    shared = devices > 1 and rows % devices == 0
-    square = 2 * rows**3 // (devices if shared else 1)
-    flops = steps * (4 * rows * rows * cols // devices + square)
-    return Share(flops, sums=steps * (devices > 1), gathers=steps * shared)
+    def count(self, m: int, n: int, devices: int = 1, *, platform: str) -> Work:
+        """The work on one matrix `[m, n]` of each of the devices that share its columns."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class WorkModel:
     """The orthogonalizer as the planner counts it."""
 
-    steps: int = 5
+    orthogonalizer: Counted
+    """Counts one matrix; hashable, so that equal plans are searched once."""
+    steps: int
     """Steps of the polynomial."""
     dtype: np.dtype | None = None
     """The compute dtype, of the operands and of what is moved; None is the platform's."""
-    splits: bool = True
-    """Whether it can work on columns that lie on several devices."""
+    supports_column_shards: bool = True
+    """Whether it takes matrices whose columns lie on several devices."""
     platform: str = "cpu"
     """Where it runs."""
-    share: Callable[[int, int, int, np.dtype, str], Share] | None = None
-    """Counts one matrix: (rows, cols, devices, compute dtype, platform); None counts the plain
-    polynomial."""
 
     @property
     def itemsize(self) -> int:
         """Bytes of an entry."""
         return 4 if self.dtype is None else self.dtype.itemsize
 
-    def at(self, platform: str) -> Work:
+    def with_platform(self, platform: str) -> WorkModel:
         """On a platform, with its compute dtype if none is set."""
-        dtype = np.dtype(DTYPES.get(platform, jnp.float32)) if self.dtype is None else self.dtype
+        dtype = self.dtype or get_platform(platform).compute_dtype
         return dataclasses.replace(self, dtype=dtype, platform=platform)
 
-    def of(self, rows: int, cols: int, devices: int = 1) -> Share:
-        """What one matrix `[rows, cols]` asks of each of the devices that share its columns."""
-        if self.share is None:
-            return plain_share(rows, cols, devices, self.steps)
-        dtype = np.dtype(jnp.float32) if self.dtype is None else self.dtype
-        return self.share(rows, cols, devices, dtype, self.platform)
+    def work_of(self, rows: int, cols: int, devices: int = 1) -> Work:
+        """The work of each of the devices that share the columns of one matrix `[rows, cols]`."""
+        return self.orthogonalizer.count(rows, cols, devices, platform=self.platform)
 
-    def on(self, rows: int, cols: int, devices: int = 1) -> Cost:
+    def cost_of(self, rows: int, cols: int, devices: int = 1) -> Cost:
         """Cost of one matrix `[rows, cols]`, its columns spread over so many devices."""
-        return self.cost(self.of(rows, cols, devices), rows, cols, devices)
+        return self.cost(self.work_of(rows, cols, devices), rows, cols, devices)
 
-    def cost(self, share: Share, rows: int, cols: int, devices: int = 1) -> Cost:
-        """Cost of what a matrix `[rows, cols]` asks of each of the devices that share it."""
+    def cost(self, work: Work, rows: int, cols: int, devices: int = 1) -> Cost:
+        """Cost of this work on a matrix `[rows, cols]`, per device that shares it."""
         gram = rows * rows
         memory = rows * cols // devices * (2 * self.itemsize + 4) + gram * (2 * self.itemsize + 8)
         if devices == 1:
-            return Cost(share.flops, memory=memory)
-        summed, gathered = 4 * gram * share.sums, self.itemsize * gram * share.gathers
+            return Cost(work.flops, memory=memory)
+        summed, gathered = 4 * gram * work.sums, self.itemsize * gram * work.gathers
         return Cost(
-            share.flops,
+            work.flops,
             bytes=summed + gathered + 8,
             wire=(2 * summed + gathered) * (devices - 1) // devices,
-            messages=share.sums + share.gathers + 2,
+            messages=work.sums + work.gathers + 2,
             memory=memory,
         )

@@ -16,7 +16,7 @@ import numpy as np
 from optax_muon.matrices.views import BoundView
 from optax_muon.sharding import report
 from optax_muon.sharding.buckets import Bucket
-from optax_muon.sharding.cost import Cost, Work
+from optax_muon.sharding.cost import Cost, WorkModel
 from optax_muon.sharding.mesh import AnyMesh, axis_sizes, slow_axes
 from optax_muon.sharding.search import LOCAL, Assignment
 from optax_muon.sharding.shards import Leaf
@@ -75,7 +75,7 @@ class Plan:
     """All parameters that have matrices."""
     buckets: tuple[BucketPlan, ...]
     """All matrices, by shape, dtype and sharding."""
-    work: Work
+    work: WorkModel
     """How the orthogonalizer was counted."""
     unknown_shardings: bool = False
     """Whether the leaves lie on a mesh of which nothing is known: all moves are the compiler's."""

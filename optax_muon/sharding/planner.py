@@ -14,7 +14,7 @@ import numpy as np
 
 from optax_muon.matrices.views import Block, BoundView
 from optax_muon.sharding.buckets import Bucket, Member
-from optax_muon.sharding.cost import RATES, CostModel, Work
+from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.mesh import LeafShardings, axis_sizes, platform, slow_axes
 from optax_muon.sharding.plan import BucketPlan, Plan
 from optax_muon.sharding.search import GATHER, HOME, BucketGeometry, LayoutSearch
@@ -25,7 +25,7 @@ def make(
     bounds: Mapping[str, BoundView],
     dtypes: Mapping[str, np.dtype],
     where: LeafShardings,
-    work: Work,
+    work: WorkModel,
     *,
     on: str | None = None,
     layout: str | None = None,
@@ -39,7 +39,7 @@ def make(
     if layout not in (None, HOME, GATHER):
         raise ValueError(f"layout {layout!r} is unknown; use 'home', 'gather', or None to choose.")
     kind = on or (where.mesh and platform(where.mesh)) or "cpu"
-    work = work.at(kind)
+    work = work.with_platform(kind)
     sizes = axis_sizes(where.mesh)
     leaves = tuple(
         leaf_on(path, bound, where.specs.get(path, ((),) * len(bound.shape)), sizes)
@@ -51,7 +51,7 @@ def make(
         sizes=sizes,
         free=free,
         work=work,
-        model=model or RATES.get(kind, RATES["gpu"]),
+        model=model or CostModel.for_platform(kind),
         layout=layout,
         memory=memory,
     )
@@ -71,7 +71,7 @@ def _deal(
     bucket: Bucket,
     sizes: Mapping[str, int],
     free: Iterable[str],
-    work: Work,
+    work: WorkModel,
     model: CostModel,
     layout: str | None,
     memory: int,
@@ -92,7 +92,7 @@ def _deal(
         bucket,
         assignments=ways["chosen"],
         copies=math.prod(sizes[axis] for axis in bucket.batch_over),
-        whole=work.on(bucket.rows, bucket.cols),
+        whole=work.cost_of(bucket.rows, bucket.cols),
         seconds={
             n: sum(model.seconds(assignment.cost) for assignment in assignments)
             for n, assignments in ways.items()

@@ -27,7 +27,8 @@ def table(plan: Entry) -> str:
 def _title(plan: Entry) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     where = f"{plan['devices']} devices ({mesh})" if plan["devices"] > 1 else "one device"
-    return f"Muon on {where}: {plan['steps']} steps in {plan['dtype']}"
+    steps = f"{plan['steps']} steps in " if plan["steps"] else ""
+    return f"Muon on {where}: {steps}{plan['dtype']}"
 
 
 def _row(bucket: Entry, assignment: Entry) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from optax_muon.sharding.cost import Cost, CostModel, Work
+from optax_muon.sharding.cost import Cost, CostModel, WorkModel
 from optax_muon.sharding.device_groups import Group, Piece
 
 ROWS, COLS, COPIES = "rows", "cols", "copies"
@@ -165,7 +165,7 @@ class LayoutSearch:
     """Everything that a layout is chosen by."""
 
     shape: BucketGeometry
-    work: Work
+    work: WorkModel
     model: CostModel
     layout: str | None = None
     """A layout to insist on for all matrices; None takes the cheapest."""
@@ -194,7 +194,7 @@ class LayoutSearch:
         if self.layout == GATHER:
             return [(self._gather(count),)]
         ways: list[tuple[Assignment, ...]] = []
-        for roles in _choices(self.shape, self.work.splits and self.layout != HOME):
+        for roles in _choices(self.shape, self.work.supports_column_shards and self.layout != HOME):
             homes = math.prod(role.home for role in roles)
             whole, rest = divmod(count, homes)
             if rest:
@@ -209,7 +209,7 @@ class LayoutSearch:
         name = SPLIT if cut else HOME if roles else LOCAL
         assignment = Assignment(name, 0, count, padding, roles, Cost())
         whole = (self.shape.rows, self.shape.cols)
-        share = self.work.of(*whole, assignment.sharing)
+        share = self.work.work_of(*whole, assignment.sharing)
         one = self.work.cost(share, *whole, assignment.sharing)
         rounds = _rounds(assignment.owned, one.memory, self.memory)
         held = assignment.owned // rounds
@@ -235,7 +235,7 @@ class LayoutSearch:
         roles += tuple(Role(a, size, COLS, 1) for a, size in self.shape.cols_over)
         assignment = Assignment(GATHER if roles else LOCAL, 0, count, 0, roles, Cost())
         rows, cols = self.shape.rows, self.shape.cols
-        share = self.work.of(rows, cols)
+        share = self.work.work_of(rows, cols)
         one = self.work.cost(share, rows, cols)
         bytes_ = count * rows * cols * self.work.itemsize if roles else 0
         rounds = _rounds(count, one.memory, self.memory)

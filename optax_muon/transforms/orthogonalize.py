@@ -12,17 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from optax_muon.matrices import assign, paths
+from optax_muon.matrices import paths
 from optax_muon.matrices.views import BoundView
-from optax_muon.planning import work_of
+from optax_muon.planning import bind_views, make_plan
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
 from optax_muon.sharding.mesh import LeafShardings, read
 from optax_muon.sharding.plan import Plan
-from optax_muon.sharding.planner import make
 
 
 def orthogonalize(
@@ -36,9 +34,10 @@ def orthogonalize(
 
     Args:
       orthogonalizer: a function `[..., m, n] -> [..., m, n]`; set its options with
-        `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. If it takes a keyword
-        `column_shards`, it may be given columns that lie on several devices; else it gets whole
-        matrices only.
+        `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. An object with a
+        method `count` (`NewtonSchulz`) counts its own work for the plan; with
+        `supports_column_shards = True` it may be given columns that lie on several devices, by the
+        keyword `column_shards`. Any other callable gets whole matrices.
       views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
         pass unchanged.
       shardings: how the updates are sharded, where their types do not say (Auto mesh axes): a tree
@@ -64,8 +63,7 @@ def orthogonalize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves = paths.named_leaves(updates)
-        assigned = assign.assign(updates, views)
-        bounds = {p: v.on(leaves[p].shape) for p, v in assigned.items() if v is not None}
+        bounds = bind_views(updates, views)
         if plan is not None:
             plan.check(bounds)
         chosen = plan or _plan(leaves, bounds, shardings, orthogonalizer)
@@ -89,5 +87,4 @@ def _plan(
             stacklevel=2,
         )
         where = LeafShardings(None, {}, unknown_shardings=True)
-    dtypes = {path: np.dtype(leaves[path].dtype) for path in bounds}
-    return make(bounds, dtypes, where, work_of(orthogonalizer))
+    return make_plan(leaves, bounds, where, orthogonalizer)

@@ -16,7 +16,7 @@ from optax_muon.polar import (
     Gram,
     Panels,
     Plain,
-    choose,
+    choose_form,
     default_restarts,
     newton_schulz,
 )
@@ -56,14 +56,14 @@ def test_all_forms_have_the_error_of_the_plain_one_in_bfloat16(table, spectrum):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @every_table
 def test_square_matrices_take_steps_and_elongated_ones_their_gram_matrix(table, dtype, platform):
-    take = functools.partial(choose, rows=table.rows, dtype=dtype, platform=platform)
+    take = functools.partial(choose_form, rows=table.rows, dtype=dtype, platform=platform)
     assert isinstance(take(512, 512), Plain)
     assert isinstance(take(512, 4096), Gram)
     assert take(64, 2048).restarts == default_restarts(len(table.rows), dtype)
 
 
 def test_halves_are_used_where_they_are_worth_it():
-    take = functools.partial(choose, rows=KELLER.rows, platform="cpu")
+    take = functools.partial(choose_form, rows=KELLER.rows, platform="cpu")
     assert take(1024, 1024, dtype="float32").products == Panels(4)
     assert take(1024, 4096, dtype="float32").products == Panels(4)
     assert take(512, 512, dtype="float32").products == Full()
@@ -71,11 +71,11 @@ def test_halves_are_used_where_they_are_worth_it():
     assert take(256, 1024, dtype="float32").products == Full()
     assert take(1024, 1024, dtype="bfloat16").products == Full()
     for platform in ("tpu", "gpu"):
-        assert choose(4096, 4096, KELLER.rows, dtype="bfloat16", platform=platform) == Plain()
+        assert choose_form(4096, 4096, KELLER.rows, dtype="bfloat16", platform=platform) == Plain()
 
 
 def test_shared_columns_take_the_gram_form_where_sums_are_dear():
-    take = functools.partial(choose, 512, 2048, KELLER.rows)
+    take = functools.partial(choose_form, 512, 2048, KELLER.rows)
     assert isinstance(take(dtype="bfloat16", platform="tpu", devices=8), Gram)
     # Between fake devices of one CPU the repeated m x m algebra costs more than the sums.
     assert isinstance(take(dtype="float32", platform="cpu", devices=8), Plain)
@@ -107,7 +107,7 @@ def test_the_work_against_the_plain_form(m, n, most):
 @pytest.mark.parametrize(("m", "n"), [(96, 96), (512, 512), (512, 640), (768, 3072), (1000, 4000)])
 @pytest.mark.parametrize("table", [KELLER, POLAR_EXPRESS_8, CUBIC], ids=lambda table: table.name)
 def test_the_program_does_what_is_counted(m, n, table):
-    form = choose(m, n, table.rows, dtype="float32", platform="cpu")
+    form = choose_form(m, n, table.rows, dtype="float32", platform="cpu")
     assert compiled_flops(m, n, coefficients=table) == form.count(m, n, table.rows).flops
 
 

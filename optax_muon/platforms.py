@@ -1,0 +1,69 @@
+"""What is known of each platform: its compute dtype, and the rates that decide between layouts.
+
+One row per platform. Both the mathematics (`polar`) and the planner (`sharding`) read it, so a fact
+about a machine stands once. The rates are rounded, sustained values: only their ratios decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["PLATFORMS", "Platform", "get_platform"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """One kind of device."""
+
+    name: str
+    """As JAX names it: `tpu`, `gpu` or `cpu`."""
+    compute_dtype: np.dtype
+    """What the operands of matrix products are rounded to unless the caller says otherwise."""
+    flops: float
+    """Operations per second of one device on large products in that dtype."""
+    bandwidth: float
+    """Bytes per second that one device receives from others."""
+    latency: float
+    """Seconds per collective, whatever its size."""
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Operations that a device performs while one byte arrives."""
+        return self.flops / self.bandwidth
+
+
+_BFLOAT16, _FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
+
+PLATFORMS: Mapping[str, Platform] = MappingProxyType(
+    {
+        platform.name: platform
+        for platform in (
+            # A v5p peaks at 459 TFLOP/s and receives 600 GB/s; about 45 % and 33 % are sustained.
+            Platform("tpu", _BFLOAT16, flops=2e14, bandwidth=2e11, latency=2e-6),
+            # An H100 peaks at 990 TFLOP/s and receives 450 GB/s over NVLink.
+            Platform("gpu", _BFLOAT16, flops=4e14, bandwidth=3e11, latency=1e-5),
+            # Measured between the fake devices of one CPU: about 100 GFLOP/s and 2.5 GB/s.
+            Platform("cpu", _FLOAT32, flops=1e11, bandwidth=2.5e9, latency=5e-5),
+        )
+    }
+)
+"""All platforms by name. TPU and GPU compute in bfloat16, as in arXiv 2502.16982, section 2.3."""
+
+
+def get_platform(name: str) -> Platform:
+    """Return the row called `name`.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> get_platform("tpu").compute_dtype.name, get_platform("cpu").flops_per_byte
+    ('bfloat16', 40.0)
+    """
+    if name not in PLATFORMS:
+        raise ValueError(f"platform {name!r} is unknown; use one of {', '.join(PLATFORMS)}.")
+    return PLATFORMS[name]
