@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.matrices import assign, paths
+from optax_muon.matrices import paths
 from optax_muon.matrices.views import Axes, BoundView
+from optax_muon.planning import bind_views
 
 ScaleRule = Callable[[int, int], float]
 """`(fan_in, fan_out) -> factor`, for one logical matrix."""
@@ -130,9 +131,8 @@ def _on_matrices(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves = paths.named_leaves(updates)
-        for path, view in assign.assign(updates, views).items():
-            if view is not None:
-                leaves[path] = transform(leaves[path], view.on(leaves[path].shape))
+        for path, bound in bind_views(updates, views).items():
+            leaves[path] = transform(leaves[path], bound)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

@@ -12,7 +12,6 @@ import reference
 from optax_muon.matrices.views import Split, View
 from optax_muon.polar import newton_schulz
 from optax_muon.transforms.decay import cautious_decay, decoupled_decay
-from optax_muon.transforms.dtype import at_least_float32, in_float32
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
 from optax_muon.transforms.orthogonalize import orthogonalize
@@ -24,6 +23,7 @@ from optax_muon.transforms.scale import (
     scale_by_update_norm,
     spectral,
 )
+from optax_muon.transforms.wrappers import accumulator_dtype, in_float32
 
 SHAPES = {
     "bias": (7,),
@@ -117,7 +117,7 @@ def test_momentum_is_kept_in_float32_unless_told_otherwise(gradient, mu_dtype, s
     state = link.init(jnp.zeros(3, gradient))
     updates, after = link.update(jnp.ones(3, gradient), state)
     assert state.mu.dtype == after.mu.dtype == stored
-    assert updates.dtype == at_least_float32(gradient)
+    assert updates.dtype == accumulator_dtype(gradient)
 
 
 def test_float32_momentum_remembers_what_bfloat16_gradients_are_too_coarse_for():
@@ -361,7 +361,7 @@ def test_in_float32_widens_what_goes_in_and_narrows_what_comes_out(dtype):
 
     tx = in_float32(optax.GradientTransformation(lambda params: params, watch))
     params = {"w": jnp.ones(3, dtype)}
-    assert tx.init(params)["w"].dtype == at_least_float32(dtype)
+    assert tx.init(params)["w"].dtype == accumulator_dtype(dtype)
     updates, _ = tx.update(params, (), params)
     assert updates["w"].dtype == dtype
-    assert {leaf.dtype for leaf in seen} == {at_least_float32(dtype)}
+    assert {leaf.dtype for leaf in seen} == {accumulator_dtype(dtype)}
