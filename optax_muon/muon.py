@@ -19,11 +19,12 @@ import jax
 import optax
 
 from optax_muon.matrices import paths
-from optax_muon.matrices.views import View
+from optax_muon.matrices.views import View, Views
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer
+from optax_muon.sharding.mesh import Shardings
 from optax_muon.sharding.plan import Plan
-from optax_muon.transforms.decay import decoupled_decay
+from optax_muon.transforms.decay import Mask, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import ScaleRule, scale_by_shape
@@ -44,14 +45,14 @@ def muon(
     beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.1,
-    weight_decay_mask: Any = None,
+    weight_decay_mask: Mask = None,
     orthogonalizer: Orthogonalizer | None = None,
     post: optax.GradientTransformation | None = None,
     scale: ScaleRule | optax.GradientTransformation | None = None,
-    views: Any = None,
+    views: Views = None,
     fallback: optax.GradientTransformation | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
-    shardings: Any = None,
+    shardings: Shardings = None,
     plan: Plan | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for its other parameters.
@@ -145,9 +146,9 @@ def scale_by_muon(
     orthogonalizer: Orthogonalizer | None = None,
     post: optax.GradientTransformation | None = None,
     scale: ScaleRule | optax.GradientTransformation | None = None,
-    views: Any = None,
+    views: Views = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
-    shardings: Any = None,
+    shardings: Shardings = None,
     plan: Plan | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, orthogonalization, `post`, the factor of the shape; no decay, no learning rate.

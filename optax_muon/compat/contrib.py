@@ -30,7 +30,7 @@ from optax_muon.matrices.paths import path_name
 from optax_muon.matrices.views import View
 from optax_muon.polar.coefficients import KELLER, YOU, Row
 from optax_muon.transforms.orthogonalize import orthogonalize
-from optax_muon.transforms.scale import keller, match_rms, scale_by_shape
+from optax_muon.transforms.scale import keller_scale, match_rms, scale_by_shape
 from optax_muon.transforms.wrappers import under_standard_promotion, with_settled_views
 
 Coefficients = Sequence[ArrayLike] | Sequence[Sequence[ArrayLike]] | ArrayLike
@@ -129,7 +129,7 @@ def muon(
         adaptive=adaptive,
         preconditioning=preconditioning,
     )
-    rule = keller() if consistent_rms is None else match_rms(consistent_rms)
+    rule = keller_scale() if consistent_rms is None else match_rms(consistent_rms)
     dimensions = muon_weight_dimension_numbers
     if dimensions is None:
         dimensions = _every_matrix

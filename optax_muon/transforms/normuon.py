@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_muon.matrices import paths
-from optax_muon.matrices.views import Axes, BoundView, Split
+from optax_muon.matrices.views import Axes, BoundView, Split, Views
 from optax_muon.planning import bind_views
 from optax_muon.transforms.wrappers import accumulator_dtype
 
@@ -30,7 +30,7 @@ class NorMuonState(NamedTuple):
 
 
 def normuon(
-    beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Any = None
+    beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Views = None
 ) -> optax.GradientTransformation:
     """Normalise the rows of an orthogonal update by neuron, with memory.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_muon.matrices import assign, paths
-from optax_muon.matrices.views import View
+from optax_muon.matrices.views import View, Views
 
 Update = Callable[..., tuple[optax.Updates, optax.OptState]]
 """`update(updates, state, params)` of a transformation."""
@@ -121,7 +121,7 @@ def with_state_sharding(
 
 
 def with_settled_views(
-    build: Callable[[dict[str, View | None]], optax.GradientTransformation], views: Any
+    build: Callable[[dict[str, View | None]], optax.GradientTransformation], views: Views
 ) -> optax.GradientTransformationExtraArgs:
     """Decide the views of a tree once, and build the chain that all of its links share them in.
 
