@@ -1,11 +1,13 @@
 """The arguments that orbax takes for a described state, and one path written and read with them.
 
-Orbax is imported by who saves or restores: it brings Pallas along, and most programs need neither.
+Orbax is imported lazily, only by what saves or restores: it imports Pallas, and most programs need
+neither.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +15,23 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from optax_muon.checkpoint.description import check, describe
+from optax_muon.extras import require_extra
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 DESCRIPTION = "description"
 """The item that holds the description; no item of a state may have this name."""
+
+
+def _import_orbax() -> Any:
+    """The module `orbax.checkpoint`.
+
+    Raises:
+      ImportError: it is not installed; the message names the extra.
+    """
+    require_extra("checkpoint", "Saving and restoring")
+    return importlib.import_module("orbax.checkpoint")
 
 
 def save(
@@ -34,7 +47,7 @@ def save(
     Raises:
       ValueError: the folder exists, or an item is called `"description"`.
     """
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=save_args(items, settings))
@@ -57,7 +70,7 @@ def restore(
     Raises:
       ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
     """
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     where = Path(path).absolute()
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -77,7 +90,7 @@ def save_args(
     >>> sorted(save_args({"params": {"up": jnp.ones((4, 8))}}, {"beta": 0.95}).keys())
     ['description', 'params']
     """
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     if DESCRIPTION in items:
         raise ValueError(f"An item is called {DESCRIPTION!r}, as the description is; rename it.")
@@ -88,14 +101,14 @@ def save_args(
 
 def description_args() -> ocp.args.Composite:
     """What to give `restore` of a manager to read the description alone, as item `description`."""
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     return ocp.args.Composite(**{DESCRIPTION: ocp.args.JsonRestore()})
 
 
 def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
     """What to give `ocp.CheckpointManager.restore` as `args`, after `check`."""
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     trees = jax.tree.map(_abstract, _trees(like))
     return ocp.args.Composite(

@@ -6,16 +6,13 @@ for cannot be done, 130 stopped by Ctrl-C (after saving). The commands themselve
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 
 from optax_muon.errors import CommandError, Interrupted, UsageError
-
-EXTRA = ("matplotlib", "rich", "safetensors", "tyro")
-"""What the extra `train` installs and the library itself does not need."""
+from optax_muon.extras import MissingExtraError, require_extra
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,20 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     try:
-        _require_extra()
+        require_extra("train", "The command")
         _command(arguments)()
+    except MissingExtraError as missing:
+        sys.stderr.write(f"optax-muon: {missing}\n")
+        sys.exit(UsageError.exit_code)
     except CommandError as stop:
         sys.stderr.write(f"optax-muon: {stop}{_way_on(stop, arguments)}\n")
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("optax-muon: interrupted\n")
         sys.exit(Interrupted.exit_code)
-
-
-def _require_extra() -> None:
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} not found; pip install 'optax-muon[train]'")
 
 
 def _command(arguments: list[str]) -> Callable[[], None]:
