@@ -58,7 +58,7 @@ def main(address, processes, number, result):
 
     with jax.set_mesh(mesh):
         params = train(placed(0), [placed(seed + 1) for seed in range(STEPS)])
-        whole = jax.jit(lambda x: jax.reshard(x, jax.tree.map(lambda _: P(), x)))(params)
+        whole = jax.jit(lambda x: jax.sharding.reshard(x, jax.tree.map(lambda _: P(), x)))(params)
     if number == 0:
         np.savez(result, **{path: np.asarray(x.addressable_data(0)) for path, x in whole.items()})
     jax.distributed.shutdown()
