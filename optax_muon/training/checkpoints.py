@@ -120,7 +120,7 @@ class Checkpoints:
             self._clear()
             self._has_written = True
             args = checkpoint.save_args(state._asdict(), self._settings)
-            place = ocp.args.JsonSave(checkpoint.plain({"step": step, **(position or {})}))
+            place = ocp.args.JsonSave(checkpoint.to_json({"step": step, **(position or {})}))
             args = ocp.args.Composite(**dict(args.items()), **{POSITION: place})
             # Without force, orbax passes over steps before the newest in silence.
             self._manager.save(step, args=args, force=True)
@@ -224,7 +224,7 @@ class Checkpoints:
             checkpoint.check(self._description(step), here, str(self.path / str(step)))
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return checkpoint.restored(self._read(step, checkpoint.restore_args(like)), like)
+        return checkpoint.restored_items(self._read(step, checkpoint.restore_args(like)), like)
 
     def _description(self, step: int) -> dict[str, Any]:
         return self._read(step, checkpoint.description_args())["description"]
@@ -237,7 +237,7 @@ class Checkpoints:
     def _one_error(self, step: int) -> Iterator[None]:
         """Whatever is wrong with the files of a step, and which other steps there are."""
         try:
-            with checkpoint.readable(self.path / str(step)):
+            with checkpoint.reading(self.path / str(step)):
                 yield
         except ValueError as error:
             others = ", ".join(str(other) for other in self.steps if other != step)

@@ -140,7 +140,7 @@ def test_another_optimizer_or_other_settings_are_refused(tmp_path):
         with pytest.raises(UsageError, match=r"params/dense/kernel is float32 \[4, 8\] there and"):
             checkpoints.params(like=larger)
     changed = Checkpoints(tmp_path / "muon", settings=settings | {"beta": 0.9})
-    with changed, pytest.raises(UsageError, match=r"beta is 0\.95 there and 0\.9 here"):
+    with changed, pytest.raises(UsageError, match=r"beta is 0\.95 in the checkpoint and 0\.9 now"):
         changed.restore(state_at(0))
     with Checkpoints(tmp_path / "muon") as checkpoints:
         same(checkpoints.restore(state_at(0)), state_at(1))
