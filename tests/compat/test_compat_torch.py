@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused_by_path(run):
     without = {path: buffers for path, buffers in peer.state.items() if path != "scale"}
     refused("scale is in the Adam group and torch's state has nothing for", peer, state=without)
     refused(
-        r"up/kernel: momentum_buffer is \[10, 6\] after transposing and must be \[6, 10\]; pass tra",
+        r"up/kernel: momentum_buffer is \[10, 6\] after transposing and must be \[6, 10\]; pass",
         peer,
         transpose=lambda path, array: array,
     )
