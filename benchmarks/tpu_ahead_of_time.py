@@ -135,7 +135,7 @@ def in_process(tree: str, machine: str, optimizer: str) -> Row:
 
 def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     """Compile an update and read the program."""
-    from optax_muon.hlo import counts, moved
+    from optax_muon.hlo import collective_counts, collective_bytes
 
     ours = optimizer == "optax-muon"
     chips, axes = MACHINES[machine], TREES[tree].on(MACHINES[machine])
@@ -148,7 +148,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     program = compile_update(tx, params, mesh)
     seconds = time.process_time() - start
     text = program.as_text()
-    kinds = counts(text)
+    kinds = collective_counts(text)
     return Row(
         optimizer,
         tree,
@@ -157,8 +157,8 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
         "compiled",
         *(kinds.pop(kind, 0) for kind in ("all-to-all", "all-gather", "all-reduce")),
         others=sum(kinds.values()),
-        moved_mib=round(moved(text) / 2**20, 1),
-        planned_mib=round(plan.cost.bytes / 2**20, 1) if ours else 0,
+        moved_mib=round(collective_bytes(text) / 2**20, 1),
+        planned_mib=round(plan.cost.collective_bytes / 2**20, 1) if ours else 0,
         payload=payload(text),
         dcn=len(re.findall(r" send\(.*megascale", text)),
         temporary_gib=round(program.memory_analysis().temp_size_in_bytes / 2**30, 3),

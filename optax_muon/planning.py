@@ -26,7 +26,7 @@ from optax_muon.polar import (
 from optax_muon.sharding import planner
 from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.execute import Orthogonalizer
-from optax_muon.sharding.mesh import AnyMesh, LeafShardings, check_names, read
+from optax_muon.sharding.mesh import AnyMesh, LeafShardings, check_names, resolve_shardings
 from optax_muon.sharding.plan import Plan
 
 
@@ -77,13 +77,13 @@ def plan(
     leaves = paths.named_leaves(params)
     bounds = bind_views(params, views)
     check_names(leaves, shardings)
-    where = read({path: leaves[path] for path in bounds}, shardings, mesh)
+    where = resolve_shardings({path: leaves[path] for path in bounds}, shardings, mesh)
     return make_plan(
         leaves,
         bounds,
         where,
         orthogonalizer or newton_schulz,
-        on=platform or (jax.default_backend() if where.mesh is None else None),
+        platform=platform or (jax.default_backend() if where.mesh is None else None),
         layout=layout,
         model=model,
         memory=memory,
@@ -107,9 +107,9 @@ def make_plan(
     orthogonalizer: Orthogonalizer,
     **options: Any,
 ) -> Plan:
-    """Plan for leaves that lie somewhere; `options` are those of `planner.make`."""
+    """Plan for leaves that lie somewhere; `options` are those of `planner.make_plan`."""
     dtypes = {path: np.dtype(leaves[path].dtype) for path in bounds}
-    return planner.make(bounds, dtypes, where, work_model(orthogonalizer), **options)
+    return planner.make_plan(bounds, dtypes, where, work_model(orthogonalizer), **options)
 
 
 def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:

@@ -19,7 +19,7 @@ from optax_muon.matrices.views import BoundView
 from optax_muon.planning import bind_views, make_plan
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
-from optax_muon.sharding.mesh import LeafShardings, read
+from optax_muon.sharding.mesh import LeafShardings, resolve_shardings
 from optax_muon.sharding.plan import Plan
 
 
@@ -79,7 +79,7 @@ def _plan(
     shardings: Any,
     orthogonalizer: Orthogonalizer,
 ) -> Plan:
-    where = read({path: leaves[path] for path in bounds}, shardings)
+    where = resolve_shardings({path: leaves[path] for path in bounds}, shardings)
     if where.unknown_shardings:
         warnings.warn(
             "Muon cannot see how its updates are sharded on the Auto axes of this mesh, and leaves"

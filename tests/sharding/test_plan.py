@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_muon import Split, View, newton_schulz, plan
-from optax_muon.sharding.search import GATHER, LOCAL
+LOCAL, GATHER = "local", "gather"
 
 MESHES = {
     "one axis": {"fsdp": 8},
@@ -86,7 +86,7 @@ class TestEveryPlan:
                             == assignment.count + assignment.padding
                         )
                         assert assignment.padding < assignment.homes
-                    assert assignment.owned % assignment.rounds == 0
+                    assert assignment.owned % assignment.chunks == 0
 
     def test_costs_no_more_than_home_or_gather(self, mesh, spec):
         for _, found in plans(mesh, spec):
@@ -96,7 +96,7 @@ class TestEveryPlan:
     def test_does_an_even_share_at_least_and_brings_what_is_missing(self, mesh, spec):
         for _, found in plans(mesh, spec):
             assert found.cost.flops >= 0.999 * found.balanced_flops
-            assert found.cost.least <= found.cost.wire
+            assert found.cost.min_received_bytes <= found.cost.received_bytes
 
 
 def test_the_axes_of_a_lot_multiply_to_the_devices_that_hold_its_matrices():
@@ -130,7 +130,7 @@ def test_whole_matrices_stay_where_they_are():
     assert [
         assignment.layout for bucket_plan in found.buckets for assignment in bucket_plan.assignments
     ] == ["local"]
-    assert (found.cost.bytes, found.cost.messages) == (0, 0)
+    assert (found.cost.collective_bytes, found.cost.collectives) == (0, 0)
 
 
 def test_an_orthogonalizer_of_whole_matrices_gets_whole_matrices():
@@ -161,10 +161,10 @@ def test_square_matrices_cut_either_way_share_a_bucket():
 
 def test_small_memory_takes_turns():
     free, tight = (planned("one axis", "large", "rows", 64, memory=m) for m in (2**40, 2**28))
-    assert [assignment.rounds for assignment in free.buckets[0].assignments] == [1]
-    assert tight.buckets[0].assignments[0].rounds == 8
+    assert [assignment.chunks for assignment in free.buckets[0].assignments] == [1]
+    assert tight.buckets[0].assignments[0].chunks == 8
     assert tight.cost.memory < free.cost.memory / 4
-    assert (tight.cost.flops, tight.cost.bytes) == (free.cost.flops, free.cost.bytes)
+    assert (tight.cost.flops, tight.cost.collective_bytes) == (free.cost.flops, free.cost.collective_bytes)
 
 
 def test_slow_axes_carry_nothing():
@@ -193,7 +193,7 @@ def test_accelerators_send_bfloat16_and_cpus_what_they_have():
     found = planned("one axis", "wide", "rows", 16, orthogonalizer=in_dtype(jnp.bfloat16))
     assert found.payload(np.dtype(np.float32)) == jnp.bfloat16
     assert planned("one axis", "wide", "rows", 16).payload(np.dtype(np.float32)) == np.float32
-    assert found.cost.bytes == planned("one axis", "wide", "rows", 16).cost.bytes / 2
+    assert found.cost.collective_bytes == planned("one axis", "wide", "rows", 16).cost.collective_bytes / 2
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex64])
@@ -235,8 +235,8 @@ def test_the_table_has_a_line_for_every_lot_and_the_totals():
     assert "1 x (4096 x 12288)" in text
     assert f"{found.cost.flops / 1e9:.1f} GFLOP" in text
     assert f"{found.cost.flops / found.balanced_flops:.2f} of an even share" in text
-    assert f"{found.cost.wire / 2**20:.1f} MiB arrive" in text
-    assert f"{found.cost.wire / found.cost.least:.2f} of the least" in text
+    assert f"{found.cost.received_bytes / 2**20:.1f} MiB arrive" in text
+    assert f"{found.cost.received_bytes / found.cost.min_received_bytes:.2f} of the least" in text
     assert f"{found.comm_vs_adamw:.3f} of" in text
 
 
@@ -250,7 +250,7 @@ def test_a_plan_is_plain_data():
     found = planned("three axes", "large", "both", 31)
     data = json.loads(json.dumps(found.to_dict()))
     assert data["mesh"] == {"expert": 2, "fsdp": 4, "tp": 4}
-    assert (data["flops"], data["bytes"]) == (found.cost.flops, found.cost.bytes)
+    assert (data["flops"], data["bytes"]) == (found.cost.flops, found.cost.collective_bytes)
     assignments = [assignment for bucket in data["buckets"] for assignment in bucket["assignments"]]
     assert sum(assignment["count"] for assignment in assignments) == 31
     assert sum(assignment["flops"] for assignment in assignments) == found.cost.flops
@@ -260,7 +260,7 @@ def test_a_plan_is_plain_data():
 def test_one_device_needs_no_mesh():
     found = plan(kernel(4, (8, 16)), views=View(1, 2))
     assert str(found).startswith("Muon on one device")
-    assert (found.mesh, found.devices, found.cost.bytes) == (None, 1, 0)
+    assert (found.mesh, found.devices, found.cost.collective_bytes) == (None, 1, 0)
     assert found.cost.flops == found.balanced_flops
 
 
@@ -310,7 +310,7 @@ def test_equal_heads_of_a_sharded_axis_stay_where_they_are():
     mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
     view = View(0, 1, Split.equal(1, 256, parts=4))
     found = plan(params, views=view, shardings=P("fsdp", "tp"), mesh=mesh)
-    assert found.leaves[0].turn is None
+    assert found.leaves[0].reshard is None
     assert [d.bucket.batch_over for d in found.buckets] == [("tp",)]
 
 
@@ -319,8 +319,8 @@ def test_unequal_parts_of_a_sharded_axis_are_made_whole_first():
     mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
     view = View(0, 1, Split(1, (256, 64, 64)))
     found = plan(params, views=view, shardings=P("fsdp", "tp"), mesh=mesh)
-    assert found.leaves[0].turn is not None
-    assert found.leaves[0].turn.axes == ("tp",)
+    assert found.leaves[0].reshard is not None
+    assert found.leaves[0].reshard.axes == ("tp",)
     assert {d.bucket.rows_over + d.bucket.cols_over for d in found.buckets} == {("fsdp", "tp")}
 
 

@@ -44,9 +44,9 @@ def png(plan: Mapping[str, Any], title: str = "", dpi: int = 150) -> bytes:
     """Draw a plan as a PNG.
 
     Args:
-      plan: what `Plan.to_dict()` returns.
-      title: whose plan it is, the name of a model.
-      dpi: dots per inch of a picture 12 inches wide.
+        plan: what `Plan.to_dict()` returns.
+        title: whose plan it is, the name of a model.
+        dpi: dots per inch of a picture 12 inches wide.
 
     >>> import jax, optax_muon
     >>> params = {"kernel": jax.ShapeDtypeStruct((64, 64), "float32")}
