@@ -1,9 +1,9 @@
 """The collectives and matrix products of a compiled program, read from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once and does not list collectives. These functions
-count what is inside a loop as often as the loop runs, and tell which devices take part in each
-collective. Asynchronous forms (`all-gather-start` and `all-gather-done`) count once, with the result
-of the latter.
+XLA's own cost analysis counts the body of a loop once and does not list collectives. These
+functions count what is inside a loop as often as the loop runs, and tell which devices take part in
+each collective. Asynchronous forms (`all-gather-start` and `all-gather-done`) count once, with the
+result of the latter.
 
     text = jax.jit(step).lower(params).compile().as_text()
     hlo.collectives(text), hlo.collective_bytes(text), hlo.flops(text)

@@ -28,6 +28,7 @@ from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.execute import Orthogonalizer
 from optax_muon.sharding.mesh import AnyMesh, LeafShardings, check_names, resolve_shardings
 from optax_muon.sharding.plan import Plan
+from optax_muon.sharding.search import LayoutClass
 
 
 def plan(
@@ -38,7 +39,7 @@ def plan(
     shardings: Any = None,
     mesh: AnyMesh | None = None,
     platform: str | None = None,
-    layout: str | None = None,
+    layout: str | LayoutClass | None = None,
     model: CostModel | None = None,
     memory: int = 2**28,
 ) -> Plan:
@@ -55,7 +56,7 @@ def plan(
         `AbstractMesh` has none, and is taken for CPUs.
       layout: `home` or `gather` for all matrices; None takes the cheapest for each.
       model: rates that decide between layouts; None takes those of the platform.
-      memory: bytes of temporary arrays above which matrices are worked on in turns.
+      memory: bytes of temporary arrays above which matrices are worked on in chunks.
 
     Raises:
       ValueError: shardings that do not fit the parameters or the mesh, an unknown layout or

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.hlo import Collective, collectives, collective_counts, flops, collective_bytes
+from optax_muon.hlo import Collective, collective_bytes, collective_counts, collectives, flops
 
 BOTH = P("a", "b")
 

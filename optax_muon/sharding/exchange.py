@@ -22,7 +22,15 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax import lax
 
-from optax_muon.sharding.assignment import COLS, COPIES, ROWS, Assignment, Orthogonalizer, Role, Trip
+from optax_muon.sharding.assignment import (
+    COLS,
+    COPIES,
+    ROWS,
+    Assignment,
+    Orthogonalizer,
+    Role,
+    Trip,
+)
 from optax_muon.sharding.cost import Cost, Traffic
 from optax_muon.sharding.device_groups import Group, Message, Piece
 from optax_muon.sharding.search import LayoutSearch

@@ -95,9 +95,7 @@ def _run_shards(
         if not plan.unknown_shardings:
             run = cpu.schedule(orthogonalizer, bucket_plan)
         done |= bucket_plan.bucket.unpack(_run_bucket(bucket_plan, run, stacked))
-    return {
-        leaf.path: _restore(leaf, done, shards[leaf.path].dtype) for leaf in plan.leaves
-    }
+    return {leaf.path: _restore(leaf, done, shards[leaf.path].dtype) for leaf in plan.leaves}
 
 
 def _restore(

@@ -74,6 +74,11 @@ class Plan:
     """True if the shardings are unknown (Auto axes under trace): the compiler communicates."""
 
     @property
+    def mesh_axes(self) -> dict[str, int]:
+        """Names and sizes of the mesh axes; empty on one device."""
+        return axis_sizes(self.mesh)
+
+    @property
     def cost(self) -> Cost:
         """Cost of one update, per device."""
         each_way = sum(leaf.resharded_entries for leaf in self.leaves) * self.work.itemsize
@@ -113,7 +118,7 @@ class Plan:
     def devices(self) -> int:
         """Devices that share the work: those of the mesh, or of one of its slices."""
         slow = slow_axes(self.mesh)
-        return math.prod(n for axis, n in axis_sizes(self.mesh).items() if axis not in slow)
+        return math.prod(n for axis, n in self.mesh_axes.items() if axis not in slow)
 
     def __str__(self) -> str:
         return report.table(self)
@@ -121,7 +126,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """In plain numbers, strings and lists: sizes in bytes, work in operations."""
         return {
-            "mesh": axis_sizes(self.mesh),
+            "mesh": self.mesh_axes,
             "devices": self.devices,
             "dtype": str(self.work.dtype),
             "steps": self.work.steps,

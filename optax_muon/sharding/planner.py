@@ -1,6 +1,6 @@
 """Planning: from shapes, views and shardings to a plan, in Python, before anything is traced.
 
-    shapes + views + shardings -> leaf shards -> buckets -> assignments -> plan
+shapes + views + shardings -> leaf shards -> buckets -> assignments -> plan
 """
 
 from __future__ import annotations
@@ -131,7 +131,10 @@ def plan_bucket(
 
 
 def make_buckets(
-    leaves: Iterable[LeafShard], dtypes: Mapping[str, np.dtype], sizes: Mapping[str, int], entries: int
+    leaves: Iterable[LeafShard],
+    dtypes: Mapping[str, np.dtype],
+    sizes: Mapping[str, int],
+    entries: int,
 ) -> tuple[Bucket, ...]:
     """Group matrices by shape, dtype and sharding, in order of first appearance.
 
@@ -159,7 +162,9 @@ class _Side(NamedTuple):
     over: tuple[str, ...]
 
 
-def _sides(leaf: LeafShard, block: Block, sizes: Mapping[str, int]) -> tuple[bool, tuple[_Side, _Side]]:
+def _sides(
+    leaf: LeafShard, block: Block, sizes: Mapping[str, int]
+) -> tuple[bool, tuple[_Side, _Side]]:
     """Whether to transpose, and the short and the long side after that.
 
     A square matrix is transposed if that puts the mesh axes of its rows first, so that

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from optax_muon.sharding.assignment import Assignment
-from optax_muon.sharding.mesh import axis_sizes
 
 if TYPE_CHECKING:
     from optax_muon.sharding.plan import BucketPlan, Plan
@@ -28,7 +27,7 @@ def table(plan: Plan) -> str:
 
 
 def _title(plan: Plan) -> str:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in axis_sizes(plan.mesh).items())
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh_axes.items())
     devices = f"{plan.devices} devices ({mesh})" if plan.devices > 1 else "one device"
     steps = f"{plan.work.steps} steps in " if plan.work.steps else ""
     return f"Muon on {devices}: {steps}{plan.work.dtype}"

@@ -137,7 +137,9 @@ def _resharded(
     reshard: AxisReshard, spec: Spec, shard: tuple[int, ...], ways: int
 ) -> tuple[Spec, tuple[int, ...]]:
     """Spec and shard shape after the all-to-all."""
-    spec = _replaced(_replaced(spec, reshard.whole, ()), reshard.cut, (*spec[reshard.cut], *reshard.axes))
+    spec = _replaced(
+        _replaced(spec, reshard.whole, ()), reshard.cut, (*spec[reshard.cut], *reshard.axes)
+    )
     shard = _replaced(shard, reshard.whole, shard[reshard.whole] * ways)
     return spec, _replaced(shard, reshard.cut, shard[reshard.cut] // ways)
 

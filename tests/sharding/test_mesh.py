@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import TABLE
 
-from optax_muon.hlo import collectives, collective_counts, collective_bytes
+from optax_muon.hlo import collective_bytes, collective_counts, collectives
 from optax_muon.polar import KELLER, Plain
 
 KINDS = ("explicit", "auto")
@@ -118,7 +118,7 @@ def test_what_arrives_is_what_was_missing(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_axes_are_one_hop(kind):
+def test_tiles_cut_over_two_axes_travel_in_one_all_to_all(kind):
     found = collectives(meshes.run(TABLE["two axes"], kind).text)
     assert [len(each.groups[0]) for each in found] == [8, 8]
     assert sum(each.bytes for each in found) == 2 * 16 * 256 * 512 * 4 // 8  # 2.1 MB

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import FREE_MESSAGES
 
 import optax_muon
-from optax_muon.hlo import collective_counts, collective_bytes
+from optax_muon.hlo import collective_bytes, collective_counts
 
 pytestmark = [pytest.mark.slow, pytest.mark.libtpu]
 
