@@ -298,7 +298,7 @@ def _draw_load(
     axes.axhline(balanced, color=INK, linestyle="--", linewidth=1.2)
     figure_x = axes.get_yaxis_transform()
     axes.text(
-        1.035, balanced, "a balanced share", transform=figure_x, va="center", fontsize=9, color=INK
+        1.035, balanced, "a balanced\nshare", transform=figure_x, va="center", fontsize=9, color=INK
     )
     axes.set(xlim=(0, devices), ylim=(0, 1.04 * max(base, balanced)))
     axes.set_title("work of each device", loc="left", fontsize=10, weight="bold", color=INK)
