@@ -10,20 +10,23 @@ AdamW for the parameters that are not matrices:
 >>> updates, state = tx.update(params, state, params)
 >>> params = optax.apply_updates(params, updates)
 
-`print(label(params))` shows which parameters it takes for matrices, and `print(plan(params))` where
-it works on them. The links of its chain (`orthogonalize`, `scale_by_shape`, `cautious_decay`,
-`normuon` ...) and the functions on matrices (`newton_schulz` ...) can be used alone. `checkpoint`
-saves states and refuses to restore what does not fit; `compat.muon` is `optax.contrib.muon` on this
-engine.
+`print(label(params))` shows which parameters it treats as matrices, and `print(plan(params))` on
+which devices each one is processed. The links of its chain (`orthogonalize`, `scale_by_shape`,
+`cautious_decay`, `normuon` ...) and the functions on matrices (`newton_schulz` ...) can be used
+alone. `checkpoint` saves states and refuses to restore what does not fit. `compat.muon` is
+`optax.contrib.muon` on this engine. `hlo` counts collectives, bytes and operations of a compiled
+program.
 """
 
-from optax_muon import checkpoint, compat
+from optax_muon import checkpoint, compat, hlo
 from optax_muon.checkpoint import state_shardings, zero1_shardings
 from optax_muon.matrices.assign import Rule, label
-from optax_muon.matrices.views import Split, View
+from optax_muon.matrices.paths import named_leaves
+from optax_muon.matrices.views import Split, View, Views
 from optax_muon.muon import muon, scale_by_muon
 from optax_muon.planning import plan
 from optax_muon.polar import (
+    COEFFICIENTS,
     CUBIC,
     DEEPSEEK_V4,
     KELLER,
@@ -31,29 +34,38 @@ from optax_muon.polar import (
     POLAR_EXPRESS_8,
     YOU,
     Coefficients,
+    Gram,
+    GramNewtonSchulz,
+    NewtonSchulz,
+    Plain,
     gram_newton_schulz,
     measures,
     newton_schulz,
     polar_express,
     polar_svd,
 )
-from optax_muon.transforms.decay import cautious_decay, decoupled_decay
+from optax_muon.sharding.assignment import Assignment
+from optax_muon.sharding.cost import CostModel
+from optax_muon.sharding.mesh import Shardings
+from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.transforms.decay import Mask, cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.qk_clip import MHA, MLA, Heads, qk_clip
 from optax_muon.transforms.scale import (
-    baseline,
-    keller,
+    ScaleRule,
+    keller_scale,
     match_rms,
     scale_by_shape,
     scale_by_update_norm,
-    spectral,
+    spectral_scale,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "COEFFICIENTS",
     "CUBIC",
     "DEEPSEEK_V4",
     "KELLER",
@@ -62,23 +74,36 @@ __all__ = [
     "POLAR_EXPRESS",
     "POLAR_EXPRESS_8",
     "YOU",
+    "Assignment",
+    "BucketPlan",
     "Coefficients",
+    "CostModel",
+    "Gram",
+    "GramNewtonSchulz",
     "Heads",
+    "Mask",
+    "NewtonSchulz",
+    "Plain",
+    "Plan",
     "Rule",
+    "ScaleRule",
+    "Shardings",
     "Split",
     "View",
+    "Views",
     "__version__",
-    "baseline",
     "cautious_decay",
     "checkpoint",
     "compat",
     "decoupled_decay",
     "gram_newton_schulz",
-    "keller",
+    "hlo",
+    "keller_scale",
     "label",
     "match_rms",
     "measures",
     "muon",
+    "named_leaves",
     "newton_schulz",
     "normuon",
     "orthogonalize",
@@ -90,7 +115,7 @@ __all__ = [
     "scale_by_muon",
     "scale_by_shape",
     "scale_by_update_norm",
-    "spectral",
+    "spectral_scale",
     "state_shardings",
     "zero1_shardings",
 ]

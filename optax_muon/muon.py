@@ -18,16 +18,22 @@ from typing import Any
 import jax
 import optax
 
-from optax_muon.matrices import assign, paths
+from optax_muon.matrices import paths
+from optax_muon.matrices.views import View, Views
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer
+from optax_muon.sharding.mesh import Shardings
 from optax_muon.sharding.plan import Plan
-from optax_muon.transforms.decay import decoupled_decay
-from optax_muon.transforms.dtype import in_float32, under_standard_promotion
+from optax_muon.transforms.decay import Mask, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.orthogonalize import orthogonalize
-from optax_muon.transforms.placement import beside
 from optax_muon.transforms.scale import ScaleRule, scale_by_shape
+from optax_muon.transforms.wrappers import (
+    in_float32,
+    under_standard_promotion,
+    with_settled_views,
+    with_state_sharding,
+)
 
 MUON, FALLBACK = "muon", "fallback"
 """The two groups of parameters, as keys of the optimizer state."""
@@ -39,13 +45,14 @@ def muon(
     beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     weight_decay: optax.ScalarOrSchedule | optax.GradientTransformation = 0.1,
-    weight_decay_mask: Any = None,
+    weight_decay_mask: Mask = None,
     orthogonalizer: Orthogonalizer | None = None,
+    post: optax.GradientTransformation | None = None,
     scale: ScaleRule | optax.GradientTransformation | None = None,
-    views: Any = None,
+    views: Views = None,
     fallback: optax.GradientTransformation | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
-    shardings: Any = None,
+    shardings: Shardings = None,
     plan: Plan | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for its other parameters.
@@ -62,6 +69,8 @@ def muon(
       orthogonalizer: a function `[..., m, n] -> [..., m, n]`; None is `newton_schulz` with five
         steps of KELLER. (None, because `optax.inject_hyperparams` calls a callable default as a
         schedule.)
+      post: a link that the orthogonal matrices go through before they are scaled, such as
+        `normuon()`; several are an `optax.chain`. None is none.
       scale: `(fan_in, fan_out) -> factor`, or a link such as `scale_by_update_norm(0.2)`; None is
         `match_rms(0.2)`.
       views: which parameters are matrices, and how. None decides by role; otherwise a tree of views
@@ -94,35 +103,40 @@ def muon(
         if isinstance(weight_decay, optax.GradientTransformation)
         else decoupled_decay(weight_decay, weight_decay_mask)
     )
-    matrices = optax.chain(
-        scale_by_muon(
-            beta=beta,
-            nesterov=nesterov,
-            orthogonalizer=orthogonalizer,
-            scale=scale,
-            views=views,
-            mu_dtype=mu_dtype,
-            shardings=shardings,
-            plan=plan,
-        ),
-        decay,
-        optax.scale_by_learning_rate(learning_rate),
-    )
     adam = optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype)
     adamw = optax.chain(
-        beside(lambda state: state.mu, under_standard_promotion(adam)),
+        with_state_sharding(lambda state: state.mu, under_standard_promotion(adam)),
         decay,
         optax.scale_by_learning_rate(learning_rate),
     )
     others = fallback or in_float32(adamw)
 
-    def groups(params: optax.Params) -> Any:
-        assigned = assign.assign(params, views)
-        return jax.tree.map_with_path(
-            lambda path, _: FALLBACK if assigned[paths.path_name(path)] is None else MUON, params
+    def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
+        matrices = optax.chain(
+            scale_by_muon(
+                beta=beta,
+                nesterov=nesterov,
+                orthogonalizer=orthogonalizer,
+                post=post,
+                scale=scale,
+                views={path: view for path, view in settled.items() if view is not None},
+                mu_dtype=mu_dtype,
+                shardings=shardings,
+                plan=plan,
+            ),
+            decay,
+            optax.scale_by_learning_rate(learning_rate),
         )
 
-    return optax.partition({MUON: in_float32(matrices), FALLBACK: others}, groups)
+        def group(path: Any, _: Any) -> str:
+            return FALLBACK if settled[paths.path_name(path)] is None else MUON
+
+        return optax.partition(
+            {MUON: in_float32(matrices), FALLBACK: others},
+            lambda params: jax.tree.map_with_path(group, params),
+        )
+
+    return with_settled_views(build, views)
 
 
 def scale_by_muon(
@@ -130,13 +144,14 @@ def scale_by_muon(
     beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     orthogonalizer: Orthogonalizer | None = None,
+    post: optax.GradientTransformation | None = None,
     scale: ScaleRule | optax.GradientTransformation | None = None,
-    views: Any = None,
+    views: Views = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
-    shardings: Any = None,
+    shardings: Shardings = None,
     plan: Plan | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, then orthogonalization, then the factor of the shape; no decay, no learning rate.
+    """Momentum, orthogonalization, `post`, the factor of the shape; no decay, no learning rate.
 
     Leaves without a view come out as plain momentum: use `muon`, or `optax.partition`, to give them
     an optimizer of their own.
@@ -145,6 +160,7 @@ def scale_by_muon(
       beta: as in `muon`.
       nesterov: as in `muon`.
       orthogonalizer: as in `muon`.
+      post: as in `muon`.
       scale: as in `muon`.
       views: as in `muon`.
       mu_dtype: as in `muon`.
@@ -156,14 +172,18 @@ def scale_by_muon(
     >>> params = {"kernel": jnp.ones((4, 8))}
     >>> updates, _ = tx.update(params, tx.init(params))
     """
-    sizing = (
-        scale
-        if isinstance(scale, optax.GradientTransformation)
-        else scale_by_shape(scale, views=views)
-    )
-    links = optax.chain(
-        scale_by_momentum(beta, nesterov, mu_dtype),
-        orthogonalize(orthogonalizer or newton_schulz, views=views, shardings=shardings, plan=plan),
-        sizing,
-    )
-    return in_float32(beside(lambda state: state[0].mu, links))
+
+    def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
+        links = [
+            scale_by_momentum(beta, nesterov, mu_dtype),
+            orthogonalize(
+                orthogonalizer or newton_schulz, views=settled, shardings=shardings, plan=plan
+            ),
+            *([] if post is None else [post]),
+            scale
+            if isinstance(scale, optax.GradientTransformation)
+            else scale_by_shape(scale, views=settled),
+        ]
+        return in_float32(with_state_sharding(lambda state: state[0].mu, optax.chain(*links)))
+
+    return with_settled_views(build, views)

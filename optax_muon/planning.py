@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from optax_muon.matrices import assign, paths
-from optax_muon.matrices.views import BoundView
+from optax_muon.matrices.views import BoundView, Views
 from optax_muon.platforms import get_platform
 from optax_muon.polar import (
     GramNewtonSchulz,
@@ -26,7 +26,13 @@ from optax_muon.polar import (
 from optax_muon.sharding import planner
 from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.execute import Orthogonalizer
-from optax_muon.sharding.mesh import AnyMesh, LeafShardings, check_names, resolve_shardings
+from optax_muon.sharding.mesh import (
+    AnyMesh,
+    LeafShardings,
+    Shardings,
+    check_names,
+    resolve_shardings,
+)
 from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.search import LayoutClass
 
@@ -35,8 +41,8 @@ def plan(
     params: Any,
     *,
     orthogonalizer: Orthogonalizer | None = None,
-    views: Any = None,
-    shardings: Any = None,
+    views: Views = None,
+    shardings: Shardings = None,
     mesh: AnyMesh | None = None,
     platform: str | None = None,
     layout: str | LayoutClass | None = None,
@@ -91,7 +97,7 @@ def plan(
     )
 
 
-def bind_views(tree: Any, views: Any) -> dict[str, BoundView]:
+def bind_views(tree: Any, views: Views) -> dict[str, BoundView]:
     """The view of every leaf that has one, bound to the leaf's shape."""
     leaves = paths.named_leaves(tree)
     return {

@@ -3,19 +3,9 @@
 import numpy as np
 import pytest
 
-from optax_muon.polar import (
-    CUBIC,
-    DEEPSEEK_V4,
-    KELLER,
-    POLAR_EXPRESS,
-    POLAR_EXPRESS_8,
-    YOU,
-    YOU_6,
-    Coefficients,
-)
+from optax_muon.polar import COEFFICIENTS, Coefficients
 
-TABLES = [KELLER, YOU, YOU_6, POLAR_EXPRESS, POLAR_EXPRESS_8, DEEPSEEK_V4, CUBIC]
-every_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+every_table = pytest.mark.parametrize("table", COEFFICIENTS.values(), ids=COEFFICIENTS.keys())
 
 
 def orthonormal(rows, columns, seed):

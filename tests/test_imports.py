@@ -1,6 +1,7 @@
 """Imports run downward only, and nothing private of another package is used."""
 
 import ast
+import collections
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ BELOW["__init__"] = {"checkpoint", "compat", *BELOW["compat"], *GROUND}
 
 # The three upper wings see the public face of the library and each what is below it.
 FACE = {"__init__", "checkpoint", "compat", *GROUND}
+WINGS = {"models", "training", "cli"}
 BELOW["models"] = FACE
 BELOW["training"] = {"models", *FACE}
 BELOW["cli"] = {"training", "models", *FACE}
@@ -57,6 +59,15 @@ def room_of(name: str) -> str:
     return part if part in BELOW else "__init__"
 
 
+def is_below_the_face(name: str) -> bool:
+    """Whether a name of the library lies deeper than a public room and what it exports.
+
+    `optax_muon.label` and `optax_muon.hlo.flops` are public, `optax_muon.checkpoint.orbax.save` is
+    not.
+    """
+    return room_of(name) in FACE and len(name.split(".")) > 3
+
+
 def upward(source: str, module: str) -> list[str]:
     """The imports of the source that its room may not make."""
     room = room_of(module)
@@ -65,6 +76,8 @@ def upward(source: str, module: str) -> list[str]:
         top = name.split(".")[0]
         if top == PACKAGE:
             allowed = room_of(name) in {room, *BELOW[room]}
+            if room in WINGS:
+                allowed &= not is_below_the_face(name)
         else:
             allowed = room not in OUTSIDE or top in {*OUTSIDE[room], *sys.stdlib_module_names}
         if not allowed:
@@ -115,6 +128,10 @@ def test_every_room_has_its_floor():
         ("transforms.scale", "from optax_muon.muon import muon"),
         ("muon", "from optax_muon import compat"),
         ("compat", "def late():\n  from optax_muon.models import llama"),
+        ("models.llama", "from optax_muon.training import loop"),
+        ("training.loop", "from optax_muon.cli import main"),
+        ("training.loop", "from optax_muon.sharding.plan import Plan"),
+        ("training.loop", "from optax_muon.checkpoint.orbax import save"),
     ],
 )
 def test_an_upward_arrow_is_found(module, source):
@@ -133,3 +150,13 @@ def test_an_upward_arrow_is_found(module, source):
 )
 def test_a_private_import_is_found(source):
     assert private(source, f"{PACKAGE}.compat")
+
+
+def test_a_class_name_stands_once():
+    """Nobody has to ask which of two classes of one name is meant."""
+    found = collections.defaultdict(list)
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(module_name(path))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}

@@ -17,11 +17,11 @@ from optax import contrib
 from optax_muon.matrices.views import View
 from optax_muon.muon import MUON, muon, scale_by_muon
 from optax_muon.transforms.decay import cautious_decay, decoupled_decay
-from optax_muon.transforms.dtype import in_float32
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import scale_by_shape, scale_by_update_norm
+from optax_muon.transforms.wrappers import in_float32
 
 SHAPES = {"norm": {"scale": (6,)}, "tall": {"kernel": (6, 4)}, "wide": {"kernel": (4, 6)}}
 NORMUON = optax.chain(scale_by_momentum(), orthogonalize(), normuon(), scale_by_shape())
@@ -34,7 +34,7 @@ LINKS = {
     ),
     "muon with bfloat16 momenta": muon(0.1, mu_dtype=jnp.bfloat16),
     "muon with links": muon(0.1, scale=scale_by_update_norm(), weight_decay=cautious_decay()),
-    "muon with normuon": muon(0.1, scale=optax.chain(normuon(), scale_by_update_norm())),
+    "muon with normuon": muon(0.1, post=normuon(), scale=scale_by_update_norm()),
     "normuon": optax.chain(in_float32(NORMUON), optax.scale_by_learning_rate(0.1)),
     "scale_by_muon": scale_by_muon(),
     "orthogonalize": orthogonalize(),

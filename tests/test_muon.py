@@ -13,7 +13,7 @@ from optax_muon.matrices.views import Split, View
 from optax_muon.muon import muon, scale_by_muon
 from optax_muon.polar import newton_schulz, polar_svd
 from optax_muon.transforms.decay import cautious_decay
-from optax_muon.transforms.scale import keller, match_rms, scale_by_update_norm
+from optax_muon.transforms.scale import keller_scale, match_rms, scale_by_update_norm
 
 SHAPES = {
     "conv/kernel": (3, 3, 4, 10),
@@ -110,7 +110,7 @@ def test_without_views_roles_decide_as_written_out():
     shapes = {path: shape for path, shape in SHAPES.items() if path != "stacked/kernel"}
     gradient = gaussian(0, shapes)
     # The factor tells rows from columns, the sign is cheap.
-    options = {"orthogonalizer": jnp.sign, "scale": keller()}
+    options = {"orthogonalizer": jnp.sign, "scale": keller_scale()}
     by_role = updated(muon(0.02, **options), gradient)
     by_hand = updated(muon(0.02, **options, views=views_of(shapes)), gradient)
     jax.tree.map(np.testing.assert_array_equal, by_role, by_hand)
@@ -267,7 +267,7 @@ def test_without_the_factor_lemma_1_is_literal():
 def test_scale_may_be_a_rule_or_a_link():
     gradient = gaussian(0, {"kernel": (8, 32)})
     options = {"weight_decay": 0.0, "orthogonalizer": jnp.sign, "views": View(0, 1)}
-    links = [None, match_rms(0.1), keller(), scale_by_update_norm(0.3)]
+    links = [None, match_rms(0.1), keller_scale(), scale_by_update_norm(0.3)]
     for scale, expected in zip(links, [0.2 * 32**0.5, 0.1 * 32**0.5, 2.0, 0.3], strict=True):
         found = updated(muon(1.0, scale=scale, **options), gradient)["kernel"]
         np.testing.assert_allclose(found, -expected * np.sign(gradient["kernel"]), rtol=1e-6)

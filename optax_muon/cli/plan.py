@@ -19,10 +19,8 @@ from rich.console import Console
 import optax_muon
 from optax_muon.cli.reports.plan import png
 from optax_muon.errors import UsageError
-from optax_muon.matrices import paths
 from optax_muon.models import abstract
 from optax_muon.platforms import PLATFORMS
-from optax_muon.sharding.plan import Plan
 
 REPLICAS = "data"
 """Name of the mesh axis over which parameters are replicated."""
@@ -77,7 +75,7 @@ class PlanModel:
         if self.png is not None and self.png == self.json:
             raise UsageError(f"--png and --json are both {self.png}; give each its own file")
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> optax_muon.Plan:
         tree = abstract.MODELS[self.model]()
         sizes = _sizes(self.mesh)
         known = (*abstract.axes(tree), REPLICAS)
@@ -113,7 +111,7 @@ def _sizes(text: str) -> dict[str, int]:
 
 def _check_divides(tree: abstract.Tree, sizes: dict[str, int]) -> None:
     """Check that every sharded length divides over its mesh axes, as JAX requires."""
-    leaves: dict[str, abstract.Leaf] = paths.named_leaves(tree)
+    leaves: dict[str, abstract.Leaf] = optax_muon.named_leaves(tree)
     for path, leaf in leaves.items():
         for length, over in zip(leaf.shape, leaf.over, strict=False):
             ways = math.prod(sizes.get(axis, 1) for axis in over)

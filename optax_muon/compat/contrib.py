@@ -26,13 +26,12 @@ from jax.typing import ArrayLike, DTypeLike
 from optax.contrib import MuonDimensionNumbers, MuonState
 
 from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
-from optax_muon.matrices import assign
-from optax_muon.matrices.paths import named_leaves
+from optax_muon.matrices.paths import path_name
 from optax_muon.matrices.views import View
 from optax_muon.polar.coefficients import KELLER, YOU, Row
-from optax_muon.transforms.dtype import under_standard_promotion
 from optax_muon.transforms.orthogonalize import orthogonalize
-from optax_muon.transforms.scale import keller, match_rms, scale_by_shape
+from optax_muon.transforms.scale import keller_scale, match_rms, scale_by_shape
+from optax_muon.transforms.wrappers import under_standard_promotion, with_settled_views
 
 Coefficients = Sequence[ArrayLike] | Sequence[Sequence[ArrayLike]] | ArrayLike
 """One row `(a, b, c)` for every step, or `[steps, 3]`."""
@@ -130,38 +129,28 @@ def muon(
         adaptive=adaptive,
         preconditioning=preconditioning,
     )
-    rule = keller() if consistent_rms is None else match_rms(consistent_rms)
+    rule = keller_scale() if consistent_rms is None else match_rms(consistent_rms)
     dimensions = muon_weight_dimension_numbers
     if dimensions is None:
         dimensions = _every_matrix
 
-    def routed(params: optax.Params) -> optax.GradientTransformationExtraArgs:
-        """The optimizer for the leaves of one tree: views are settled before any link sees it."""
-        paths = named_leaves(params)  # none at all when `optax.tree.map_params` asks for a state
-        assigned = assign.assign(params, dimensions) if paths else {}
-        views = {path: view for path, view in assigned.items() if view is not None}
-        labels = ["muon" if path in views else "adam" for path in paths]
+    def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
+        views = {path: view for path, view in settled.items() if view is not None}
         chain = optax.chain(
             scale_by_views(weight_dimension_numbers=views),
             scale_by_shape(rule, views=views),
             optax.add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
+
+        def group(path: Any, _: Any) -> str:
+            return "muon" if path_name(path) in views else "adam"
+
         return optax.partition(
-            {"muon": chain, "adam": adam}, jax.tree.unflatten(jax.tree.structure(params), labels)
+            {"muon": chain, "adam": adam}, lambda params: jax.tree.map_with_path(group, params)
         )
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        return routed(updates).update(updates, state, params, **extra_args)
-
-    return under_standard_promotion(
-        optax.GradientTransformationExtraArgs(lambda params: routed(params).init(params), update)
-    )
+    return under_standard_promotion(with_settled_views(build, dimensions))
 
 
 def scale_by_muon(

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,12 @@ class View:
             axis.
         """
         return _bind(self, tuple(shape))
+
+
+Views: TypeAlias = Any
+"""Which parameters are matrices, and how: None (decided from the tree), a tree of `View`s or a
+prefix of one with None for the fallback, a `{path or glob: View or None}` dict, a list of `Rule`s,
+or a function of the parameters that returns any of these."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ this room knows of parameters, meshes or optimizers.
 """
 
 from optax_muon.polar.coefficients import (
+    COEFFICIENTS,
     CUBIC,
     DEEPSEEK_V4,
     KELLER,
@@ -31,6 +32,7 @@ from optax_muon.polar.selection import Form, choose_form
 from optax_muon.polar.symmetric import Full, Kernel, Panels
 
 __all__ = [
+    "COEFFICIENTS",
     "CUBIC",
     "DEEPSEEK_V4",
     "KELLER",

@@ -5,21 +5,25 @@ One step maps every singular value of a matrix by an odd polynomial,
 $$p(\sigma) = a\sigma + b\sigma^3 + c\sigma^5,$$
 
 and a few steps drive all of them towards 1. A table of rows $(a, b, c)$ decides how fast and how
-close. The division of the input that the rows expect belongs to the table, so it is kept in it.
+close. The factor that the rows expect the input to be divided by is
+kept in the table.
 
 The default, `KELLER`, is the table of the paper "Muon is Scalable for LLM Training"
-(arXiv 2502.16982, section 2.1). `POLAR_EXPRESS` costs the same and ends nearer to 1.
+(arXiv 2502.16982, section 2.1). `POLAR_EXPRESS` costs the same and ends closer to 1.
 The iteration on matrices is in `newton_schulz.py`.
 """
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "COEFFICIENTS",
     "CUBIC",
     "DEEPSEEK_V4",
     "KELLER",
@@ -54,22 +58,20 @@ class Coefficients:
     Traceback (most recent call last):
       ...
     ValueError: steps=4 does not fit polar_express, which is taken whole: 5 steps.
-
-    Attributes:
-        name: What the table is called in messages and plots.
-        rows: One (a, b, c) per step, first step first.
-        safety: Factor on the Frobenius norm the input is divided by. 1 is exact division; above
-            1 leaves room for the rounding of the input, which a table fitted to end at 1 needs.
-        tail: The row that may be repeated past the table or dropped from its end; None where the
-            table is taken whole.
-        source: Where the numbers are published.
     """
 
     name: str
+    """What the table is called in messages, in plots and in `COEFFICIENTS`."""
     rows: tuple[Row, ...]
+    """One (a, b, c) per step, first step first."""
     safety: float
+    """Factor on the Frobenius norm that the input is divided by. 1 is exact division; above 1
+    leaves room for the rounding of the input, which a table fitted to end at 1 needs."""
     tail: Row | None
+    """The row that may be repeated past the table or dropped from its end; None where the table is
+    taken whole."""
     source: str
+    """Where the numbers are published."""
 
     def take(self, steps: int | None = None) -> tuple[Row, ...]:
         """Return the rows of `steps` steps.
@@ -144,7 +146,7 @@ YOU = Coefficients(
     tail=None,
     source='You Jiacheng, 2024; "quintic" in NVIDIA Emerging-Optimizers, "dion" in optax',
 )
-"""One row per step, as steep as `KELLER` and much nearer to 1 above a hundredth of the norm."""
+"""One row per step, as steep as `KELLER` and much closer to 1 above a hundredth of the norm."""
 
 YOU_6 = Coefficients(
     name="you_6",
@@ -218,6 +220,11 @@ CUBIC = Coefficients(
     source="How Much Orthogonalization Does Muon Need?, arXiv 2606.00371",
 )
 """Degree 3: two products a step instead of three, for a band of 0.7 to 1.3."""
+
+COEFFICIENTS: Mapping[str, Coefficients] = MappingProxyType(
+    {table.name: table for table in tuple(globals().values()) if isinstance(table, Coefficients)}
+)
+"""Every table above by name: a new constant is found here, and the tests run over all of them."""
 
 
 def polar_express(

@@ -74,7 +74,7 @@ class Gram:
     restarts: tuple[int, ...]
     """Steps, counted from 0, before which the Gram matrix is formed anew."""
     products: Products = FULL
-    """How products of Hermitian matrices that commute are made: all but the last of a span."""
+    """How products of commuting Hermitian matrices are computed: all but the last of a span."""
 
     @classmethod
     def with_default_restarts(

@@ -1,35 +1,39 @@
 r"""Products that are known to be symmetric, at about half the work.
 
-Most products of the iteration are symmetric before they are made: $X X^T$, $A^2$, and all products
-of polynomials of one symmetric matrix, which commute. XLA has no such product, so half of each is
-computed twice. Here it is made in panels of rows, each only up to the diagonal,
+Most products of the iteration are known to be symmetric: $X X^T$, $A^2$, and all products of
+polynomials of one symmetric matrix, which commute. XLA has no such product (cuBLAS calls it
+`syrkx`, LAPACK `gemmtr`), so half of each is computed twice. Here it is computed in panels of rows,
+each only up to the diagonal,
 
 $$C_{ij} = A_i B_j^T \;(j \le i), \qquad C_{ji} = C_{ij}^T,$$
 
-with t panels (t + 1) / 2t of the work, or by a kernel that skips tiles (`kernels/`). What is
-mirrored is symmetric to the last bit. A form of the iteration is given one of these objects, chosen
-in `forms.py`.
+which is (t + 1) / 2t of the work with t panels, or by a kernel that skips tiles (`kernels/`). The
+mirrored result is symmetric to the last bit. A form of the iteration holds one of these objects,
+chosen in `selection.py`.
 """
 
 import dataclasses
 import importlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from optax_muon.polar.kernels.tiles import Tiles
 from optax_muon.polar.precision import adjoint, outer_product
 
 
 class Products(Protocol):
-    """A way to make a b^H, given that the result is Hermitian."""
+    """A way to compute a b^H, given that the result is Hermitian."""
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]; summed in float32 at least."""
 
     def symmetrize(self, c: jax.Array) -> jax.Array:
-        """Take away what rounding may have left of a skew part in a sum of such products."""
+        """Remove the skew part that rounding may have left in a sum of such products."""
 
     def flops(self, m: int, k: int) -> int:
         """Operations of one product, a multiply-add counted as two."""
@@ -37,7 +41,7 @@ class Products(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """As any other product: all of it computed."""
+    """Compute all of it, as any other product."""
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]."""
@@ -56,14 +60,14 @@ class Full:
 
 
 FULL: Products = Full()
-"""Nothing is known, or nothing is gained by it."""
+"""Compute the full product."""
 
 
 class _Mirrored:
     """Products whose upper half is copied from the lower: they have no skew part."""
 
     def symmetrize(self, c: jax.Array) -> jax.Array:
-        """Return c, which is what it should be."""
+        """Return c, which has no skew part."""
         return c
 
 
@@ -80,8 +84,8 @@ class Panels(_Mirrored):
     """
 
     count: int
-    """How many panels of a square product, at most: they are of equal height. Twice as many where
-    the sums are twice as long."""
+    """Panels of a square product, at most; all have the same height. Twice as many where the sums
+    are twice as long."""
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]."""
@@ -92,7 +96,7 @@ class Panels(_Mirrored):
             outer_product(a[..., start : start + height, :], b[..., : start + height, :])
             for start in starts
         ]
-        # All corners in one array: a kernel for each would take twice as long to compile.
+        # All corners in one array: one kernel per corner would take twice as long to compile.
         corners = jnp.stack([panel[..., -height:] for panel in panels])
         corners = jax.lax.optimization_barrier(0.5 * (corners + adjoint(corners)))
         rows = []
@@ -115,24 +119,36 @@ class Panels(_Mirrored):
         return f"{self.count} panels"
 
 
+KERNEL_TILES: Mapping[str, Callable[[int, int, DTypeLike], Tiles]] = MappingProxyType(
+    {"tpu": Tiles.for_tpu, "gpu": Tiles.for_gpu}
+)
+"""How each kernel cuts a product; `kernels/` has a module of the same name for each."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel(_Mirrored):
     """By a kernel that computes the tiles on and under the diagonal and writes each twice."""
 
     platform: str
-    """`tpu` or `gpu`."""
+    """A key of `KERNEL_TILES`: `tpu` or `gpu`."""
+
+    def __post_init__(self) -> None:
+        if self.platform not in KERNEL_TILES:
+            raise ValueError(
+                f"no kernel is written for the platform {self.platform!r}; there are kernels for "
+                f"{', '.join(KERNEL_TILES)}."
+            )
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiply a and b, both [..., m, k], to [..., m, m]."""
-        # Pallas takes a second to import, and most programs need none of it.
+        # Pallas takes up to a second to import, and most programs do not need it.
         kernel = importlib.import_module(f"optax_muon.polar.kernels.{self.platform}")
         c: jax.Array = kernel.symmetric_product(a, b)
         return c
 
     def flops(self, m: int, k: int) -> int:
         """Operations of one product: those of the tiles that the kernel computes."""
-        cut = Tiles.for_tpu if self.platform == "tpu" else Tiles.for_gpu
-        return cut(m, k, jnp.bfloat16).flops(m, k)
+        return KERNEL_TILES[self.platform](m, k, jnp.bfloat16).flops(m, k)
 
     def __str__(self) -> str:
         return "kernel"

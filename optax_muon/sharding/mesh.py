@@ -11,7 +11,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -31,6 +31,11 @@ Spec = tuple[tuple[str, ...], ...]
 """For every axis of a leaf the mesh axes that it is cut over, major first."""
 
 
+Shardings: TypeAlias = Any
+"""How a tree is sharded: a tree (or a prefix of one, or a `{path: ...}` dict) of `NamedSharding` or
+`PartitionSpec`, or a function of the leaves that returns one; None reads the arrays' types."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LeafShardings:
     """A mesh and the specs of all leaves on it."""
@@ -44,7 +49,7 @@ class LeafShardings:
 
 
 def resolve_shardings(
-    leaves: Mapping[str, Any], shardings: Any = None, mesh: AnyMesh | None = None
+    leaves: Mapping[str, Any], shardings: Shardings = None, mesh: AnyMesh | None = None
 ) -> LeafShardings:
     """Find the mesh and the spec of every leaf.
 
@@ -73,7 +78,7 @@ def resolve_shardings(
     )
 
 
-def check_names(leaves: Mapping[str, Any], shardings: Any) -> None:
+def check_names(leaves: Mapping[str, Any], shardings: Shardings) -> None:
     """Check that every entry of `shardings` belongs to a leaf; a callable is not checked.
 
     Raises:
@@ -145,7 +150,7 @@ def _matters(sharding: NamedSharding) -> bool:
     return math.prod(sharding.mesh.axis_sizes) > 1 or any(sharding.spec)
 
 
-def _given(leaves: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
+def _given(leaves: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
     """The shardings that the user gave, by path."""
     if shardings is None:
         return {}

@@ -7,7 +7,7 @@ never the factor of the shape.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from optax_muon.matrices import paths
 Decay = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+Mask: TypeAlias = Any
+"""True where a link applies: a tree of booleans or a prefix of one, or a function of the parameters
+that returns such a tree; None applies it everywhere."""
+
+
 class DecayState(NamedTuple):
     """State of the decay links."""
 
@@ -26,7 +31,7 @@ class DecayState(NamedTuple):
 
 
 def decoupled_decay(
-    rate: optax.ScalarOrSchedule = 0.1, mask: Any = None
+    rate: optax.ScalarOrSchedule = 0.1, mask: Mask = None
 ) -> optax.GradientTransformation:
     """Add `rate * W` to the updates.
 
@@ -50,7 +55,7 @@ def decoupled_decay(
 
 
 def cautious_decay(
-    rate: optax.ScalarOrSchedule = 0.1, mask: Any = None
+    rate: optax.ScalarOrSchedule = 0.1, mask: Mask = None
 ) -> optax.GradientTransformation:
     """Add `rate * W` only where decay and update pull the same way (arXiv 2510.12402, Eq. 3).
 
@@ -74,7 +79,7 @@ def cautious_decay(
     return _decay(rate, mask, decay)
 
 
-def _decay(rate: optax.ScalarOrSchedule, mask: Any, decay: Decay) -> optax.GradientTransformation:
+def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.GradientTransformation:
     def init(params: optax.Params) -> DecayState:
         del params
         return DecayState(jnp.zeros([], jnp.int32))
@@ -98,7 +103,7 @@ def _decay(rate: optax.ScalarOrSchedule, mask: Any, decay: Decay) -> optax.Gradi
     return optax.GradientTransformation(init, update)
 
 
-def _decays(params: optax.Params, mask: Any) -> Callable[[str], bool]:
+def _decays(params: optax.Params, mask: Mask) -> Callable[[str], bool]:
     """The mask as a function of the path; a path that no entry covers decays."""
     if mask is None:
         return lambda path: True

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.transforms.dtype import at_least_float32
+from optax_muon.transforms.wrappers import accumulator_dtype
 
 
 class MomentumState(NamedTuple):
@@ -52,7 +52,7 @@ def scale_by_momentum(
 
     def init(params: optax.Params) -> MomentumState:
         def zeros(p: Any) -> jax.Array:
-            return jnp.zeros_like(p, dtype=mu_dtype or at_least_float32(p.dtype))
+            return jnp.zeros_like(p, dtype=mu_dtype or accumulator_dtype(p.dtype))
 
         return MomentumState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
 
@@ -63,7 +63,7 @@ def scale_by_momentum(
         rate = beta(state.count) if callable(beta) else beta
 
         def accumulate(g: jax.Array, m: jax.Array) -> jax.Array:
-            dtype = at_least_float32(g.dtype)
+            dtype = accumulator_dtype(g.dtype)
             return jnp.asarray(rate, dtype) * m.astype(dtype) + g.astype(dtype)
 
         mu = jax.tree.map(accumulate, updates, state.mu)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.matrices import assign, paths
-from optax_muon.matrices.views import Axes, BoundView, Split
-from optax_muon.transforms.dtype import at_least_float32
+from optax_muon.matrices import paths
+from optax_muon.matrices.views import Axes, BoundView, Split, Views
+from optax_muon.planning import bind_views
+from optax_muon.transforms.wrappers import accumulator_dtype
 
 
 class NorMuonState(NamedTuple):
@@ -29,7 +30,7 @@ class NorMuonState(NamedTuple):
 
 
 def normuon(
-    beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Any = None
+    beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Views = None
 ) -> optax.GradientTransformation:
     """Normalise the rows of an orthogonal update by neuron, with memory.
 
@@ -50,19 +51,14 @@ def normuon(
     True
     """
 
-    def bounds(tree: Any) -> dict[str, BoundView]:
-        leaves = paths.named_leaves(tree)
-        views_of = assign.assign(tree, views)
-        return {p: v.on(leaves[p].shape) for p, v in views_of.items() if v is not None}
-
     def init(params: optax.Params) -> NorMuonState:
-        found = bounds(params)
+        found = bind_views(params, views)
 
         def zeros(path: Any, leaf: Any) -> jax.Array | optax.MaskedNode:
             bound = found.get(paths.path_name(path))
             if bound is None:
                 return optax.MaskedNode()
-            return jnp.zeros(_neurons(bound).shape, at_least_float32(leaf.dtype))
+            return jnp.zeros(_neurons(bound).shape, accumulator_dtype(leaf.dtype))
 
         return NorMuonState(jax.tree.map_with_path(zeros, params))
 
@@ -71,7 +67,7 @@ def normuon(
     ) -> tuple[optax.Updates, NorMuonState]:
         del params
         leaves, nu = paths.named_leaves(updates), paths.named_leaves(state.nu)
-        for path, bound in bounds(updates).items():
+        for path, bound in bind_views(updates, views).items():
             neurons, axes = _neurons(bound), (bound.part_rows, bound.part_cols)
             pairs = zip(bound.parts(leaves[path]), neurons.parts(nu[path]), strict=True)
             moved = [_normalise(part, old, *axes, beta2, eps) for part, old in pairs]

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import optax
 
 from optax_muon.matrices import paths
-from optax_muon.matrices.views import BoundView
+from optax_muon.matrices.views import BoundView, Views
 from optax_muon.planning import bind_views, make_plan
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
-from optax_muon.sharding.mesh import LeafShardings, resolve_shardings
+from optax_muon.sharding.mesh import LeafShardings, Shardings, resolve_shardings
 from optax_muon.sharding.plan import Plan
 
 
 def orthogonalize(
     orthogonalizer: Orthogonalizer = newton_schulz,
     *,
-    views: Any = None,
-    shardings: Any = None,
+    views: Views = None,
+    shardings: Shardings = None,
     plan: Plan | None = None,
 ) -> optax.GradientTransformation:
     """Replace every matrix `U = P S Q^T` of the updates by (nearly) `P Q^T`.
@@ -76,7 +75,7 @@ def orthogonalize(
 def _plan(
     leaves: Mapping[str, jax.Array],
     bounds: Mapping[str, BoundView],
-    shardings: Any,
+    shardings: Shardings,
     orthogonalizer: Orthogonalizer,
 ) -> Plan:
     where = resolve_shardings({path: leaves[path] for path in bounds}, shardings)

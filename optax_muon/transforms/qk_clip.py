@@ -26,7 +26,7 @@ import optax
 
 from optax_muon.matrices import paths
 from optax_muon.matrices.views import Split
-from optax_muon.transforms.dtype import at_least_float32
+from optax_muon.transforms.wrappers import accumulator_dtype
 
 T = TypeVar("T")
 
@@ -270,7 +270,7 @@ def _scaled(update: jax.Array, param: jax.Array, factor: jax.Array) -> jax.Array
 
     Selected, not computed: `1 (p + u) - p` is not `u` in floating point.
     """
-    dtype = at_least_float32(update.dtype)
+    dtype = accumulator_dtype(update.dtype)
     old, factor = param.astype(dtype), factor.astype(dtype)
     new = factor * (old + update.astype(dtype)) - old
     return jnp.where(factor < 1, new.astype(update.dtype), update)

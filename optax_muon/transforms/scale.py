@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.matrices import assign, paths
-from optax_muon.matrices.views import Axes, BoundView
+from optax_muon.matrices import paths
+from optax_muon.matrices.views import Axes, BoundView, Views
+from optax_muon.planning import bind_views
 
 ScaleRule = Callable[[int, int], float]
 """`(fan_in, fan_out) -> factor`, for one logical matrix."""
@@ -40,25 +40,25 @@ def match_rms(rms: float = 0.2) -> ScaleRule:
     return lambda fan_in, fan_out: rms * math.sqrt(max(fan_in, fan_out))
 
 
-def keller() -> ScaleRule:
+def keller_scale() -> ScaleRule:
     """`sqrt(max(1, fan_out / fan_in))`, as in the original Muon and in `optax.contrib.muon`.
 
-    >>> keller()(512, 2048)
+    >>> keller_scale()(512, 2048)
     2.0
     """
     return lambda fan_in, fan_out: math.sqrt(max(1.0, fan_out / fan_in))
 
 
-def spectral() -> ScaleRule:
+def spectral_scale() -> ScaleRule:
     """`sqrt(fan_out / fan_in)`: the spectral condition for feature learning (arXiv 2310.17813).
 
-    >>> spectral()(2048, 512)
+    >>> spectral_scale()(2048, 512)
     0.5
     """
     return lambda fan_in, fan_out: math.sqrt(fan_out / fan_in)
 
 
-def baseline(hidden: int, rms: float = 0.2) -> ScaleRule:
+def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
     """`rms sqrt(hidden)` whatever the shape: the paper's "Baseline" (Eq. 5), for its Table 1.
 
     Args:
@@ -69,7 +69,7 @@ def baseline(hidden: int, rms: float = 0.2) -> ScaleRule:
 
 
 def scale_by_shape(
-    rule: ScaleRule | None = None, *, views: Any = None
+    rule: ScaleRule | None = None, *, views: Views = None
 ) -> optax.GradientTransformation:
     """Multiply every matrix by a factor of its shape.
 
@@ -78,7 +78,7 @@ def scale_by_shape(
       views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view pass
         unchanged.
 
-    >>> link = scale_by_shape(keller())
+    >>> link = scale_by_shape(keller_scale())
     >>> updates, _ = link.update({"kernel": jnp.ones((1, 4))}, link.init(None))
     >>> updates, _ = link.update({"kernel": jnp.ones((2, 8))}, link.init(None))
     >>> float(updates["kernel"][0, 0])
@@ -93,7 +93,7 @@ def scale_by_shape(
     return _on_matrices(scale, views)
 
 
-def scale_by_update_norm(rms: float = 0.2, *, views: Any = None) -> optax.GradientTransformation:
+def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.GradientTransformation:
     """Give every matrix exactly this RMS: `rms O / RMS(O)`, the paper's "Update Norm" (Eq. 6).
 
     Differs from `match_rms` where an update is not of full rank. A zero matrix stays zero.
@@ -121,7 +121,7 @@ def _to_rms(x: jax.Array, axes: Axes, rms: float) -> jax.Array:
 
 
 def _on_matrices(
-    transform: Callable[[jax.Array, BoundView], jax.Array], views: Any
+    transform: Callable[[jax.Array, BoundView], jax.Array], views: Views
 ) -> optax.GradientTransformation:
     """A stateless link that changes the leaves that have a view."""
 
@@ -130,9 +130,8 @@ def _on_matrices(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves = paths.named_leaves(updates)
-        for path, view in assign.assign(updates, views).items():
-            if view is not None:
-                leaves[path] = transform(leaves[path], view.on(leaves[path].shape))
+        for path, bound in bind_views(updates, views).items():
+            leaves[path] = transform(leaves[path], bound)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from PIL import Image
 
+from optax_muon import Plan
 from optax_muon.cli.reports.plan_devices import Band, bands
-from optax_muon.sharding.plan import Plan
 
 WIDTH, HEAD, BAND, FOOT = 12.0, 1.15, 1.3, 2.9
 """Inches: the picture's width, and the heights of title, band and load chart."""

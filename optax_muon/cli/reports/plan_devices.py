@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from optax_muon.sharding.assignment import Assignment
-from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon import Assignment, BucketPlan, Plan
 
 Digit = tuple[str, int, int]
 """A digit of a device's index along a mesh axis: (axis, stride, size)."""

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.typing import DTypeLike
 
 from optax_muon.polar.kernels.tiles import Tiles, in_batch, result_type
 from optax_muon.polar.precision import outer_product
 
-__all__ = ["flops", "symmetric_product"]
+__all__ = ["symmetric_product"]
 
 ROWS_TOGETHER = 8
 """Rows of tiles that are walked together. Of 8192 x 8192 the 132 programs of an H100 then read
@@ -57,11 +56,6 @@ def symmetric_product(
         TypeError: They differ in dtype, or it is another one.
     """
     return in_batch(functools.partial(_products, tiles=tiles, interpret=interpret), a, b)
-
-
-def flops(m: int, k: int, dtype: DTypeLike = jnp.bfloat16) -> int:
-    """Return the operations of one product, a multiply-add counted as two; every tile whole."""
-    return Tiles.for_gpu(m, k, dtype).flops(m, k)
 
 
 def _products(a: jax.Array, b: jax.Array, tiles: Tiles | None, interpret: bool) -> jax.Array:
