@@ -114,7 +114,7 @@ def plan_bucket(
     )
     geometry = BucketGeometry(bucket.rows, bucket.cols, rows, cols, copies_over)
     ways = {
-        name: search(geometry, **chosen) for name, chosen in ({"chosen": options} | LAYOUTS).items()
+        name: search(geometry, **chosen) for name, chosen in {"chosen": options, **LAYOUTS}.items()
     }
     found = {name: way.assignments(bucket.size) for name, way in ways.items()}
     chosen = ways["chosen"]
