@@ -76,7 +76,7 @@ def test_a_device_does_its_even_share_and_holds_little():
     assert program.memory_analysis().temp_size_in_bytes <= 128 * MIB
 
 
-def test_what_is_done_in_turns_moves_no_more():
+def test_what_is_done_in_chunks_moves_no_more():
     mesh = chips(V5E, {"fsdp": 4, "tp": 2})
     at_once, _ = compiled(mesh, 32, (512, 1024))
     plan, program = compiled(mesh, 32, (512, 1024), memory=8 * MIB)
