@@ -1,9 +1,4 @@
-"""TPU chips that nobody here has: their meshes, and programs compiled for them.
-
-libtpu compiles for any TPU on any computer: the collectives, their bytes and dtypes, the temporary
-memory and the operations of a device stand in the compiled program. Nothing runs, so no time of a
-step is known.
-"""
+"""Meshes of TPU chips that we do not own, and programs compiled for them in a child process."""
 
 from __future__ import annotations
 
@@ -25,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    # chips.py and collectives.py are the tests' too.
+    # For chips.py, which the tests use as well.
     "PYTHONPATH": str(Path(__file__).parent.parent / "tests"),
 }
 
@@ -36,9 +31,9 @@ class Machine:
 
     topology: str
     chips: int
-    """Chips of a slice."""
+    """Number of chips of a slice."""
     slices: int = 1
-    """Slices, joined by the data-center network; parameters are copied over them."""
+    """Number of slices, joined by the data-center network; parameters are replicated over them."""
 
 
 MACHINES = {
@@ -52,12 +47,12 @@ MACHINES = {
 
 
 def extents_of(machine: Machine, axes: Mapping[str, int]) -> dict[str, int]:
-    """The axes of all chips: those of a slice, after the slices if there are several."""
+    """The mesh axes of all chips: `slice` first if there are several, then those of a slice."""
     return ({"slice": machine.slices} if machine.slices > 1 else {}) | dict(axes)
 
 
 def mesh_of(machine: Machine, axes: Mapping[str, int], kind: AxisType) -> Mesh:
-    """The machine's chips as a mesh of these axes of a slice, slices first."""
+    """Arrange the machine's chips in a mesh with these axes within a slice."""
     from chips import chips
 
     return chips(machine.topology, extents_of(machine, axes), kind, machine.slices)
@@ -69,15 +64,18 @@ def in_words(machine: Machine, axes: Mapping[str, int]) -> str:
 
 
 def in_process(script: str, arguments: Sequence[str], seconds: int) -> dict[str, Any] | str:
-    """What a script prints last, as JSON, in a process of its own; or why it did not compile.
+    """Run a script in a process of its own and return its last line, which is JSON.
 
     Args:
-        script: its path.
-        arguments: of its command line.
-        seconds: of processor time that it may take.
+        script: path of the script.
+        arguments: its command line.
+        seconds: processor time that it may take.
+
+    Returns:
+        What it printed, or the reason in words if it ran out of time or of the chips' memory.
 
     Raises:
-        RuntimeError: when it fails for another reason than time or the chips' memory.
+        RuntimeError: it failed for any other reason.
     """
     done = subprocess.run(
         [sys.executable, script, *arguments],

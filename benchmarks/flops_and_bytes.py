@@ -1,10 +1,10 @@
-"""Count the operations and bytes of a compiled update, and compare them with the least.
+"""Count the operations and bytes of a compiled update, and compare them with lower bounds.
 
-Operations are those of the matrix products in the compiled program, loops as often as they turn,
-over those of plain Newton-Schulz. Bytes are what XLA counts that the program reads and writes; it
-counts the body of a loop once, so rows whose program loops say too little, and are marked. The
-least is one pass: for a matrix, gradient, momentum and parameter read, momentum and parameter
-written; for AdamW's leaves, one momentum more. Nothing is timed.
+Operations are those of the matrix products in the compiled program, counted in every iteration of a
+loop, over those of plain Newton-Schulz. Bytes are those that the program reads and writes according
+to XLA, which counts the body of a loop once: programs with loops are marked, and their true figure
+is higher. The lower bound is one pass: for a matrix, gradient, momentum and parameter are read,
+momentum and parameter written; a leaf of AdamW has one more moment. Nothing is timed.
 
     python benchmarks/flops_and_bytes.py
 """
@@ -53,7 +53,7 @@ class UpdateWork:
     over_least: float
     """The same over one pass over gradients, parameters and state."""
     loops: str
-    """`loops` where the program has some, whose bytes are counted once."""
+    """`loops` if the program has any; their bytes are counted once."""
 
 
 def main(options: _bench.Options) -> None:
@@ -134,7 +134,7 @@ def page(rows: Sequence[UpdateWork]) -> list[str]:
     heads = (
         "parameters",
         *(f"operations, {name} / plain" for name in names),
-        *(f"bytes, {name} / least" for name in names),
+        *(f"bytes, {name} / lower bound" for name in names),
     )
     cells = (
         (
@@ -145,7 +145,7 @@ def page(rows: Sequence[UpdateWork]) -> list[str]:
         for case in dict.fromkeys(row.case for row in rows)
     )
     title = "# Operations and bytes of a compiled update"
-    marked = "(≥): the program loops."
+    marked = "(≥): the program has loops."
     return [title, "", _bench.about(__doc__), "", *_table.markdown(heads, cells), "", marked]
 
 

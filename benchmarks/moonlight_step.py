@@ -214,7 +214,7 @@ def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> d
         "model_tflop": round(setup.batch * flops.sequence_flops(setup) / mesh.size / 1e12, 1),
         "paper_tflop": round(6 * count(setup.model).active * tokens / 1e12, 1),
         "optimizer_tflop": round(plan.cost.flops / 1e12, 3),
-        "optimizer_mib": round(plan.cost.bytes / 2**20, 1),
+        "optimizer_mib": round(plan.cost.collective_bytes / 2**20, 1),
         **received(text),
         "hlo_mb": round(len(text) / 1e6, 2),
     }

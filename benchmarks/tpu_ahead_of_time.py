@@ -1,15 +1,15 @@
-"""Compile a whole Muon update for TPU pods that nobody here has, and read what the program does.
+"""Compile a whole Muon update for TPU pods that we do not own, and read the compiled program.
 
-libtpu compiles for any TPU on any computer: the collectives, their bytes and dtypes, the temporary
-memory and the operations of a device stand in the compiled program. Nothing runs, so no time of a
-step is known. The update is the optimizer's and `apply_updates`, on float32 parameters, gradients
-and momenta, parameters and state donated. optax-muon on Explicit mesh axes, and optax.contrib.muon,
-which does not trace there, on Auto axes with the same shardings.
+libtpu compiles for any TPU on any computer, and the compiled program tells the collectives, their
+bytes and dtypes, the temporary memory and the operations of a device. Nothing runs, so step times
+are unknown. The update is that of the optimizer and `apply_updates`, on float32 parameters,
+gradients and momenta; parameters and state are donated. optax-muon runs on Explicit mesh axes;
+optax.contrib.muon does not trace there, and gets Auto axes with the same shardings.
 
     pip install -e '.[tpu]' && python benchmarks/tpu_ahead_of_time.py
 
-Every row is a process of its own with a time limit, and rows that stand in the table are kept:
-delete a line of results/tpu_ahead_of_time.csv to measure it again.
+Every row is compiled in a process of its own with a time limit. Rows that are already in the table
+are kept: delete a line of results/tpu_ahead_of_time.csv to compile it again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Tree:
     extents: dict[int, tuple[int, int]]
     """Devices along the axes, by chips of a slice."""
 
-    def on(self, machine: Machine) -> dict[str, int]:
+    def mesh_axes(self, machine: Machine) -> dict[str, int]:
         """The axes of a slice and their devices."""
         return dict(zip(self.axes, self.extents[machine.chips], strict=True))
 
@@ -83,12 +83,12 @@ class Row:
     outcome: str
     """`compiled`, or why not."""
     all_to_all: int = 0
-    """All-to-alls that an update runs, every turn of a loop counted."""
+    """All-to-alls that an update runs, counted in every iteration of a loop."""
     all_gather: int = 0
     all_reduce: int = 0
     others: int = 0
     """Collectives of other kinds, permutes and reduce-scatters."""
-    moved_mib: float = 0.0
+    collective_mib: float = 0.0
     """Result bytes of all collectives."""
     planned_mib: float = 0.0
     """The same as optax-muon's plan states it."""
@@ -102,8 +102,8 @@ class Row:
     """Operations as XLA counts them, those of a loop once."""
     planned_gflop: float = 0.0
     """Operations as optax-muon's plan counts them: the orthogonalizations alone."""
-    even_gflop: float = 0.0
-    """Operations of all orthogonalizations, spread evenly over the chips of a slice."""
+    balanced_gflop: float = 0.0
+    """Operations per chip if all orthogonalizations were spread evenly over a slice."""
     compile_s: float = 0.0
     """Seconds of processor time, on whatever computer this was."""
     hlo_mb: float = 0.0
@@ -128,17 +128,17 @@ def in_process(tree: str, machine: str, optimizer: str) -> Row:
     found = _topologies.in_process(__file__, (tree, machine, optimizer), LIMIT)
     if isinstance(found, str):
         chips = MACHINES[machine]
-        mesh = _topologies.in_words(chips, TREES[tree].on(chips))
+        mesh = _topologies.in_words(chips, TREES[tree].mesh_axes(chips))
         return Row(optimizer, tree, machine, mesh, found)
     return Row(**found)
 
 
 def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     """Compile an update and read the program."""
-    from optax_muon.hlo import counts, moved
+    from optax_muon.hlo import collective_bytes, collective_counts
 
     ours = optimizer == "optax-muon"
-    chips, axes = MACHINES[machine], TREES[tree].on(MACHINES[machine])
+    chips, axes = MACHINES[machine], TREES[tree].mesh_axes(MACHINES[machine])
     mesh = _topologies.mesh_of(chips, axes, AxisType.Explicit if ours else AxisType.Auto)
     params = jax.tree.map(lambda leaf: leaf.on(mesh), TREES[tree].make())
     # Types do not say which mesh axis crosses slices; these abstract arrays do.
@@ -148,7 +148,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     program = compile_update(tx, params, mesh)
     seconds = time.process_time() - start
     text = program.as_text()
-    kinds = counts(text)
+    kinds = collective_counts(text)
     return Row(
         optimizer,
         tree,
@@ -157,14 +157,14 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
         "compiled",
         *(kinds.pop(kind, 0) for kind in ("all-to-all", "all-gather", "all-reduce")),
         others=sum(kinds.values()),
-        moved_mib=round(moved(text) / 2**20, 1),
-        planned_mib=round(plan.cost.bytes / 2**20, 1) if ours else 0,
+        collective_mib=round(collective_bytes(text) / 2**20, 1),
+        planned_mib=round(plan.cost.collective_bytes / 2**20, 1) if ours else 0,
         payload=payload(text),
         dcn=len(re.findall(r" send\(.*megascale", text)),
         temporary_gib=round(program.memory_analysis().temp_size_in_bytes / 2**30, 3),
         gflop=round(program.cost_analysis()["flops"] / 1e9, 1),
         planned_gflop=round(plan.cost.flops / 1e9, 1) if ours else 0,
-        even_gflop=round(plan.balanced_flops / 1e9, 1),
+        balanced_gflop=round(plan.balanced_flops / 1e9, 1),
         compile_s=round(seconds),
         hlo_mb=round(len(text) / 1e6, 2),
     )
@@ -172,8 +172,8 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
 
 def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
     """Compile `tx` and `apply_updates`, parameters and state donated and sharded alike."""
-    lies = jax.tree.map(lambda leaf: leaf.sharding, params)
-    state_lies = optax_muon.state_shardings(tx, params, lies)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    state_shardings = optax_muon.state_shardings(tx, params, shardings)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
@@ -183,9 +183,9 @@ def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) ->
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             jax.eval_shape(tx.init, params),
-            state_lies,
+            state_shardings,
         )
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(lies, state_lies))
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, state_shardings))
         return jitted.lower(params, state, params).compile()
 
 
@@ -202,13 +202,13 @@ HEADS = (
 
 INTRODUCTION = """\
 Made by `benchmarks/tpu_ahead_of_time.py`, which says what is compiled; all numbers are in the CSV
-next to this file. Per chip and update: collectives, every turn of a loop counted; MiB of their
-results, and as optax-muon's plan states them; dtypes of all-to-alls and all-gathers; transfers
-between slices; memory besides parameters, gradients and state; work in multiples of an even share
-of all orthogonalizations among the chips of a slice (as planned for optax-muon; for
-optax.contrib.muon as XLA counts it, loops once); processor seconds of compilation; length of the
-program's text. What optax-muon gathers are rows of Gram matrices that several chips make together,
-where there are fewer matrices than chips."""
+next to this file. Per chip and update: number of collectives, counted in every iteration of a loop;
+MiB of their results, in the program and in optax-muon's plan; dtypes of all-to-alls and
+all-gathers; transfers between slices; memory besides parameters, gradients and state; operations
+over a balanced share of all orthogonalizations among the chips of a slice (for optax-muon as
+planned; for optax.contrib.muon as XLA counts them, with loops counted once); processor seconds of
+compilation; size of the program's text. Where there are fewer matrices than chips, optax-muon
+gathers rows of Gram matrices that several chips compute together."""
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -237,12 +237,12 @@ def cells(row: Row) -> tuple[str, ...]:
     chips = f"{row.machine}: {row.mesh}"
     if row.outcome != "compiled":
         return (chips, row.optimizer, row.outcome, *[""] * (len(HEADS) - 3))
-    work = (row.planned_gflop or row.gflop) / row.even_gflop
+    work = (row.planned_gflop or row.gflop) / row.balanced_gflop
     return (
         chips,
         row.optimizer,
         *(str(n) for n in (row.all_to_all, row.all_gather, row.all_reduce, row.others)),
-        f"{row.moved_mib:.0f}",
+        f"{row.collective_mib:.0f}",
         f"{row.planned_mib:.0f}" if row.planned_mib else "",
         row.payload,
         str(row.dcn),

@@ -44,9 +44,10 @@ from optax_muon.polar import (
     polar_express,
     polar_svd,
 )
+from optax_muon.sharding.assignment import Assignment
 from optax_muon.sharding.cost import CostModel
 from optax_muon.sharding.mesh import Shardings
-from optax_muon.sharding.plan import Plan
+from optax_muon.sharding.plan import BucketPlan, Plan
 from optax_muon.transforms.decay import Mask, cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
@@ -73,6 +74,8 @@ __all__ = [
     "POLAR_EXPRESS",
     "POLAR_EXPRESS_8",
     "YOU",
+    "Assignment",
+    "BucketPlan",
     "Coefficients",
     "CostModel",
     "Gram",

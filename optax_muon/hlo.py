@@ -1,22 +1,32 @@
-"""The collectives and the products of a compiled program, read from its HLO text.
+"""The collectives and matrix products of a compiled program, read from its HLO text.
 
-What is inside a loop counts as often as the loop turns, or as often as it is told where the program
-does not know. Asynchronous forms (`all-gather-start`
-and `all-gather-done`) count once, with the result of the latter.
+XLA's own cost analysis counts the body of a loop once and does not list collectives. These
+functions count what is inside a loop as often as the loop runs, and tell which devices take part in
+each collective. Asynchronous forms (`all-gather-start` and `all-gather-done`) count once, with the
+result of the latter.
+
+    text = jax.jit(step).lower(params).compile().as_text()
+    hlo.collectives(text), hlo.collective_bytes(text), hlo.flops(text)
+
+This module imports nothing else of the package. A reader of the cycle estimates of TPU programs
+belongs here too: `_Instruction.attributes` holds the backend configuration that they stand in.
 """
 
 import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+__all__ = ["KINDS", "Collective", "collective_bytes", "collective_counts", "collectives", "flops"]
 
 KINDS = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
     *("ragged-all-to-all", "reduce-scatter"),
 )
+"""The collectives of HLO."""
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
 _INSTRUCTION = re.compile(
@@ -25,18 +35,18 @@ _INSTRUCTION = re.compile(
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_FIRST = re.compile(r"(?:\w+\[\S* )?%?([\w.\-]+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_FIRST_OPERAND = re.compile(r"(?:\w+\[\S* )?%?([\w.\-]+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-_CHAIN = re.compile(r'chain_id="(\d+)"')
-_LISTED = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_LOOP_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_CHAIN_ID = re.compile(r'chain_id="(\d+)"')
+_LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 
 
@@ -45,79 +55,141 @@ class Collective:
     """One collective of a program."""
 
     kind: str
-    """Its name in HLO, without `-start`."""
+    """Its HLO operation, one of `KINDS`."""
     bytes: int
-    """Bytes of its result on one device, all entries of a tuple together."""
+    """Bytes of its result on one device; the entries of a tuple are summed."""
     times: int
     """How often the program runs it."""
     groups: tuple[tuple[int, ...], ...]
-    """Who takes part with whom, as positions in the mesh; empty if the text does not list them."""
+    """Devices that communicate with each other, by position in the mesh; empty if not stated."""
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of a compiled program, given its text."""
+    """List the collectives of a compiled program, in the order of its text.
+
+    Args:
+        text: HLO of a compiled program, as `compiled.as_text()` returns it.
+
+    Raises:
+        ValueError: the text is not the HLO of a program.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax.sharding import NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((8,), ("data",))
+    >>> x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    >>> def total(x):
+    ...     return jax.lax.psum(x, "data")
+    >>> mapped = jax.shard_map(total, mesh=mesh, in_specs=P("data"), out_specs=P())
+    >>> text = jax.jit(mapped).lower(x).compile().as_text()
+    >>> [found] = collectives(text)
+    >>> found.kind, found.bytes, found.groups
+    ('all-reduce', 32, ((0, 1, 2, 3, 4, 5, 6, 7),))
+    >>> collective_bytes(text), collective_counts(text)
+    (32, {'all-reduce': 1})
+    """
     found, chains = [], set()
-    for run in _walk(text):
+    for each in _instructions(text):
         # A TPU program may hide a collective behind several products, and names it in each.
-        chain = _CHAIN.search(run.rest) if run.kind in KINDS else None
-        if run.kind in KINDS and (chain is None or chain[1] not in chains):
-            found.append(Collective(run.kind, _size(run.result), run.times, _groups(run.rest)))
+        chain = _CHAIN_ID.search(each.attributes) if each.kind in KINDS else None
+        if each.kind in KINDS and (chain is None or chain[1] not in chains):
+            size, groups = _bytes(each.result), _groups(each.attributes)
+            found.append(Collective(each.kind, size, each.times, groups))
         if chain:
             chains.add(chain[1])
     return found
 
 
-def counts(text: str) -> dict[str, int]:
-    """How many collectives of each kind a program runs."""
+def collective_counts(text: str) -> dict[str, int]:
+    """Count the collectives of each kind that a program runs.
+
+    Raises:
+        ValueError: the text is not the HLO of a program.
+    """
     total: collections.Counter[str] = collections.Counter()
     for each in collectives(text):
         total[each.kind] += each.times
     return dict(total)
 
 
-def moved(text: str) -> int:
-    """Result bytes of all collectives that one device runs."""
+def collective_bytes(text: str) -> int:
+    """Sum the result bytes of all collectives that one device runs.
+
+    Raises:
+        ValueError: the text is not the HLO of a program.
+    """
     return sum(each.bytes * each.times for each in collectives(text))
 
 
-def flops(text: str, turns: int = 1) -> int:
-    """Operations of all matrix products that one device runs, a multiply-add counted as two.
+def flops(text: str, loop_trips: int = 1) -> int:
+    """Count the operations of all matrix products on one device, a multiply-add as two.
 
-    A TPU program has convolutions for products, and a call for rows times the matrix of each one's
-    group. `turns` are those of loops that turn as often as their data say.
+    Products are `dot` and, in TPU programs, convolutions and calls of grouped matrix products.
+
+    Args:
+        text: HLO of a compiled program, as `compiled.as_text()` returns it.
+        loop_trips: iterations of the loops whose number of iterations depends on data.
+
+    Raises:
+        ValueError: the text is not the HLO of a program.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def work(x):
+    ...     return jax.lax.fori_loop(0, 5, lambda _, y: y @ x, x)
+    >>> x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    >>> flops(jax.jit(work).lower(x).compile().as_text()) == 5 * 2 * 16**3
+    True
     """
-    count = {"dot": _dot, "convolution": _convolution, "custom-call": _ragged_dot}
+    count = {"dot": _dot, "convolution": _convolution, "custom-call": _grouped_dot}
     return sum(
-        2 * count[run.kind](run) * run.times for run in _walk(text, turns) if run.kind in count
+        2 * count[each.kind](each) * each.times
+        for each in _instructions(text, loop_trips)
+        if each.kind in count
     )
 
 
-def _dot(run: "_Run") -> int:
-    lengths = _lengths(run.shapes[_FIRST.match(run.rest)[1]])
-    inner = math.prod(lengths[axis] for axis in _numbers(_CONTRACTED.search(run.rest)[1]))
-    return inner * math.prod(_lengths(run.result))
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """An instruction of a program."""
+
+    kind: str
+    """Its operation, without `-done`."""
+    result: str
+    """Type of its result."""
+    attributes: str
+    """Its operands and attributes."""
+    times: int
+    """How often the program runs it."""
+    types: dict[str, str]
+    """Types of all instructions of its computation, by name."""
 
 
-def _convolution(run: "_Run") -> int:
-    """Multiplications with what is neither padding nor dilation."""
-    left, right = (_lengths(run.shapes[name]) for name in _OPERAND.findall(run.rest)[:2])
-    of_left, of_right, of_result = _LABELS.search(run.rest).groups()
-    result = _lengths(run.result)
+def _dot(each: _Instruction) -> int:
+    """Multiplications of a `dot`."""
+    lengths = _lengths(each.types[_found(_FIRST_OPERAND.match(each.attributes))[1]])
+    contracted = _numbers(_found(_CONTRACTED.search(each.attributes))[1])
+    return math.prod(lengths[axis] for axis in contracted) * math.prod(_lengths(each.result))
+
+
+def _convolution(each: _Instruction) -> int:
+    """Multiplications of a convolution with what is neither padding nor dilation."""
+    left, right = (_lengths(each.types[name]) for name in _OPERAND.findall(each.attributes)[:2])
+    of_left, of_right, of_result = _found(_LABELS.search(each.attributes)).groups()
+    result = _lengths(each.result)
     total = right[of_right.index("i")] * result[of_result.index("b")] * result[of_result.index("f")]
-    window = dict(entry.split("=") for entry in _window(run.rest).split())
+    window = dict(entry.split("=") for entry in _window(each.attributes).split())
     for axis in filter(str.isdigit, of_left):
         of_axis = {key: value.split("x")[int(axis)] for key, value in window.items()}
         total *= _pairs(left[of_left.index(axis)], result[of_result.index(axis)], of_axis)
     return total
 
 
-def _window(rest: str) -> str:
-    window = _WINDOW.search(rest)
+def _window(attributes: str) -> str:
+    window = _WINDOW.search(attributes)
     return window[1] if window else ""
 
 
 def _pairs(length: int, results: int, window: dict[str, str]) -> int:
-    """Places of a result and of a window, along an axis, that meet an entry of the input."""
+    """Pairs of a result and a window position, along an axis, that meet an entry of the input."""
     size, stride, dilate, spread = (
         int(window.get(key, 1)) for key in ("size", "stride", "lhs_dilate", "rhs_dilate")
     )
@@ -126,98 +198,102 @@ def _pairs(length: int, results: int, window: dict[str, str]) -> int:
     return int(((at >= 0) & (at <= (length - 1) * dilate) & (at % dilate == 0)).sum())
 
 
-def _ragged_dot(run: "_Run") -> int:
-    """Rows times rows and columns of a matrix; the last two operands are rows and matrices."""
-    if "ragged-dot" not in run.rest or run.result.startswith("("):
+def _grouped_dot(each: _Instruction) -> int:
+    """Multiplications of rows with their group's matrix; the last two operands are both."""
+    if "ragged-dot" not in each.attributes or each.result.startswith("("):
         return 0
-    names = _OPERAND.findall(run.rest[: run.rest.index(")")])
-    rows = _lengths(run.shapes[names[-2]])
-    return math.prod(rows) * _lengths(run.result)[-1]
+    names = _OPERAND.findall(each.attributes[: each.attributes.index(")")])
+    rows = _lengths(each.types[names[-2]])
+    return math.prod(rows) * _lengths(each.result)[-1]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """An instruction that is run."""
-
-    kind: str
-    """Its operation, without `-done`."""
-    result: str
-    """Its type."""
-    rest: str
-    """Its operands and attributes."""
-    times: int
-    """How often."""
-    shapes: dict[str, str]
-    """Types of the instructions beside it."""
-
-
-def _walk(text: str, turns: int = 1) -> Iterator[_Run]:
-    """All instructions, those of a loop's body with the times that the loop turns."""
+def _instructions(text: str, loop_trips: int = 1) -> Iterator[_Instruction]:
+    """All instructions that a program runs; those of a loop with its number of iterations."""
     starts = list(_COMPUTATION.finditer(text))
+    entry = next((match[2] for match in starts if match[1]), None)
+    if entry is None:
+        raise ValueError(
+            "the text has no ENTRY computation; pass the HLO of a compiled program,"
+            " jax.jit(f).lower(...).compile().as_text()."
+        )
     ends = [match.start() for match in starts[1:]] + [len(text)]
     bodies = {m[2]: text[m.end() : end] for m, end in zip(starts, ends, strict=True)}
-    entry = next(match[2] for match in starts if match[1])
-    yield from _walk_from(bodies, entry, 1, turns)
+    yield from _called_from(bodies, entry, 1, loop_trips)
 
 
-def _walk_from(bodies: dict[str, str], name: str, times: int, unknown: int) -> Iterator[_Run]:
-    instructions = _INSTRUCTION.findall(bodies[name])
-    shapes = {name: result for name, result, _, _ in instructions}
-    for _, result, operation, rest in instructions:
-        yield _Run(operation.removesuffix("-done"), result, rest, times, shapes)
+def _called_from(
+    bodies: dict[str, str], name: str, times: int, loop_trips: int
+) -> Iterator[_Instruction]:
+    """The instructions of a computation and of all that it calls."""
+    found = _INSTRUCTION.findall(bodies[name])
+    types = {name: result for name, result, _, _ in found}
+    for _, result, operation, attributes in found:
+        yield _Instruction(operation.removesuffix("-done"), result, attributes, times, types)
         if operation in ("async-update", "async-done"):
             continue
-        inside = times * (_turns(bodies, rest, unknown) if operation == "while" else 1)
-        called = _CALLED.findall(rest)
-        for branches in _BRANCHES.findall(rest):
+        trips = _trips(bodies, attributes, loop_trips) if operation == "while" else 1
+        called = _CALLED.findall(attributes)
+        for branches in _BRANCHES.findall(attributes):
             called += [branch.strip(" %") for branch in branches.split(",")]
         for other in called:
-            yield from _walk_from(bodies, other, inside, unknown)
+            yield from _called_from(bodies, other, times * trips, loop_trips)
 
 
-def _turns(bodies: dict[str, str], rest: str, unknown: int) -> int:
-    """Turns of a loop: as noted, or the only bound of its condition, where TPU programs keep it."""
-    if noted := _TURNS.search(rest):
+def _trips(bodies: dict[str, str], attributes: str, unknown: int) -> int:
+    """Iterations of a loop: as XLA notes them, or the only bound in its condition (TPU)."""
+    if noted := _TRIP_COUNT.search(attributes):
         return int(noted[1])
-    condition = _CONDITION.search(rest)
-    bounds = _BOUND.findall(bodies[condition[1]]) if condition else []
+    condition = _CONDITION.search(attributes)
+    bounds = _LOOP_BOUND.findall(bodies[condition[1]]) if condition else []
     return int(bounds[0]) if len(bounds) == 1 else unknown
 
 
-def _size(result: str) -> int:
+def _bytes(result: str) -> int:
+    """Bytes of a type; the entries of a tuple are summed."""
     arrays = _ARRAY.findall(result)
     return sum(_itemsize(kind) * math.prod(_numbers(lengths)) for kind, lengths in arrays)
 
 
 def _lengths(result: str) -> list[int]:
     """Lengths of the axes of an array."""
-    return _numbers(_ARRAY.search(result)[2])
+    return _numbers(_found(_ARRAY.search(result))[2])
 
 
 def _itemsize(kind: str) -> int:
     return _BYTES[kind] if kind in _BYTES else int(re.sub(r"\D", "", kind)) // 8
 
 
-def _groups(rest: str) -> tuple[tuple[int, ...], ...]:
-    if listed := _LISTED.search(rest):
+def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    """The replica groups, in any of the three ways in which XLA writes them."""
+    if listed := _LISTED_GROUPS.search(attributes):
         return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([0-9,]*)\}", listed[1]))
-    if iota := _IOTA.search(rest):
+    if iota := _IOTA_GROUPS.search(attributes):
         shape, extents, order = (_numbers(part or "") for part in iota.groups())
         devices = np.arange(math.prod(extents)).reshape(extents)
-        return tuple(map(tuple, devices.transpose(order or None).reshape(shape).tolist()))
-    if named := _NAMED.search(rest):
+        return _as_tuples(devices.transpose(order or None).reshape(shape))
+    if named := _MESH_GROUPS.search(attributes):
         mesh = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         return _along(mesh, re.findall(r"'(\w+)'", named[2]))
     return ()
 
 
-def _along(mesh: dict[str, int], axes: list[str]) -> tuple[tuple[int, ...], ...]:
+def _along(mesh: dict[str, int], axes: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Groups of devices that differ along these axes of a mesh only."""
     devices = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
     last = [list(mesh).index(axis) for axis in axes]
     groups = np.moveaxis(devices, last, range(-len(last), 0))
-    return tuple(map(tuple, groups.reshape(-1, math.prod(mesh[axis] for axis in axes)).tolist()))
+    return _as_tuples(groups.reshape(-1, math.prod(mesh[axis] for axis in axes)))
+
+
+def _as_tuples(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(device) for device in group) for group in groups)
 
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
+
+
+def _found(match: re.Match[str] | None) -> re.Match[str]:
+    if match is None:
+        raise ValueError("an instruction of the HLO text is not written as XLA writes it.")
+    return match

@@ -26,8 +26,15 @@ from optax_muon.polar import (
 from optax_muon.sharding import planner
 from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.execute import Orthogonalizer
-from optax_muon.sharding.mesh import AnyMesh, LeafShardings, Shardings, check_names, read
+from optax_muon.sharding.mesh import (
+    AnyMesh,
+    LeafShardings,
+    Shardings,
+    check_names,
+    resolve_shardings,
+)
 from optax_muon.sharding.plan import Plan
+from optax_muon.sharding.search import LayoutClass
 
 
 def plan(
@@ -38,7 +45,7 @@ def plan(
     shardings: Shardings = None,
     mesh: AnyMesh | None = None,
     platform: str | None = None,
-    layout: str | None = None,
+    layout: str | LayoutClass | None = None,
     model: CostModel | None = None,
     memory: int = 2**28,
 ) -> Plan:
@@ -55,7 +62,7 @@ def plan(
         `AbstractMesh` has none, and is taken for CPUs.
       layout: `home` or `gather` for all matrices; None takes the cheapest for each.
       model: rates that decide between layouts; None takes those of the platform.
-      memory: bytes of temporary arrays above which matrices are worked on in turns.
+      memory: bytes of temporary arrays above which matrices are worked on in chunks.
 
     Raises:
       ValueError: shardings that do not fit the parameters or the mesh, an unknown layout or
@@ -77,13 +84,13 @@ def plan(
     leaves = paths.named_leaves(params)
     bounds = bind_views(params, views)
     check_names(leaves, shardings)
-    where = read({path: leaves[path] for path in bounds}, shardings, mesh)
+    where = resolve_shardings({path: leaves[path] for path in bounds}, shardings, mesh)
     return make_plan(
         leaves,
         bounds,
         where,
         orthogonalizer or newton_schulz,
-        on=platform or (jax.default_backend() if where.mesh is None else None),
+        platform=platform or (jax.default_backend() if where.mesh is None else None),
         layout=layout,
         model=model,
         memory=memory,
@@ -107,9 +114,9 @@ def make_plan(
     orthogonalizer: Orthogonalizer,
     **options: Any,
 ) -> Plan:
-    """Plan for leaves that lie somewhere; `options` are those of `planner.make`."""
+    """Plan for leaves that lie somewhere; `options` are those of `planner.make_plan`."""
     dtypes = {path: np.dtype(leaves[path].dtype) for path in bounds}
-    return planner.make(bounds, dtypes, where, work_model(orthogonalizer), **options)
+    return planner.make_plan(bounds, dtypes, where, work_model(orthogonalizer), **options)
 
 
 def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:

@@ -1,6 +1,6 @@
-"""Meshes of TPU chips that are not here: libtpu compiles for them ahead of time, nothing runs.
+"""Meshes of TPU chips that need not exist: libtpu compiles for them ahead of time; nothing runs.
 
-A test that asks for one bears the marker `libtpu`. `benchmarks/_topologies.py` asks too.
+Tests that need one are marked `libtpu`; `benchmarks/_topologies.py` uses them as well.
 """
 
 import os

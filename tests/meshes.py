@@ -34,7 +34,7 @@ class Case:
     leaves: tuple[tuple[str, tuple[int, ...], P, View], ...]
     """Path, shape, spec and view of every parameter."""
     options: tuple[tuple[str, Any], ...] = ()
-    """What `plan` is told on top; nothing: the link plans by itself."""
+    """Options of `plan`; without any, the link plans by itself."""
 
     @property
     def views(self) -> dict[str, View]:
@@ -44,13 +44,13 @@ class Case:
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape, _, _ in self.leaves}
 
-    def on(self, kind: str) -> Mesh:
+    def make_mesh(self, kind: str) -> Mesh:
         """The mesh, its axes of the types `explicit`, `auto` or `mixed`."""
         names, sizes = zip(*self.mesh, strict=True)
         return jax.make_mesh(sizes, names, axis_types=AXES[kind][: len(names)])
 
     def shardings(self, kind: str) -> dict[str, NamedSharding]:
-        mesh = self.on(kind)
+        mesh = self.make_mesh(kind)
         return {path: NamedSharding(mesh, spec) for path, _, spec, _ in self.leaves}
 
     def plan(self, kind: str = "explicit"):
@@ -70,8 +70,8 @@ def layers(count: int, shape: tuple[int, ...], spec: P, view: View | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """One compiled update and what it gave."""
+class CompiledRun:
+    """A compiled update and its results."""
 
     text: str
     """HLO of the compiled program."""
@@ -110,18 +110,18 @@ def alone_of(case: Case) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def run(case: Case, kind: str) -> RunConfig:
+def run(case: Case, kind: str) -> CompiledRun:
     """Compile an update on the mesh, once, and run it."""
-    there = case.shardings(kind)
+    shardings = case.shardings(kind)
     link = orthogonalize(
         views=case.views,
-        shardings=None if kind == "explicit" else there,
+        shardings=None if kind == "explicit" else shardings,
         plan=case.plan(kind) if case.options else None,
     )
-    gradient = jax.device_put(gradients_of(case), there)
-    update = jax.jit(lambda gradient: link.update(gradient, ())[0], out_shardings=there)
+    gradient = jax.device_put(gradients_of(case), shardings)
+    update = jax.jit(lambda gradient: link.update(gradient, ())[0], out_shardings=shardings)
     compiled = update.lower(gradient).compile()
-    return RunConfig(
+    return CompiledRun(
         text=compiled.as_text(),
         flops=flops(compiled.as_text()),
         temporary=compiled.memory_analysis().temp_size_in_bytes,

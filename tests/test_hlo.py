@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.hlo import Collective, collectives, counts, flops, moved
+from optax_muon.hlo import Collective, collective_bytes, collective_counts, collectives, flops
 
 BOTH = P("a", "b")
 
@@ -30,13 +31,13 @@ def test_the_parts_of_a_tuple_are_summed():
     assert [(each.kind, each.bytes) for each in collectives(text)] == [("all-to-all", 8 * 4)]
 
 
-def test_a_collective_in_a_loop_counts_every_turn():
-    def turn(x):
+def test_a_collective_in_a_loop_counts_every_iteration():
+    def loop(x):
         return lax.fori_loop(0, 3, lambda _, y: lax.ppermute(y, "b", [(0, 1), (1, 0)]), x)
 
-    text = text_of(lambda x: lax.map(turn, x))
-    assert counts(text) == {"collective-permute": 2 * 3}
-    assert moved(text) == 2 * 3 * 4 * 4
+    text = text_of(lambda x: lax.map(loop, x))
+    assert collective_counts(text) == {"collective-permute": 2 * 3}
+    assert collective_bytes(text) == 2 * 3 * 4 * 4
 
 
 ASYNCHRONOUS = """
@@ -64,9 +65,24 @@ def test_groups_written_as_a_formula_are_read():
     assert collectives(ASYNCHRONOUS)[1].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
 
 
-def test_products_in_a_loop_count_every_turn():
-    def turns(x, y):
+def test_products_in_a_loop_count_every_iteration():
+    def products(x, y):
         return lax.map(lambda one: jnp.einsum("mk,nk->mn", one, y), x)
 
     x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 4, 16), (8, 16)))
-    assert flops(jax.jit(turns).lower(x, y).compile().as_text()) == 5 * 2 * 4 * 8 * 16
+    assert flops(jax.jit(products).lower(x, y).compile().as_text()) == 5 * 2 * 4 * 8 * 16
+
+
+@pytest.mark.parametrize("read", [collectives, flops, collective_bytes, collective_counts])
+@pytest.mark.parametrize("text", ["", "module @jit_f {\n  func.func public @main() {\n  }\n}"])
+def test_a_text_that_is_not_a_compiled_program_is_refused(read, text):
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        read(text)
+
+
+def test_a_loop_that_depends_on_data_counts_as_often_as_it_is_told():
+    def work(x):
+        return lax.while_loop(lambda y: jnp.sum(y) < 1, lambda y: y @ x, x)
+
+    text = jax.jit(work).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile().as_text()
+    assert flops(text, loop_trips=7) == 7 * flops(text) == 7 * 2 * 8**3

@@ -95,13 +95,13 @@ def test_the_table_says_what_the_program_does(script, monkeypatch):
     mesh, setup, program = compiled()
     found = script.measures(program, setup, mesh, PARTS)
     text = program.as_text()
-    kinds = hlo.counts(text)
+    kinds = hlo.collective_counts(text)
     assert found["all_gather"] == kinds.pop("all-gather") > 0
     assert found["all_to_all"] == kinds.pop("all-to-all") > 0, "the optimizer's"
     assert found["reduce_scatter"] == kinds.pop("reduce-scatter") > 0
     assert found["all_reduce"] + found["others"] == sum(kinds.values())
     moved = sum(found[kind.replace("-", "_") + "_mib"] for kind in script.KINDS)
-    assert moved == pytest.approx(hlo.moved(text) / 2**20, abs=0.3)
+    assert moved == pytest.approx(hlo.collective_bytes(text) / 2**20, abs=0.3)
     row = script.Row(**script.said(script.CASES["v5e 16x16"]), outcome="compiled", **found)
     refused = script.Row(**script.said(script.CASES["v5p 4x4x4"]), outcome="out of memory")
     row = dataclasses.replace(row, tflop=100.0, hbm_gib=15.75)

@@ -1,6 +1,7 @@
-"""`optax-muon plan`: where Muon would work on the matrices of a model on a mesh; no device needed.
+"""`optax-muon plan`: which devices of a mesh would work on a model's matrices. Needs no device.
 
-The models are those of `abstract.py`, the table is `print(plan)`, the picture `plan_picture.py`.
+The models are those of `models/abstract.py`; the table is `print(plan)`, the picture that of
+`reports/plan.py`.
 """
 
 from __future__ import annotations
@@ -18,65 +19,63 @@ from rich.console import Console
 import optax_muon
 from optax_muon.cli.reports.plan import png
 from optax_muon.errors import UsageError
-from optax_muon.matrices import paths
 from optax_muon.models import abstract
 from optax_muon.platforms import PLATFORMS
-from optax_muon.sharding.plan import Plan
-from optax_muon.sharding.search import GATHER, HOME
 
 REPLICAS = "data"
-"""Name of the mesh axis along which parameters lie in copies."""
-MOST_DEVICES = 2**16
+"""Name of the mesh axis over which parameters are replicated."""
+LAYOUTS = ("home", "gather")
+"""The layouts that can be asked for."""
+MAX_DEVICES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanModel:
-    """Print where Muon works on a model's matrices on a mesh, what moves, and what it costs.
+    """Print which devices of a mesh work on a model's matrices, what moves, and what it costs.
 
-    The models are llama3-1b, llama3-8b, llama3-8b-unrolled and moonlight-16b-a3b. No device and no
-    memory is needed.
+    The models are llama3-1b, llama3-8b, llama3-8b-unrolled and moonlight-16b-a3b. Nothing is
+    allocated, and no accelerator is needed.
     """
 
     model: str = "llama3-8b"
     """Name of the model."""
     mesh: str = "fsdp=16,tp=4"
-    """Axes and sizes of the mesh, major first: fsdp and tp, or expert and fsdp; data for copies."""
+    """Axes and sizes of the mesh, major first: fsdp and tp, or expert and fsdp; data replicates."""
     layout: str | None = None
-    """`home` or `gather` for all matrices; the cheapest for each if absent."""
+    """`home` or `gather` for all matrices; by default the cheapest for each."""
     platform: str = "tpu"
-    """What the devices are: tpu, gpu or cpu."""
+    """Kind of the devices: tpu, gpu or cpu."""
     png: Path | None = None
-    """File for the picture of who owns what, and what moves."""
+    """Write a picture of the plan to this file."""
     json: Path | None = None
-    """File for all numbers of the plan."""
+    """Write all numbers of the plan to this file."""
 
     def __call__(self) -> None:
         """Write the files, print the table."""
         self._check()
         plan = self._plan()
-        entry = plan.to_dict()
         files = {}
         if self.json is not None:
-            files[self.json] = (json.dumps(entry, indent=2) + "\n").encode()
+            files[self.json] = (json.dumps(plan.to_dict(), indent=2) + "\n").encode()
         if self.png is not None:
-            files[self.png] = png(entry, title=self.model)
+            files[self.png] = png(plan, title=self.model)
         for path, content in files.items():
             _write(path, content)
         Console().out(plan, highlight=False)
 
     def _check(self) -> None:
-        """Refuse what cannot be planned or written."""
+        """Check the options before any file is written."""
         _one_of("model", self.model, tuple(abstract.MODELS))
         _one_of("platform", self.platform, tuple(PLATFORMS))
         if self.layout is not None:
-            _one_of("layout", self.layout, (HOME, GATHER))
+            _one_of("layout", self.layout, LAYOUTS)
         for option, path in (("png", self.png), ("json", self.json)):
             if path is not None:
                 _check_file(option, path)
         if self.png is not None and self.png == self.json:
             raise UsageError(f"--png and --json are both {self.png}; give each its own file")
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> optax_muon.Plan:
         tree = abstract.MODELS[self.model]()
         sizes = _sizes(self.mesh)
         known = (*abstract.axes(tree), REPLICAS)
@@ -105,14 +104,14 @@ def _sizes(text: str) -> dict[str, int]:
     sizes = {match[1]: int(match[2]) for match in found if match}
     if len(sizes) < len(found):
         raise UsageError(f"--mesh is {text!r}; write different axes and sizes, as in fsdp=16,tp=4")
-    if math.prod(sizes.values()) > MOST_DEVICES:
-        raise UsageError(f"--mesh {text} has more than {MOST_DEVICES} devices")
+    if math.prod(sizes.values()) > MAX_DEVICES:
+        raise UsageError(f"--mesh {text} has more than {MAX_DEVICES} devices")
     return sizes
 
 
 def _check_divides(tree: abstract.Tree, sizes: dict[str, int]) -> None:
-    """See that every sharded length divides over its mesh axes, as jax wants it."""
-    leaves: dict[str, abstract.Leaf] = paths.named_leaves(tree)
+    """Check that every sharded length divides over its mesh axes, as JAX requires."""
+    leaves: dict[str, abstract.Leaf] = optax_muon.named_leaves(tree)
     for path, leaf in leaves.items():
         for length, over in zip(leaf.shape, leaf.over, strict=False):
             ways = math.prod(sizes.get(axis, 1) for axis in over)

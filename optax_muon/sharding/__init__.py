@@ -1,1 +1,1 @@
-"""Where the work goes: matrices of one shape pooled into buckets."""
+"""Which devices work on which matrices, how the tiles travel, and what that costs."""

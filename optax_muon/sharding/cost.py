@@ -1,7 +1,7 @@
-"""What a layout costs: operations, bytes and messages, and the seconds that they are worth.
+"""What a layout costs: operations, bytes and collectives, and the time that they take.
 
-Only ratios decide: how many operations a chip does in the time that one byte takes to arrive, about
-a thousand on a TPU or a GPU, about forty between the devices that share a CPU.
+Only ratios decide between layouts: a TPU or a GPU performs about a thousand operations in the time
+in which it receives one byte, the fake devices of a CPU about forty (`platforms.py`).
 """
 
 from __future__ import annotations
@@ -15,32 +15,76 @@ from optax_muon.platforms import get_platform
 
 
 @dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes that one device receives from others in one update, by purpose."""
+
+    inward: int = 0
+    """Tiles of matrices on their way to the devices that work on them."""
+    working: int = 0
+    """Gram matrices that devices sum or gather while they share a matrix."""
+    outward: int = 0
+    """Finished tiles on their way back, and results that replicas hand each other."""
+
+    @property
+    def total(self) -> int:
+        """All bytes received."""
+        return self.inward + self.working + self.outward
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Sums, part by part."""
+        return Traffic(
+            self.inward + other.inward,
+            self.working + other.working,
+            self.outward + other.outward,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a lot of matrices costs one device in one update."""
+    """What some matrices cost one device in one update."""
 
     flops: int = 0
     """Operations, a multiply-add counted as two."""
-    bytes: int = 0
-    """Result bytes of its collectives, as the compiled program states them."""
-    wire: int = 0
-    """Bytes that arrive from other devices."""
-    least: int = 0
-    """Bytes that have to arrive: each trip brings what a device lacks, nothing padded or summed."""
-    messages: int = 0
-    """Collectives, one after the other."""
+    collective_bytes: int = 0
+    """Result bytes of the collectives, as `optax_muon.hlo` reads them from the compiled program."""
+    traffic: Traffic = Traffic()
+    """Bytes received from other devices."""
+    min_received_bytes: int = 0
+    """Lower bound of the bytes received: only what a device lacks, without padding or sums."""
+    collectives: int = 0
+    """Number of collectives."""
     memory: int = 0
     """Bytes of temporary arrays at the peak."""
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes received from other devices."""
+        return self.traffic.total
+
     def __add__(self, other: Cost) -> Cost:
-        """One after the other: sums, and the larger peak."""
+        """The cost of both, one after the other: sums, and the larger of the two peaks."""
         return Cost(
             self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.wire + other.wire,
-            self.least + other.least,
-            self.messages + other.messages,
+            self.collective_bytes + other.collective_bytes,
+            self.traffic + other.traffic,
+            self.min_received_bytes + other.min_received_bytes,
+            self.collectives + other.collectives,
             max(self.memory, other.memory),
         )
+
+    def to_dict(self) -> dict[str, int]:
+        """All numbers by name."""
+        return {
+            "flops": self.flops,
+            "collective_bytes": self.collective_bytes,
+            "received_bytes": self.received_bytes,
+            "received_inward_bytes": self.traffic.inward,
+            "received_working_bytes": self.traffic.working,
+            "received_outward_bytes": self.traffic.outward,
+            "min_received_bytes": self.min_received_bytes,
+            "collectives": self.collectives,
+            "memory": self.memory,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +107,18 @@ class CostModel:
         """The rates of a platform.
 
         Raises:
-          ValueError: the platform is unknown.
+            ValueError: the platform is unknown.
         """
         platform = get_platform(name)
         return cls(platform.flops, platform.bandwidth, platform.latency)
 
     def seconds(self, cost: Cost) -> float:
-        """Time of a cost, nothing overlapped."""
-        return cost.flops / self.flops + cost.wire / self.bandwidth + cost.messages * self.latency
+        """Modelled time of a cost, with no communication hidden behind products."""
+        return (
+            cost.flops / self.flops
+            + cost.received_bytes / self.bandwidth
+            + cost.collectives * self.latency
+        )
 
 
 class Work(Protocol):
@@ -142,8 +190,9 @@ class WorkModel:
         summed, gathered = 4 * gram * work.sums, self.itemsize * gram * work.gathers
         return Cost(
             work.flops,
-            bytes=summed + gathered + 8,
-            wire=(2 * summed + gathered) * (devices - 1) // devices,
-            messages=work.sums + work.gathers + 2,
+            # 8 bytes: two scalars, the largest entry and the norm, are reduced in float32.
+            collective_bytes=summed + gathered + 8,
+            traffic=Traffic(working=(2 * summed + gathered) * (devices - 1) // devices),
+            collectives=work.sums + work.gathers + 2,
             memory=memory,
         )

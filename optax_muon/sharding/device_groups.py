@@ -1,8 +1,8 @@
-"""Groups of devices that a collective runs over: whole mesh axes, or equal pieces of them.
+"""Groups of devices that a collective runs over: whole mesh axes, or factors of them.
 
-A mesh axis of 16 may be taken as 4 x 4: nine matrices on sixteen chips want eight homes of two
-chips each. A piece is `(axis, size, stride)`: the digits of the device's index along the axis. A
-group is a list of pieces, its members numbered with the last piece fastest.
+A mesh axis of 16 can be used as 4 x 4: nine matrices on sixteen chips fit best on eight homes of
+two chips each. A piece is one digit of a device's index along an axis, written in a mixed radix. A
+group is a list of pieces; its members are numbered with the last piece fastest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +30,15 @@ class Piece:
     size: int
     """Values of the digit."""
     stride: int
-    """Distance of neighbours along the axis."""
+    """Distance along the axis between devices whose digits differ by one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Devices that differ in these pieces only. Its methods run inside `shard_map`.
 
-    Pieces of size 1 are dropped and neighbouring digits of an axis are one: equal groups are `==`.
+    Pieces of size 1 are dropped and adjacent digits of one axis are merged, so that equal groups
+    compare equal.
     """
 
     pieces: tuple[Piece, ...]
@@ -61,6 +63,11 @@ class Group:
             digit = lax.axis_index(piece.axis) // piece.stride % piece.size
             number = number * piece.size + digit
         return number
+
+    def take_part(self, x: jax.Array, axis: int) -> jax.Array:
+        """This device's part of an axis that is divided evenly among the members."""
+        length = x.shape[axis] // self.size
+        return lax.dynamic_slice_in_dim(x, self.index() * length, length, axis)
 
     def all_to_all(self, x: jax.Array) -> jax.Array:
         """`[size, ...]`, entry `i` for member `i`, to `[size, ...]`, entry `i` from member `i`."""
@@ -95,6 +102,48 @@ class Group:
         return _members(self.pieces)
 
 
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """An array on its way through a collective."""
+
+    group: Group
+    """The devices that take part."""
+    collective: Callable[[Group, jax.Array], jax.Array]
+    """`Group.all_to_all` or `Group.all_gather`."""
+    payload: jax.Array
+    """What this device sends."""
+    lead: int = 0
+    """Leading axes of the payload that belong to the collective."""
+
+
+def exchange(messages: Sequence[Message]) -> list[jax.Array]:
+    """Send all messages; those of one group and collective share one call."""
+    routes = [(message.group, message.collective, message.lead) for message in messages]
+    arrived: dict[int, jax.Array] = {}
+    for group, collective, lead in dict.fromkeys(routes):
+        ids = [i for i, route in enumerate(routes) if route == (group, collective, lead)]
+        payloads = [messages[i].payload for i in ids]
+        if len(ids) == 1 or group.size == 1:
+            parts = [collective(group, payload) for payload in payloads]
+        else:
+            parts = _fused(functools.partial(collective, group), payloads, lead)
+        arrived |= dict(zip(ids, parts, strict=True))
+    return [arrived[i] for i in range(len(messages))]
+
+
+def _fused(
+    collective: Callable[[jax.Array], jax.Array], payloads: Sequence[jax.Array], lead: int
+) -> list[jax.Array]:
+    """Send several arrays as one, flattened behind their leading axes."""
+    flat = [payload.reshape(*payload.shape[:lead], -1) for payload in payloads]
+    cuts = np.cumsum([x.shape[-1] for x in flat])[:-1].tolist()
+    parts = jnp.split(collective(jnp.concatenate(flat, -1)), cuts, -1)
+    return [
+        part.reshape(*part.shape[:-1], *payload.shape[lead:])
+        for part, payload in zip(parts, payloads, strict=True)
+    ]
+
+
 def _fewest(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     kept: list[Piece] = []
     for piece in pieces:
@@ -110,7 +159,7 @@ def _fewest(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _members(pieces: tuple[Piece, ...]) -> list[list[int]] | None:
-    """Linear indices over the pieces' axes, a list per group; None where a group is everything."""
+    """Linear indices over the pieces' axes, one list per group; None if one group has them all."""
     extents = {piece.axis: piece.extent for piece in pieces}
     axes = list(extents)
     steps = {a: math.prod(extents[b] for b in axes[i + 1 :]) for i, a in enumerate(axes)}

@@ -1,91 +1,220 @@
-"""How the tiles of a lot travel: reshapes and transposes around one collective, and their inverses.
+"""The owned layouts: matrices move to the devices that own them, and the results move back.
 
-Letters: `k` matrices of the lot, `q` of them at each home, `m` and `n` rows and columns of a tile.
-  The
-devices of an exchange are numbered by digits, one or two per mesh axis: which home, and which
-sharer of the home. Seen by the sender a digit says where to, a run of matrices or of columns; seen
-by the receiver it says where from, a run of rows or of columns.
+`local`, `home` and `split` are one mechanism with different numbers. Tiles travel in one all-to-all
+over the tuple of their mesh axes, which moves exactly what each device lacks; everything else is
+reshapes and transposes. Copies are not moved in: each device takes its share of what it already
+has, and all of them gather the results.
+
+The shapes in the comments are those of 16 matrices (256 x 1024) with rows over `fsdp=4` and columns
+over `tp=2`: eight homes, each of which owns two whole matrices.
+
+The devices of an exchange are numbered by digits, one or two per mesh axis: which home, and which
+sharer of the home. To the sender a digit says where to: a run of matrices, or of columns. To the
+receiver it says where from: a run of rows, or of columns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax import lax
 
-from optax_muon.sharding.device_groups import Group
-from optax_muon.sharding.search import COLS, GATHER, ROWS, Assignment
+from optax_muon.sharding.assignment import (
+    COLS,
+    COPIES,
+    ROWS,
+    Assignment,
+    Orthogonalizer,
+    Role,
+    Trip,
+)
+from optax_muon.sharding.cost import Cost, Traffic
+from optax_muon.sharding.device_groups import Group, Message, Piece
+from optax_muon.sharding.search import LayoutSearch
 
-Label = str
+Digits = dict[str, int]
+"""Label to length of an axis: `home0rows`, `sharer0rows`, ..., `q`, `m`, `n`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Route:
-    """The way of one lot of tiles `[k, m, n]`."""
+class Owned:
+    """Every matrix has one home: a device, or several that share its columns."""
 
-    assignment: Assignment
+    roles: tuple[Role, ...]
+    """The mesh axes that take part: those that cut the matrices, then those that hold copies."""
+
+    @classmethod
+    def assign(cls, search: LayoutSearch, count: int) -> Iterator[tuple[Assignment, ...]]:
+        """Every choice of roles, with what it leaves over either padded or assigned in turn."""
+        owned_only = dataclasses.replace(search, layouts=(cls,))
+        for roles in search.role_choices():
+            layout = cls(roles)
+            filled, rest = divmod(count, math.prod(role.home for role in roles))
+            if rest:
+                yield (layout._assignment(search, count, layout._home_count - rest),)
+            if filled:
+                first = layout._assignment(search, count - rest, 0)
+                yield (first, *owned_only.cheapest(rest)) if rest else (first,)
+
+    @property
+    def name(self) -> str:
+        """`split` if devices share matrices, else `home`; `local` if nothing moves."""
+        return "split" if self.sharing > 1 else "home" if self.roles else "local"
+
+    @property
+    def homes(self) -> tuple[Piece, ...]:
+        """The digits that number the homes, copies first: they divide the matrices first."""
+        return tuple(role.homes for role in (*self.copies, *self.cut))
+
+    @property
+    def sharing(self) -> int:
+        """Devices that share the columns of each matrix."""
+        return math.prod(role.split for role in self.roles)
+
+    def describe(self, copies: int) -> str:
+        """Who works on the matrices."""
+        if not self.roles:
+            return "each device"
+        homes = self._home_count * copies
+        return f"{homes} x {self.sharing} devices" if self.sharing > 1 else f"{homes} devices"
+
+    def run(self, tiles: jax.Array, orthogonalizer: Orthogonalizer) -> Trip:
+        """Bring tiles `[k, m, n]` home, orthogonalize whole matrices, and bring the tiles back."""
+        route = _Route(self, tiles.shape)
+        share = self.take_replica_share(tiles)
+        packed = route.pack(share)  # [16, 64, 512] -> [8, 2, 64, 512], sorted by receiver
+        arrived = yield Message(self.exchange, Group.all_to_all, packed, lead=1)
+        whole = route.assemble(arrived)  # [8, 2, 64, 512], by sender -> [2, 256, 1024]
+        finished = route.disassemble(polar(whole, orthogonalizer, self._shards))
+        returned = yield Message(self.exchange, Group.all_to_all, finished, lead=1)
+        unpacked = route.unpack(returned)  # [8, 2, 64, 512] -> [16, 64, 512]
+        published = yield Message(self.replicas, Group.all_gather, unpacked)
+        return route.merge_replica_shares(published)
+
+    def take_replica_share(self, x: jax.Array) -> jax.Array:
+        """Of copies, the part of this device: `[k, m, n]` to `[k / homes, m, n / sharers]`."""
+        if not self.copies:
+            return x
+        homes = Group(tuple(role.homes for role in self.copies))
+        sharers = Group(tuple(role.sharers for role in self.copies))
+        return sharers.take_part(homes.take_part(x, axis=0), axis=2)
+
+    @property
+    def exchange(self) -> Group:
+        """Devices that exchange tiles: to join rows always, to join columns at a home."""
+        pieces = []
+        for role in self.cut:
+            pieces.append(role.homes)
+            if role.holds == ROWS:
+                pieces.append(role.sharers)
+        return Group(tuple(pieces))
+
+    @property
+    def replicas(self) -> Group:
+        """Devices that hold copies, and hand each other their results."""
+        return Group(tuple(piece for r in self.copies for piece in (r.homes, r.sharers)))
+
+    @property
+    def _shards(self) -> Group | None:
+        """Devices that share the columns of a matrix while it is worked on; None if one does."""
+        return Group(tuple(role.sharers for role in self.roles)) if self.sharing > 1 else None
+
+    @property
+    def cut(self) -> tuple[Role, ...]:
+        """Roles of the axes whose devices hold different tiles of a matrix."""
+        return tuple(role for role in self.roles if role.holds != COPIES)
+
+    @property
+    def copies(self) -> tuple[Role, ...]:
+        """Roles of the axes whose devices hold copies and share the work."""
+        return tuple(role for role in self.roles if role.holds == COPIES)
+
+    @property
+    def _home_count(self) -> int:
+        return math.prod(role.home for role in self.roles)
+
+    def _assignment(self, search: LayoutSearch, count: int, padding: int) -> Assignment:
+        geometry, itemsize = search.geometry, search.work.itemsize
+        work = search.work.work_of(geometry.rows, geometry.cols, self.sharing)
+        one = search.work.cost(work, geometry.rows, geometry.cols, self.sharing)
+        owned = (count + padding) // self._home_count
+        chunks = search.chunks(owned, one.memory)
+        moved, needed = (n * math.prod(geometry.tile) * itemsize for n in (count + padding, count))
+        trips, shared = 2 * (self.exchange.size > 1), self.replicas.size > 1
+        cost = Cost(
+            flops=owned * one.flops,
+            collective_bytes=owned * one.collective_bytes
+            + trips * moved // self.replicas.size
+            + shared * moved,
+            traffic=self._traffic(moved, owned * one.traffic.working),
+            min_received_bytes=self._traffic(needed).total,
+            collectives=chunks * (one.collectives + trips + shared),
+            memory=owned // chunks * one.memory + 2 * moved // chunks,
+        )
+        return Assignment(self, count, cost, padding=padding, chunks=chunks, form=work.form)
+
+    def _traffic(self, tiles: int, working: int = 0) -> Traffic:
+        """What a device receives if it has this many bytes of tiles."""
+        both_ways = missing(2 * tiles // self.replicas.size, self.exchange)
+        inward = both_ways // 2
+        return Traffic(inward, working, both_ways - inward + missing(tiles, self.replicas))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """Reshapes and transposes around the collectives of tiles `[k, m, n]`, and their inverses.
+
+    `q` is the number of matrices at each home.
+    """
+
+    layout: Owned
     tiles: tuple[int, ...]
 
-    def my_share(self, x: jax.Array) -> jax.Array:
-        """Of copies, this device's part: `[k, m, n]` to `[k / homes, m, n / sharers]`."""
-        if not self.assignment.copies:
-            return x
-        homes = Group(tuple(role.homes for role in self.assignment.copies))
-        sharers = Group(tuple(role.sharers for role in self.assignment.copies))
-        x = _mine(x, homes, axis=0)
-        return _mine(x, sharers, axis=2)
-
-    def address(self, x: jax.Array) -> jax.Array:
+    def pack(self, x: jax.Array) -> jax.Array:
         """Sort by receiver: `[homes * q, m, sharers * n]` to `[devices, q, m, n]`."""
-        if self.assignment.layout == GATHER:
-            return x
         sizes = self._sizes
         return _rearrange(x, sizes, self._sender, [*sizes], len(self._digits))
 
+    def unpack(self, x: jax.Array) -> jax.Array:
+        """The inverse of `pack`."""
+        sizes = self._sizes
+        return _rearrange(x, sizes, [*sizes], self._sender, 0).reshape(self._share)
+
     def assemble(self, x: jax.Array) -> jax.Array:
-        """Put tiles together by sender: `[devices, q, m, n]` to `[q, rows, cols]`."""
+        """Join tiles by sender: `[devices, q, m, n]` to `[q, rows, cols]`."""
         sizes = self._sizes
         return _rearrange(x, sizes, [*sizes], self._receiver, 0).reshape(
-            sizes["q"], self._whole(ROWS) * sizes["m"], self._whole(COLS) * sizes["n"]
+            sizes["q"], self._senders(ROWS) * sizes["m"], self._senders(COLS) * sizes["n"]
         )
 
-    def take_apart(self, x: jax.Array) -> jax.Array:
+    def disassemble(self, x: jax.Array) -> jax.Array:
         """The inverse of `assemble`."""
         sizes = self._sizes
         return _rearrange(x, sizes, self._receiver, [*sizes], len(self._digits))
 
-    def deliver(self, x: jax.Array) -> jax.Array:
-        """The inverse of `address`."""
-        if self.assignment.layout == GATHER:
-            return x
-        sizes = self._sizes
-        k, m, n = self._share
-        return _rearrange(x, sizes, [*sizes], self._sender, 0).reshape(k, m, n)
-
-    def join(self, x: jax.Array) -> jax.Array:
-        """Put the shares of all copies together: the inverse of `my_share`."""
-        if not self.assignment.copies:
+    def merge_replica_shares(self, x: jax.Array) -> jax.Array:
+        """Join the shares of all copies: the inverse of `take_replica_share`."""
+        if not self.layout.copies:
             return x[0]
         k, m, n = self._share
-        sizes: dict[Label, int] = {}
-        for i, role in enumerate(self.assignment.copies):
+        sizes: Digits = {}
+        for i, role in enumerate(self.layout.copies):
             sizes |= {f"home{i}": role.home, f"sharer{i}": role.split}
-        homes = [label for label in sizes if label.startswith("home")]
-        sharers = [label for label in sizes if label.startswith("sharer")]
+        homes, sharers = _labels(sizes, "home"), _labels(sizes, "sharer")
         sizes |= {"k": k, "m": m, "n": n}
         target = [*homes, "k", "m", *sharers, "n"]
         return _rearrange(x, sizes, [*sizes], target, 0).reshape(self.tiles)
 
     @property
-    def _digits(self) -> dict[Label, int]:
+    def _digits(self) -> Digits:
         """Digits of a device's number in the exchange, major first."""
-        digits: dict[Label, int] = {}
-        for i, role in enumerate(self.assignment.moved):
+        digits: Digits = {}
+        for i, role in enumerate(self.layout.cut):
             digits[f"home{i}{role.holds}"] = role.home
-            if role.holds == ROWS or self.assignment.layout == GATHER:
+            if role.holds == ROWS:
                 digits[f"sharer{i}{role.holds}"] = role.split
         return digits
 
@@ -93,53 +222,63 @@ class Route:
     def _share(self) -> tuple[int, int, int]:
         """Shape of this device's share of the tiles."""
         k, m, n = self.tiles
-        homes = math.prod(role.home for role in self.assignment.copies)
-        sharers = math.prod(role.split for role in self.assignment.copies)
-        return (k // homes, m, n // sharers) if self.assignment.layout != GATHER else (k, m, n)
+        homes = math.prod(role.home for role in self.layout.copies)
+        sharers = math.prod(role.split for role in self.layout.copies)
+        return k // homes, m, n // sharers
 
     @property
-    def _sizes(self) -> dict[Label, int]:
+    def _sizes(self) -> Digits:
         """Lengths of the axes while tiles are on their way: digits, `q`, `m`, `n`."""
         (k, m, n), digits = self._share, self._digits
-        if self.assignment.layout == GATHER:
-            return {**digits, "q": k, "m": m, "n": n}
         homes, sharers = (
-            math.prod(size for label, size in digits.items() if label.startswith(kind))
+            math.prod(digits[label] for label in _labels(digits, kind))
             for kind in ("home", "sharer")
         )
         return {**digits, "q": k // homes, "m": m, "n": n // sharers}
 
     @property
-    def _sender(self) -> list[Label]:
+    def _sender(self) -> list[str]:
         """Axes as the sender has them: homes are runs of matrices, sharers runs of columns."""
-        homes = [label for label in self._digits if label.startswith("home")]
-        sharers = [label for label in self._digits if label.startswith("sharer")]
-        return [*homes, "q", "m", *sharers, "n"]
+        digits = self._digits
+        return [*_labels(digits, "home"), "q", "m", *_labels(digits, "sharer"), "n"]
 
     @property
-    def _receiver(self) -> list[Label]:
+    def _receiver(self) -> list[str]:
         """Axes as the receiver has them: senders are runs of rows or of columns."""
         rows = [label for label in self._digits if label.endswith(ROWS)]
         cols = [label for label in self._digits if label.endswith(COLS)]
         return ["q", *rows, "m", *cols, "n"]
 
-    def _whole(self, holds: str) -> int:
-        """Tiles that lie side by side in an assembled matrix."""
+    def _senders(self, holds: str) -> int:
+        """Number of tiles side by side in an assembled matrix."""
         return math.prod(size for label, size in self._digits.items() if label.endswith(holds))
 
 
-def _mine(x: jax.Array, group: Group, axis: int) -> jax.Array:
-    """This device's run of an axis."""
-    length = x.shape[axis] // group.size
-    return lax.dynamic_slice_in_dim(x, group.index() * length, length, axis)
+def missing(received: int, group: Group) -> int:
+    """Bytes that a device lacks of a result that is spread evenly over a group."""
+    return received * (group.size - 1) // group.size
+
+
+def polar(
+    x: jax.Array, orthogonalizer: Orthogonalizer, column_shards: Group | None = None
+) -> jax.Array:
+    """Orthogonalize matrices `[q, m, n]`, with the columns on several devices if a group is given.
+
+    Without the barriers XLA moves the orthogonalizer's casts across the transposes of the trips,
+    which then transpose float32.
+    """
+    x = lax.optimization_barrier(x)
+    options = {} if column_shards is None else {"column_shards": column_shards}
+    factor: jax.Array = lax.optimization_barrier(orthogonalizer(x, **options))
+    return factor
+
+
+def _labels(sizes: Digits, kind: str) -> list[str]:
+    return [label for label in sizes if label.startswith(kind)]
 
 
 def _rearrange(
-    x: jax.Array,
-    sizes: dict[Label, int],
-    source: Sequence[Label],
-    target: Sequence[Label],
-    merged: int,
+    x: jax.Array, sizes: Digits, source: Sequence[str], target: Sequence[str], merged: int
 ) -> jax.Array:
     """Read `x` with the axes `source`, put them in the order `target`, merge the first `merged`."""
     x = x.reshape([sizes[label] for label in source])

@@ -1,7 +1,7 @@
-"""Where parameters lie: a mesh, and for every axis of every leaf the mesh axes that it is cut over.
+"""How parameters are sharded: a mesh, and for every axis of every leaf the mesh axes that cut it.
 
-Explicit mesh axes say so in the type of an array, also of a traced one. Auto axes keep it to the
-compiler: there the shardings come from the user, or from concrete arrays.
+On Explicit mesh axes the type of an array says so, also under a trace. On Auto axes only the
+compiler knows: there the shardings come from the user, or from concrete arrays.
 """
 
 from __future__ import annotations
@@ -41,47 +41,48 @@ class LeafShardings:
     """A mesh and the specs of all leaves on it."""
 
     mesh: AnyMesh | None
-    """None: one device, or nothing known."""
+    """None on one device, or if nothing is known."""
     specs: Mapping[str, Spec]
     """Path to spec; empty without a mesh."""
     unknown_shardings: bool = False
-    """Whether the mesh has Auto axes on which nothing is known of these leaves."""
+    """True if the leaves are traced, the mesh has Auto axes, and no shardings were given."""
 
 
-def read(
+def resolve_shardings(
     leaves: Mapping[str, Any], shardings: Shardings = None, mesh: AnyMesh | None = None
 ) -> LeafShardings:
     """Find the mesh and the spec of every leaf.
 
     Args:
-      leaves: path to array, tracer or `ShapeDtypeStruct`.
-      shardings: a tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`, or
-        a callable of `{path: leaf}` that returns one. None reads the types.
-      mesh: the mesh of bare `PartitionSpec`s; None is the ambient mesh of `jax.set_mesh`.
+        leaves: path to array, tracer or `ShapeDtypeStruct`.
+        shardings: a tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
+            or a callable of `{path: leaf}` that returns one. None reads the types.
+        mesh: the mesh of bare `PartitionSpec`s; None is the ambient mesh of `jax.set_mesh`.
 
     Raises:
-      ValueError: a spec names an axis that the mesh lacks or uses one twice, is longer than the
-        leaf's rank or is missing for a leaf, or leaves lie on different meshes.
+        ValueError: a spec names an axis that the mesh lacks or uses an axis twice, is longer than
+            the leaf's rank, or is missing for a leaf; or leaves lie on different meshes.
+        TypeError: an entry of `shardings` is no sharding.
     """
-    found = {path: _typed(leaf) for path, leaf in leaves.items()}
+    own = {path: _own_sharding(leaf) for path, leaf in leaves.items()}
     given = _given(leaves, shardings)
-    named = {**_of_type(found, NamedSharding), **_of_type(given, NamedSharding)}
+    named = {**_of_type(own, NamedSharding), **_of_type(given, NamedSharding)}
     mesh = _one_mesh(named, mesh)
     if mesh is None:
         return _off_mesh(given)
     specs = {
-        path: _spec(path, leaf, given.get(path, found[path]), mesh) for path, leaf in leaves.items()
+        path: _spec(path, leaf, given.get(path, own[path]), mesh) for path, leaf in leaves.items()
     }
     return LeafShardings(
-        mesh, specs, unknown_shardings=shardings is None and _is_blind(leaves, mesh)
+        mesh, specs, unknown_shardings=shardings is None and _are_unknown(leaves, mesh)
     )
 
 
 def check_names(leaves: Mapping[str, Any], shardings: Shardings) -> None:
-    """See that `shardings`, unless it is a callable, has entries for these leaves only.
+    """Check that every entry of `shardings` belongs to a leaf; a callable is not checked.
 
     Raises:
-      ValueError: an entry is for no leaf.
+        ValueError: an entry belongs to no leaf.
     """
     if callable(shardings):
         return
@@ -96,15 +97,15 @@ def check_names(leaves: Mapping[str, Any], shardings: Shardings) -> None:
             )
 
 
-def explicit(leaf: Any, mesh: AnyMesh) -> Spec:
-    """The spec that an array's type has on the Explicit axes of a mesh; nothing of Auto axes."""
-    sharding = _typed(leaf)
+def explicit_spec(leaf: Any, mesh: AnyMesh) -> Spec:
+    """The part of an array's own spec that names Explicit axes of a mesh."""
+    sharding = _own_sharding(leaf)
     spec = _spec("", leaf, sharding, sharding.mesh) if sharding else ((),) * len(leaf.shape)
-    return on_explicit(spec, mesh)
+    return keep_explicit(spec, mesh)
 
 
-def on_explicit(spec: Spec, mesh: AnyMesh) -> Spec:
-    """What a spec says of the Explicit axes of a mesh."""
+def keep_explicit(spec: Spec, mesh: AnyMesh) -> Spec:
+    """Drop all axes but the Explicit ones from a spec."""
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     kept = {axis for axis, kind in axes if kind == AxisType.Explicit}
     return tuple(tuple(axis for axis in over if axis in kept) for over in spec)
@@ -116,7 +117,7 @@ def axis_sizes(mesh: AnyMesh | None) -> dict[str, int]:
 
 
 def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
-    """Mesh axes that cross slices (DCN), as far as the devices tell."""
+    """Mesh axes that cross slices (DCN), if the devices know their slice."""
     if not isinstance(mesh, Mesh):
         return frozenset()
     slices = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0)(mesh.devices)
@@ -127,7 +128,7 @@ def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
     )
 
 
-def platform(mesh: AnyMesh) -> str | None:
+def mesh_platform(mesh: AnyMesh) -> str | None:
     """Platform of the mesh's devices: `cpu`, `tpu`, `gpu`; None if an abstract mesh hides it."""
     if isinstance(mesh, Mesh):
         return str(mesh.devices.flat[0].platform)
@@ -135,8 +136,8 @@ def platform(mesh: AnyMesh) -> str | None:
     return None if name is None else str(name)
 
 
-def _typed(leaf: Any) -> NamedSharding | None:
-    """What the array itself knows: the type's sharding, or that of concrete data."""
+def _own_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding of a traced array's type, or of a concrete array, if it says anything."""
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
     else:
@@ -145,12 +146,12 @@ def _typed(leaf: Any) -> NamedSharding | None:
 
 
 def _matters(sharding: NamedSharding) -> bool:
-    """Whether it says anything: a mesh of one device does in types that name its axes."""
+    """Whether a sharding says anything: it has several devices, or its spec names axes."""
     return math.prod(sharding.mesh.axis_sizes) > 1 or any(sharding.spec)
 
 
 def _given(leaves: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
-    """What the user says, by path."""
+    """The shardings that the user gave, by path."""
     if shardings is None:
         return {}
     tree = shardings(dict(leaves)) if callable(shardings) else shardings
@@ -159,12 +160,12 @@ def _given(leaves: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
     for path, entry in covers.items():
         if entry is None:
             raise ValueError(
-                f"shardings says nothing of {path!r}; give it a NamedSharding or PartitionSpec."
+                f"shardings has no entry for {path!r}; give it a NamedSharding or PartitionSpec."
             )
         if not _is_sharding(entries[entry]):
             raise TypeError(
-                f"shardings gives {path!r} a {type(entries[entry]).__name__}; give it a"
-                " NamedSharding or PartitionSpec."
+                f"the entry of shardings for {path!r} is a {type(entries[entry]).__name__}; it must"
+                " be a NamedSharding or PartitionSpec."
             )
     return {path: entries[entry] for path, entry in covers.items() if entry is not None}
 
@@ -186,7 +187,7 @@ def _one_mesh(named: Mapping[str, NamedSharding], mesh: AnyMesh | None) -> AnyMe
         first, reference = next(iter(meshes.items()))
         if axis_sizes(other) != axis_sizes(reference):
             raise ValueError(
-                f"{path} lies on the mesh {axis_sizes(other)}, and {first} is on"
+                f"{path} lies on the mesh {axis_sizes(other)}, but {first} on"
                 f" {axis_sizes(reference)}; put all parameters on one mesh."
             )
     found = next(iter(meshes.values()), None) or jax.sharding.get_abstract_mesh()
@@ -198,8 +199,8 @@ def _off_mesh(given: Mapping[str, Any]) -> LeafShardings:
     for path, spec in _of_type(given, PartitionSpec).items():
         if any(spec):
             raise ValueError(
-                f"shardings gives {path!r} the bare {spec} and there is no mesh; use NamedSharding,"
-                " pass mesh=, or call under jax.set_mesh(mesh)."
+                f"the entry of shardings for {path!r} is the bare {spec}, and there is no mesh; use"
+                " NamedSharding, pass mesh=, or call under jax.set_mesh(mesh)."
             )
     return LeafShardings(None, {})
 
@@ -209,7 +210,7 @@ def _spec(path: str, leaf: Any, sharding: Any, mesh: AnyMesh) -> Spec:
     spec = spec if isinstance(spec, PartitionSpec) else PartitionSpec()
     if len(spec) > len(leaf.shape):
         raise ValueError(
-            f"{path} of shape {tuple(leaf.shape)} has {len(leaf.shape)} axes and its spec {spec}"
+            f"{path} of shape {tuple(leaf.shape)} has {len(leaf.shape)} axes, but its spec {spec}"
             f" has {len(spec)} entries; give at most one entry per axis."
         )
     axes = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
@@ -225,8 +226,8 @@ def _spec(path: str, leaf: Any, sharding: Any, mesh: AnyMesh) -> Spec:
     return (*axes, *((),) * (len(leaf.shape) - len(axes)))
 
 
-def _is_blind(leaves: Mapping[str, Any], mesh: AnyMesh) -> bool:
-    """Whether leaves are traced and an axis of the mesh keeps its shardings to the compiler."""
+def _are_unknown(leaves: Mapping[str, Any], mesh: AnyMesh) -> bool:
+    """Whether leaves are traced and the mesh has Auto axes, on which only the compiler knows."""
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
     auto = any(
         kind == AxisType.Auto and size > 1

@@ -1,7 +1,7 @@
 """The plan: which device works on which matrices, what moves, and what it costs. Pure data.
 
-`planner.py` makes it, `execute.py` does what it says, `report.py` prints it. The compiled program
-is held to the bytes and operations that stand here.
+`planner.py` makes it, `execute.py` runs it, `report.py` prints it. Tests hold the compiled program
+to the bytes and operations of the plan.
 """
 
 from __future__ import annotations
@@ -15,38 +15,31 @@ import numpy as np
 
 from optax_muon.matrices.views import BoundView
 from optax_muon.sharding import report
+from optax_muon.sharding.assignment import Assignment
 from optax_muon.sharding.buckets import Bucket
-from optax_muon.sharding.cost import Cost, WorkModel
+from optax_muon.sharding.cost import Cost, Traffic, WorkModel
 from optax_muon.sharding.mesh import AnyMesh, axis_sizes, slow_axes
-from optax_muon.sharding.search import LOCAL, Assignment
-from optax_muon.sharding.shards import Leaf
+from optax_muon.sharding.shards import LeafShard
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketPlan:
-    """A bucket and how its matrices are dealt out."""
+    """A bucket and how its matrices are assigned to devices."""
 
     bucket: Bucket
     """The matrices, as one device sees them."""
     assignments: tuple[Assignment, ...]
-    """What is done with them."""
+    """Who works on them, in order; they cover the bucket."""
     copies: int
-    """Buckets of other matrices like this one, on other devices (experts, say)."""
-    whole: Cost
-    """Of one matrix on one device."""
+    """Number of such buckets, with other matrices, on other devices (experts, for example)."""
+    matrix_cost: Cost
+    """Cost of one matrix on one device."""
     seconds: Mapping[str, float]
     """Modelled time of this choice (`chosen`), and of `home` and `gather` for all matrices."""
 
     @property
-    def turned(self) -> bool:
-        """Whether the matrices come to the orthogonalizer transposed, and by no other way."""
-        return self.bucket.turned and all(
-            assignment.layout == LOCAL for assignment in self.assignments
-        )
-
-    @property
     def cost(self) -> Cost:
-        """Of one update, per device."""
+        """Cost of one update, per device."""
         return sum((assignment.cost for assignment in self.assignments), Cost())
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,92 +60,109 @@ class BucketPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who works on what. Printable; `to_dict()` for machines."""
+    """Who works on what: `print` it, read its fields, or write `to_dict()` as JSON."""
 
     mesh: AnyMesh | None
     """The mesh; None on one device."""
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[LeafShard, ...]
     """All parameters that have matrices."""
     buckets: tuple[BucketPlan, ...]
     """All matrices, by shape, dtype and sharding."""
     work: WorkModel
     """How the orthogonalizer was counted."""
     unknown_shardings: bool = False
-    """Whether the leaves lie on a mesh of which nothing is known: all moves are the compiler's."""
+    """True if the shardings are unknown (Auto axes under trace): the compiler communicates."""
+
+    @property
+    def mesh_axes(self) -> dict[str, int]:
+        """Names and sizes of the mesh axes; empty on one device."""
+        return axis_sizes(self.mesh)
 
     @property
     def cost(self) -> Cost:
-        """Of one update, per device."""
-        turned = sum(2 * leaf.turned for leaf in self.leaves) * self.work.itemsize
-        return sum(
-            (bucket_plan.cost for bucket_plan in self.buckets), Cost(bytes=turned, wire=turned)
+        """Cost of one update, per device."""
+        each_way = sum(leaf.resharded_entries for leaf in self.leaves) * self.work.itemsize
+        resharding = Cost(
+            collective_bytes=2 * each_way, traffic=Traffic(inward=each_way, outward=each_way)
         )
+        return sum((bucket_plan.cost for bucket_plan in self.buckets), resharding)
 
     @property
     def balanced_flops(self) -> float:
-        """Operations per device if the work of all matrices were spread evenly over all devices."""
-        whole = sum(d.bucket.size * d.copies * d.whole.flops for d in self.buckets)
+        """Operations per device if the work were spread evenly over all devices."""
+        whole = sum(d.bucket.size * d.copies * d.matrix_cost.flops for d in self.buckets)
         return whole / self.devices
 
     @property
-    def comm_vs_adamw(self) -> float:
-        """Bytes that a step of training communicates, over those with distributed AdamW.
+    def load_ratio(self) -> float:
+        """Operations of a device over `balanced_flops`; 1 is a perfect balance."""
+        return self.cost.flops / self.balanced_flops if self.balanced_flops else 1.0
 
-        Per parameter, AdamW scatters 4 bytes of gradient and gathers 4 of parameter; Muon moves
-        what the plan says on top (arXiv 2502.16982, section 2.3).
+    @property
+    def received_ratio(self) -> float:
+        """Bytes that a device receives over the lower bound; 1 is optimal."""
+        least = self.cost.min_received_bytes
+        return self.cost.received_bytes / least if least else 1.0
+
+    @property
+    def comm_vs_adamw(self) -> float:
+        """Bytes that a training step communicates, over those of a step of distributed AdamW.
+
+        Per parameter, AdamW scatters 4 bytes of gradient and gathers 4 bytes of parameter; Muon
+        adds what the plan moves (arXiv 2502.16982, section 2.3).
         """
         sizes = (d.bucket.size * d.copies * d.bucket.rows * d.bucket.cols for d in self.buckets)
-        return 1 + self.cost.bytes / max(8 * sum(sizes), 1)
+        return 1 + self.cost.collective_bytes / max(8 * sum(sizes), 1)
 
     @property
     def devices(self) -> int:
         """Devices that share the work: those of the mesh, or of one of its slices."""
         slow = slow_axes(self.mesh)
-        return math.prod(n for axis, n in axis_sizes(self.mesh).items() if axis not in slow)
+        return math.prod(n for axis, n in self.mesh_axes.items() if axis not in slow)
 
     def __str__(self) -> str:
-        return report.table(self.to_dict())
+        return report.table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain numbers, strings and lists: sizes in bytes, work in operations."""
+        """In plain numbers, strings and lists: sizes in bytes, work in operations."""
         return {
-            "mesh": axis_sizes(self.mesh),
+            "mesh": self.mesh_axes,
             "devices": self.devices,
             "dtype": str(self.work.dtype),
             "steps": self.work.steps,
             "balanced_flops": self.balanced_flops,
             "comm_vs_adamw": self.comm_vs_adamw,
-            **dataclasses.asdict(self.cost),
+            **self.cost.to_dict(),
             "buckets": [bucket_plan.to_dict() for bucket_plan in self.buckets],
         }
 
     def check(self, bounds: Mapping[str, BoundView]) -> None:
-        """See that the plan was made for these matrices.
+        """Check that the plan was made for these matrices.
 
         Raises:
-          ValueError: a parameter with other matrices than planned.
+            ValueError: a parameter has other matrices than planned.
         """
         planned = {leaf.path: leaf.whole for leaf in self.leaves}
         for path in {**planned, **bounds}:
-            here, there = _words(bounds.get(path)), _words(planned.get(path))
-            if here != there:
+            found, wanted = _in_words(bounds.get(path)), _in_words(planned.get(path))
+            if found != wanted:
                 raise ValueError(
-                    f"{path} has {here}, and the plan was made for {there}; make the plan of these"
-                    " parameters, with these views."
+                    f"{path} has {found}, but the plan was made for {wanted}; plan again for these"
+                    " parameters and these views."
                 )
 
     def payload(self, dtype: np.dtype) -> np.dtype:
-        """Dtype that matrices travel in: the compute dtype, where it is half of their own."""
+        """Dtype in which matrices of a dtype travel: the compute dtype if that is narrower."""
         payload = self.work.dtype
         if self.mesh is None or payload is None or dtype.kind == "c":
             return dtype
-        if payload.itemsize >= min(dtype.itemsize, 4):  # who stores 64 bits means them
+        if payload.itemsize >= min(dtype.itemsize, 4):  # keep 64-bit storage as is
             return dtype
         # float16 would lose small gradients before they are normalised.
         return np.dtype(np.float32) if payload == np.float16 else payload
 
 
-def _words(bound: BoundView | None) -> str:
+def _in_words(bound: BoundView | None) -> str:
     """Matrices as an error message names them."""
     if bound is None:
         return "no matrices"

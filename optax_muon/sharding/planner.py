@@ -1,13 +1,13 @@
 """Planning: from shapes, views and shardings to a plan, in Python, before anything is traced.
 
-shapes + views + shardings -> leaves -> buckets -> lots -> print(plan)
+shapes + views + shardings -> leaf shards -> buckets -> assignments -> plan
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,98 +15,131 @@ import numpy as np
 from optax_muon.matrices.views import Block, BoundView
 from optax_muon.sharding.buckets import Bucket, Member
 from optax_muon.sharding.cost import CostModel, WorkModel
-from optax_muon.sharding.mesh import LeafShardings, axis_sizes, platform, slow_axes
+from optax_muon.sharding.exchange import Owned
+from optax_muon.sharding.gather import Gathered
+from optax_muon.sharding.mesh import LeafShardings, axis_sizes, mesh_platform, slow_axes
 from optax_muon.sharding.plan import BucketPlan, Plan
-from optax_muon.sharding.search import GATHER, HOME, BucketGeometry, LayoutSearch
-from optax_muon.sharding.shards import Leaf, leaf_on
+from optax_muon.sharding.search import BucketGeometry, LayoutClass, LayoutSearch
+from optax_muon.sharding.shards import LeafShard, shard_leaf
+
+LAYOUTS: Mapping[str, Mapping[str, Any]] = {
+    "home": {"layouts": (Owned,), "may_split": False},
+    "gather": {"layouts": (Gathered,)},
+}
+"""What can be asked for by name, as options of the search."""
 
 
-def make(
+def make_plan(
     bounds: Mapping[str, BoundView],
     dtypes: Mapping[str, np.dtype],
-    where: LeafShardings,
+    shardings: LeafShardings,
     work: WorkModel,
     *,
-    on: str | None = None,
-    layout: str | None = None,
+    platform: str | None = None,
+    layout: str | LayoutClass | None = None,
     model: CostModel | None = None,
     memory: int = 2**28,
 ) -> Plan:
-    """Plan from views bound to shapes, dtypes, and where the leaves lie.
+    """Plan for some leaves.
 
-    `on` is the platform; None is the mesh's. What else may be chosen, `optax_muon.plan` says.
+    Args:
+        bounds: path to the view of a leaf, bound to the leaf's shape.
+        dtypes: path to the dtype of the leaf.
+        shardings: the mesh, and how the leaves are sharded on it.
+        work: counts the orthogonalizer.
+        platform: `tpu`, `gpu` or `cpu`; None is the mesh's, and CPU where that is unknown.
+        layout: `home` or `gather` for all matrices, or a layout class of your own; None takes the
+            cheapest for each bucket.
+        model: rates that decide between layouts; None takes those of the platform.
+        memory: bytes of temporary arrays above which an assignment is done in chunks.
+
+    Raises:
+        ValueError: an unknown layout or platform, or a fused axis that the mesh cuts across its
+            parts and that cannot be made whole.
     """
-    if layout not in (None, HOME, GATHER):
-        raise ValueError(f"layout {layout!r} is unknown; use 'home', 'gather', or None to choose.")
-    kind = on or (where.mesh and platform(where.mesh)) or "cpu"
+    options = _search_options(layout)
+    kind = platform or (shardings.mesh and mesh_platform(shardings.mesh)) or "cpu"
     work = work.with_platform(kind)
-    sizes = axis_sizes(where.mesh)
+    sizes = axis_sizes(shardings.mesh)
     leaves = tuple(
-        leaf_on(path, bound, where.specs.get(path, ((),) * len(bound.shape)), sizes)
+        shard_leaf(path, bound, shardings.specs.get(path, ((),) * len(bound.shape)), sizes)
         for path, bound in bounds.items()
     )
-    free = [axis for axis in sizes if axis not in slow_axes(where.mesh)]
-    deal = functools.partial(
-        _deal,
-        sizes=sizes,
-        free=free,
-        work=work,
-        model=model or CostModel.for_platform(kind),
-        layout=layout,
-        memory=memory,
+    search = functools.partial(
+        LayoutSearch, work=work, model=model or CostModel.for_platform(kind), memory=memory
     )
-    # In, out, and out in float32 where it is turned back: four times what is pooled is held.
-    pooled = pool(leaves, dtypes, sizes, memory // (4 * work.itemsize))
-    bucket_plan = tuple(deal(bucket) for bucket in pooled)
+    # Four copies are held: in, out, and out in float32 where it is transposed back.
+    buckets = make_buckets(leaves, dtypes, sizes, memory // (4 * work.itemsize))
+    usable = {axis: n for axis, n in sizes.items() if axis not in slow_axes(shardings.mesh)}
     return Plan(
-        where.mesh,
+        shardings.mesh,
         leaves,
-        bucket_plan,
+        tuple(plan_bucket(bucket, sizes, usable, search, options) for bucket in buckets),
         work,
-        unknown_shardings=where.mesh is None and where.unknown_shardings,
+        unknown_shardings=shardings.mesh is None and shardings.unknown_shardings,
     )
 
 
-def _deal(
+def _search_options(layout: str | LayoutClass | None) -> Mapping[str, Any]:
+    if layout is None:
+        return {"layouts": (Owned, Gathered)}
+    if not isinstance(layout, str):
+        return {"layouts": (layout,)}
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; use 'home', 'gather', or None to choose.")
+    return LAYOUTS[layout]
+
+
+def plan_bucket(
     bucket: Bucket,
     sizes: Mapping[str, int],
-    free: Iterable[str],
-    work: WorkModel,
-    model: CostModel,
-    layout: str | None,
-    memory: int,
+    usable: Mapping[str, int],
+    search: Callable[..., LayoutSearch],
+    options: Mapping[str, Any],
 ) -> BucketPlan:
-    """Choose the lots of a bucket."""
+    """Assign the matrices of a bucket to devices.
+
+    Args:
+        bucket: the matrices.
+        sizes: mesh axis to number of devices.
+        usable: the same, for the axes whose copies may share the work.
+        search: a `LayoutSearch` that lacks a geometry and options.
+        options: those of the layout that was asked for.
+    """
     cut = (*bucket.rows_over, *bucket.cols_over, *bucket.batch_over)
-    copies = [axis for axis in free if axis not in cut and sizes[axis] > 1]
+    copies = [axis for axis, size in usable.items() if axis not in cut and size > 1]
     rows, cols, copies_over = (
         tuple((axis, sizes[axis]) for axis in axes)
         for axes in (bucket.rows_over, bucket.cols_over, copies)
     )
-    shape = BucketGeometry(bucket.rows, bucket.cols, rows, cols, copies_over)
+    geometry = BucketGeometry(bucket.rows, bucket.cols, rows, cols, copies_over)
     ways = {
-        name: LayoutSearch(shape, work, model, way, memory).assignments(bucket.size)
-        for name, way in (("chosen", layout), (HOME, HOME), (GATHER, GATHER))
+        name: search(geometry, **chosen) for name, chosen in {"chosen": options, **LAYOUTS}.items()
     }
+    found = {name: way.assignments(bucket.size) for name, way in ways.items()}
+    chosen = ways["chosen"]
     return BucketPlan(
         bucket,
-        assignments=ways["chosen"],
+        assignments=found["chosen"],
         copies=math.prod(sizes[axis] for axis in bucket.batch_over),
-        whole=work.cost_of(bucket.rows, bucket.cols),
+        matrix_cost=chosen.work.cost_of(bucket.rows, bucket.cols),
         seconds={
-            n: sum(model.seconds(assignment.cost) for assignment in assignments)
-            for n, assignments in ways.items()
+            name: sum(chosen.model.seconds(each.cost) for each in assignments)
+            for name, assignments in found.items()
         },
     )
 
 
-def pool(
-    leaves: Iterable[Leaf], dtypes: Mapping[str, np.dtype], sizes: Mapping[str, int], entries: int
+def make_buckets(
+    leaves: Iterable[LeafShard],
+    dtypes: Mapping[str, np.dtype],
+    sizes: Mapping[str, int],
+    entries: int,
 ) -> tuple[Bucket, ...]:
-    """Pool matrices by shape, dtype and sharding, in order of first appearance.
+    """Group matrices by shape, dtype and sharding, in order of first appearance.
 
-    A block that alone has more than `entries` numbers on a device, and as many matrices for every
-    device, is a bucket of its own: pooling would only copy it.
+    A block with more than `entries` numbers on a device, whose matrices divide evenly among the
+    devices, gets a bucket of its own: stacking it with others would only copy it.
     """
     members: dict[tuple[Any, ...], list[Member]] = {}
     for leaf in leaves:
@@ -129,11 +162,13 @@ class _Side(NamedTuple):
     over: tuple[str, ...]
 
 
-def _sides(leaf: Leaf, block: Block, sizes: Mapping[str, int]) -> tuple[bool, tuple[_Side, _Side]]:
-    """Whether to transpose, and the short and the long side then.
+def _sides(
+    leaf: LeafShard, block: Block, sizes: Mapping[str, int]
+) -> tuple[bool, tuple[_Side, _Side]]:
+    """Whether to transpose, and the short and the long side after that.
 
-    A square matrix is turned so that the mesh axes of its rows come first: `P('fsdp', 'tp')` and
-    `P('tp', 'fsdp')` share a bucket.
+    A square matrix is transposed if that puts the mesh axes of its rows first, so that
+    `P('fsdp', 'tensor')` and `P('tensor', 'fsdp')` share a bucket.
     """
 
     def side(length: int, over: tuple[str, ...]) -> _Side:

@@ -1,81 +1,76 @@
-"""The plan as a person reads it: made from `Plan.to_dict()`, a line for every lot of matrices."""
+"""The plan as a table for people: one line per assignment, and the totals per device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-Entry = Mapping[str, Any]
+from optax_muon.sharding.assignment import Assignment
 
-HEADS = (
+if TYPE_CHECKING:
+    from optax_muon.sharding.plan import BucketPlan, Plan
+
+HEADERS = (
     *("matrices", "rows over", "cols over", "layout", "worked on by", "each"),
-    *("idle", "turns", "form", "GFLOP", "MiB moved", "MiB held", "modelled time"),
+    *("padding", "chunks", "form", "GFLOP", "MiB of results", "MiB held", "modelled time"),
 )
 
 
-def table(plan: Entry) -> str:
-    """A line for every lot, and the totals per device."""
-    rows = [
-        _row(bucket, assignment)
-        for bucket in plan["buckets"]
-        for assignment in bucket["assignments"]
-    ]
-    return "\n".join((_title(plan), "", *_aligned([HEADS, *rows]), "", *_totals(plan)))
+def table(plan: Plan) -> str:
+    """One line per assignment, and the totals per device.
+
+    `GFLOP`, `MiB of results` (of collectives) and `MiB held` (temporary arrays) are per device and
+    update.
+    """
+    rows = [_row(bucket, each) for bucket in plan.buckets for each in bucket.assignments]
+    return "\n".join((_title(plan), "", *_aligned([HEADERS, *rows]), "", *_totals(plan)))
 
 
-def _title(plan: Entry) -> str:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    where = f"{plan['devices']} devices ({mesh})" if plan["devices"] > 1 else "one device"
-    steps = f"{plan['steps']} steps in " if plan["steps"] else ""
-    return f"Muon on {where}: {steps}{plan['dtype']}"
+def _title(plan: Plan) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh_axes.items())
+    devices = f"{plan.devices} devices ({mesh})" if plan.devices > 1 else "one device"
+    steps = f"{plan.work.steps} steps in " if plan.work.steps else ""
+    return f"Muon on {devices}: {steps}{plan.work.dtype}"
 
 
-def _row(bucket: Entry, assignment: Entry) -> tuple[str, ...]:
+def _row(bucket_plan: BucketPlan, assignment: Assignment) -> tuple[str, ...]:
+    bucket, cost = bucket_plan.bucket, assignment.cost
     return (
-        f"{assignment['count'] * bucket['copies']} x ({bucket['rows']} x {bucket['cols']})",
-        " ".join(bucket["rows_over"]) or "-",
-        " ".join(bucket["cols_over"]) or "-",
-        assignment["layout"],
-        _workers(bucket, assignment),
-        str(assignment["owned"]),
-        str(assignment["padding"]),
-        str(assignment["rounds"]),
-        assignment["form"] or "-",
-        f"{assignment['flops'] / 1e9:.1f}",
-        f"{assignment['bytes'] / 2**20:.1f}",
-        f"{assignment['memory'] / 2**20:.0f}",
-        _why(bucket["seconds"]) if assignment["start"] == 0 else "remainder",
+        f"{assignment.count * bucket_plan.copies} x ({bucket.rows} x {bucket.cols})",
+        " ".join(bucket.rows_over) or "-",
+        " ".join(bucket.cols_over) or "-",
+        assignment.layout,
+        assignment.describe(bucket_plan.copies),
+        str(assignment.owned),
+        str(assignment.padding),
+        str(assignment.chunks),
+        assignment.form or "-",
+        f"{cost.flops / 1e9:.1f}",
+        f"{cost.collective_bytes / 2**20:.1f}",
+        f"{cost.memory / 2**20:.0f}",
+        _compared(bucket_plan.seconds) if assignment.start == 0 else "remainder",
     )
 
 
-def _workers(bucket: Entry, assignment: Entry) -> str:
-    if assignment["layout"] in ("local", "gather"):
-        return "each device" if assignment["layout"] == "local" else "all alike"
-    homes = math.prod(assignment["homes"].values()) * bucket["copies"]
-    sharing = math.prod(assignment["shared_by"].values())
-    return f"{homes} x {sharing} devices" if sharing > 1 else f"{homes} devices"
-
-
-def _why(seconds: Mapping[str, float]) -> str:
-    """Modelled time of a bucket, and what else it could have cost."""
+def _compared(seconds: Mapping[str, float]) -> str:
+    """Modelled time of a bucket, and that of the layouts that were not chosen."""
     chosen = seconds["chosen"]
     others = (f"{name} {seconds[name] / chosen:.2g}x" for name in ("home", "gather"))
     return f"{chosen * 1e3:.2g} ms ({', '.join(others)})"
 
 
-def _totals(plan: Entry) -> Iterable[str]:
-    flops, wire = (
-        f"{plan[cost] / plan[bound]:.2f} of" if plan[bound] else "1.00 of"
-        for cost, bound in (("flops", "balanced_flops"), ("wire", "least"))
-    )
-    yield f"per device {plan['flops'] / 1e9:.1f} GFLOP, {flops} an even share"
+def _totals(plan: Plan) -> Iterator[str]:
+    cost = plan.cost
+    yield f"per device {cost.flops / 1e9:.1f} GFLOP, {plan.load_ratio:.2f}x a balanced share"
     yield (
-        f"           {plan['wire'] / 2**20:.1f} MiB arrive, {wire} the least"
-        f" ({plan['bytes'] / 2**20:.1f} MiB of results of collectives)"
+        f"           {cost.received_bytes / 2**20:.1f} MiB received,"
+        f" {plan.received_ratio:.2f}x the lower bound"
+        f" ({cost.collective_bytes / 2**20:.1f} MiB of results of collectives)"
     )
-    yield f"           {plan['memory'] / 2**20:.0f} MiB of temporary arrays at the peak"
-    yield f"a step communicates {plan['comm_vs_adamw']:.3f} of what it does with distributed AdamW"
+    yield f"           {cost.memory / 2**20:.0f} MiB of temporary arrays at the peak"
+    yield (
+        f"a step communicates {plan.comm_vs_adamw:.3f}x the bytes of a step of distributed AdamW"
+    )
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

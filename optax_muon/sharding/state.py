@@ -1,7 +1,7 @@
-"""How an optimizer's state lies on a mesh: as the parameters do, or cut further (ZeRO-1).
+"""Shardings of an optimizer's state: those of the parameters, or cut further (ZeRO-1).
 
-A momentum has the shape of its parameter and takes its sharding; counts are replicated. The plan
-never enters the state, so a checkpoint of it restores on any mesh.
+A momentum has the shape of its parameter and takes its sharding; step counts are replicated. The
+plan never enters the state, so a checkpoint restores on any mesh.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ def state_shardings(
     *,
     zero1: str | Sequence[str] = (),
 ) -> Any:
-    """Shardings of `tx.init(params)`, for `jit(tx.init, out_shardings=...)` and for orbax.
+    """Return the shardings of `tx.init(params)`, for `jit(out_shardings=...)` and for orbax.
+
+    On Auto mesh axes, pass them to the training step as `out_shardings` too: otherwise the compiler
+    is free to lay out its results.
 
     Args:
-      tx: the optimizer, wrapped and chained as it is used.
-      params: arrays or `ShapeDtypeStruct`s.
-      shardings: a tree, or prefix of one, of `NamedSharding`: those of the parameters.
-      zero1: mesh axes that hold copies of parameters, and are to hold parts of their momenta: the
-        paper's ZeRO-1 (arXiv 2502.16982, section 2.3). See `zero1_shardings`.
+        tx: the optimizer, with all its wrappers.
+        params: arrays or `ShapeDtypeStruct`s.
+        shardings: those of the parameters: a tree, or prefix of one, of `NamedSharding`.
+        zero1: mesh axes that replicate parameters, over which the momenta are to be cut: ZeRO-1 as
+            in arXiv 2502.16982, section 2.3. On Auto axes the optimizer has to be told as well, by
+            `muon(shardings=zero1_shardings(...))`.
 
     Returns:
-      A tree of `NamedSharding` with the structure of the state.
-
-    On Auto mesh axes give the training step these shardings as `out_shardings` too: what comes out
-    of a program is the compiler's to lay out there.
+        A tree of `NamedSharding` with the structure of the state.
 
     Raises:
-      ValueError: a parameter without a sharding, or an axis that its mesh lacks.
+        ValueError: a parameter without a sharding, or an axis that the mesh lacks.
 
     >>> import jax.numpy as jnp, optax_muon
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -68,21 +69,24 @@ def state_shardings(
 def zero1_shardings(
     params: optax.Params, shardings: Any, *, axes: str | Sequence[str]
 ) -> dict[str, NamedSharding]:
-    """Cut every parameter further, over mesh axes that hold copies of it.
+    """Cut every parameter further, over mesh axes that replicate it (ZeRO-1).
 
-    The first axis of a parameter that divides is cut: of stacked layers or experts the stack, so
-    that matrices stay whole. A parameter that does not divide keeps its copies.
+    The first axis of a parameter that divides is cut. For stacked layers or experts that is the
+    stack, so that matrices stay whole. A parameter that does not divide stays replicated.
+
+    This is separate from `state_shardings` because on Auto mesh axes the optimizer itself takes the
+    result, as `muon(shardings=...)`, and has to exist before its state has shardings.
 
     Args:
-      params: arrays or `ShapeDtypeStruct`s.
-      shardings: a tree, or prefix of one, of `NamedSharding`.
-      axes: one mesh axis, or several.
+        params: arrays or `ShapeDtypeStruct`s.
+        shardings: a tree, or prefix of one, of `NamedSharding`.
+        axes: one mesh axis, or several.
 
     Returns:
-      Path to sharding: what `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
+        Path to sharding: what `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
 
     Raises:
-      ValueError: a parameter without a sharding, or an axis that its mesh lacks.
+        ValueError: a parameter without a sharding, or an axis that the mesh lacks.
     """
     entries = paths.named_leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
     found: dict[str, NamedSharding] = {}
@@ -97,7 +101,7 @@ def zero1_shardings(
         for name in names:
             if name not in mesh.axis_names:
                 raise ValueError(
-                    f"There is no axis {name!r} to cut {path} over; its mesh has"
+                    f"there is no axis {name!r} to cut {path} over; its mesh has"
                     f" {', '.join(mesh.axis_names)}."
                 )
         found[path] = _cut_further(leaf.shape, entries[entry], names)

@@ -18,7 +18,7 @@ from optax_muon.matrices.views import BoundView, Views
 from optax_muon.planning import bind_views, make_plan
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
-from optax_muon.sharding.mesh import LeafShardings, Shardings, read
+from optax_muon.sharding.mesh import LeafShardings, Shardings, resolve_shardings
 from optax_muon.sharding.plan import Plan
 
 
@@ -78,7 +78,7 @@ def _plan(
     shardings: Shardings,
     orthogonalizer: Orthogonalizer,
 ) -> Plan:
-    where = read({path: leaves[path] for path in bounds}, shardings)
+    where = resolve_shardings({path: leaves[path] for path in bounds}, shardings)
     if where.unknown_shardings:
         warnings.warn(
             "Muon cannot see how its updates are sharded on the Auto axes of this mesh, and leaves"

@@ -17,7 +17,7 @@ FAR, NEAR = Piece("fsdp", 4, 2, 2), Piece("fsdp", 4, 2, 1)
 GROUPS = {
     "one axis": ((FSDP,), [[0, 2, 4, 6], [1, 3, 5, 7]]),
     "both axes": ((FSDP, TP), [[0, 1, 2, 3, 4, 5, 6, 7]]),
-    "both axes, turned": ((TP, FSDP), [[0, 2, 4, 6, 1, 3, 5, 7]]),
+    "both axes, minor first": ((TP, FSDP), [[0, 2, 4, 6, 1, 3, 5, 7]]),
     "far half of an axis": ((FAR,), [[0, 4], [1, 5], [2, 6], [3, 7]]),
     "near half of an axis": ((NEAR,), [[0, 2], [1, 3], [4, 6], [5, 7]]),
     "far half and an axis": ((FAR, TP), [[0, 1, 4, 5], [2, 3, 6, 7]]),

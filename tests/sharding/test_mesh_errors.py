@@ -52,14 +52,14 @@ def test_an_axis_used_twice():
 
 def test_a_spec_longer_than_the_rank():
     text = refused(on_q(P(None, None, "fsdp")))
-    assert text.startswith("q/kernel of shape (64, 32) has 2 axes and its spec ")
+    assert text.startswith("q/kernel of shape (64, 32) has 2 axes, but its spec ")
     assert text.endswith(" has 3 entries; give at most one entry per axis.")
 
 
 def test_a_matrix_without_a_spec():
     shardings = {"embed/embedding": P(), "o/kernel": P()}
     assert refused(shardings) == (
-        "shardings says nothing of 'q/kernel'; give it a NamedSharding or PartitionSpec."
+        "shardings has no entry for 'q/kernel'; give it a NamedSharding or PartitionSpec."
     )
 
 
@@ -80,13 +80,14 @@ def test_a_spec_for_a_module_covers_its_parameters():
 
 def test_something_else_than_a_sharding():
     assert refused(on_q("fsdp"), error=TypeError) == (
-        "shardings gives 'q/kernel' a str; give it a NamedSharding or PartitionSpec."
+        "the entry of shardings for 'q/kernel' is a str; it must be a NamedSharding or"
+        " PartitionSpec."
     )
 
 
 def test_a_spec_without_a_mesh():
     text = refused(on_q(P("fsdp")), mesh=None)
-    assert text.startswith("shardings gives 'q/kernel' the bare ")
+    assert text.startswith("the entry of shardings for 'q/kernel' is the bare ")
     assert "use NamedSharding, pass mesh=, or call under jax.set_mesh(mesh)." in text
 
 
@@ -94,14 +95,14 @@ def test_parameters_on_two_meshes():
     shardings = {path: NamedSharding(MESH, P()) for path in PARAMS}
     shardings["q/kernel"] = NamedSharding(OTHER, P())
     assert refused(shardings, mesh=None) == (
-        "q/kernel lies on the mesh {'fsdp': 2, 'tp': 4}, and o/kernel is on"
+        "q/kernel lies on the mesh {'fsdp': 2, 'tp': 4}, but o/kernel on"
         " {'fsdp': 4, 'tp': 2}; put all parameters on one mesh."
     )
 
 
 def test_parameters_on_another_mesh_than_named():
     assert refused(NamedSharding(MESH, P()), mesh=OTHER) == (
-        "o/kernel lies on the mesh {'fsdp': 4, 'tp': 2}, and the argument mesh is on"
+        "o/kernel lies on the mesh {'fsdp': 4, 'tp': 2}, but the argument mesh on"
         " {'fsdp': 2, 'tp': 4}; put all parameters on one mesh."
     )
 
@@ -156,27 +157,27 @@ def test_a_plan_for_another_shape():
     made = plan(PARAMS, views=VIEWS)
     other = PARAMS | {"q/kernel": jax.ShapeDtypeStruct((64, 48), np.float32)}
     assert unfit(made, updates(other)) == (
-        "q/kernel has the shape (64, 48) read as 1 x (64 x 48), and the plan was made for the shape"
-        " (64, 32) read as 1 x (64 x 32); make the plan of these parameters, with these views."
+        "q/kernel has the shape (64, 48) read as 1 x (64 x 48), but the plan was made for the shape"
+        " (64, 32) read as 1 x (64 x 32); plan again for these parameters and these views."
     )
 
 
 def test_a_plan_for_other_views():
     made = plan(PARAMS, views=VIEWS)
     views = VIEWS | {"q/kernel": View(0, 1, Split.equal(1, 32, parts=2))}
-    assert "read as 2 x (64 x 16), and the plan" in unfit(made, updates(), views)
+    assert "read as 2 x (64 x 16), but the plan" in unfit(made, updates(), views)
 
 
 def test_a_plan_that_lacks_a_matrix():
     made = plan(PARAMS, views=VIEWS | {"q/kernel": None})
-    assert "and the plan was made for no matrices; make" in unfit(made, updates())
+    assert "but the plan was made for no matrices; plan again" in unfit(made, updates())
 
 
 def test_a_plan_of_a_matrix_that_is_not_there():
     made = plan(PARAMS, views=VIEWS)
     few = {path: x for path, x in PARAMS.items() if path != "q/kernel"}
     views = {path: VIEWS[path] for path in few}
-    assert unfit(made, updates(few), views).startswith("q/kernel has no matrices, and the plan")
+    assert unfit(made, updates(few), views).startswith("q/kernel has no matrices, but the plan")
 
 
 def test_a_plan_for_other_shardings_on_explicit_axes():

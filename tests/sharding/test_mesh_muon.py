@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_muon import Split, View, muon, plan, state_shardings
-from optax_muon.hlo import counts
+from optax_muon.hlo import collective_counts
 
 MODEL = {
     "embed/embedding": ((32, 16), P("fsdp", "tp"), None),
@@ -208,7 +208,7 @@ def test_a_plan_may_be_given(layout, kind):
     params, gradient = placed(kind, 0), placed(kind, 1)
     state = begin(tx, params)
     check(step(params, state, gradient)[0], kind, alone(steps=1))
-    found = counts(step.lower(params, state, gradient).compile().as_text())
+    found = collective_counts(step.lower(params, state, gradient).compile().as_text())
     # Beside the plan's own: one pair of all-to-alls makes the fused axis whole and cuts it again.
     pairs = 2 * sum(
         bool(assignment.roles)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import FREE_MESSAGES, case, layers
 
 from optax_muon import Split, View, gram_newton_schulz, orthogonalize
-from optax_muon.hlo import collectives, counts
+from optax_muon.hlo import collective_counts, collectives
 
 WHOLE, STACKED = View(0, 1), View(1, 2)
 GRID = {"fsdp": 4, "tp": 2}
@@ -30,7 +30,7 @@ def squares_and_others():
     return {
         "square": ((64, 64), BOTH, WHOLE),
         "tall": ((96, 64), P("tp", "fsdp"), WHOLE),
-        "turned": ((64, 64), P("tp", "fsdp"), WHOLE),
+        "transposed": ((64, 64), P("tp", "fsdp"), WHOLE),
         "wide": ((64, 96), BOTH, WHOLE),
     }
 
@@ -100,11 +100,12 @@ def test_the_updates_are_those_of_one_device(name, kind):
 
 @pytest.mark.parametrize("name", HOME)
 def test_whole_matrices_need_all_to_alls_and_one_gather_of_copies(name):
-    found = counts(meshes.run(HOME[name], "explicit").text)
+    found = collective_counts(meshes.run(HOME[name], "explicit").text)
     copies = any(
-        assignment.copies
+        role.holds == "copies"
         for bucket_plan in HOME[name].plan().buckets
         for assignment in bucket_plan.assignments
+        for role in assignment.roles
     )
     assert found.keys() <= {"all-to-all", *(["all-gather"] if copies else [])}
 
@@ -119,16 +120,16 @@ def test_shared_matrices_are_what_the_test_means_them_to_be(name):
 
 
 @pytest.mark.parametrize("name", GATHER)
-def test_gathering_needs_one_gather_per_bucket_and_a_turn_of_parts(name):
+def test_gathering_needs_one_gather_per_bucket_and_two_all_to_alls_per_fused_axis(name):
     planned = GATHER[name].plan()
     gathers = sum(
         bool(assignment.roles)
         for bucket_plan in planned.buckets
         for assignment in bucket_plan.assignments
     )
-    turns = 2 * sum(leaf.turn is not None for leaf in planned.leaves)
-    expected = {"all-gather": gathers, "all-to-all": turns}
-    found = counts(meshes.run(GATHER[name], "explicit").text)
+    reshards = 2 * sum(leaf.reshard is not None for leaf in planned.leaves)
+    expected = {"all-gather": gathers, "all-to-all": reshards}
+    found = collective_counts(meshes.run(GATHER[name], "explicit").text)
     assert found == {kind: count for kind, count in expected.items() if count}
 
 
@@ -138,7 +139,7 @@ def test_parts_travel_with_their_own_all_to_all_where_an_axis_is_fused():
     assert len(pairs) == 2  # makes the fused axis whole, over tp, and cuts it again
 
 
-# Turns
+# Chunks
 
 
 def deep(memory, **options):
@@ -146,18 +147,18 @@ def deep(memory, **options):
     return case(FSDP, leaves, memory=memory, **options)
 
 
-def test_turns_change_no_update_and_need_less_memory():
+def test_chunks_change_no_update_and_need_less_memory():
     free, tight = (meshes.run(deep(memory), "explicit") for memory in (2**30, 2**18))
-    assert deep(2**18).plan().buckets[0].assignments[0].rounds > 1
+    assert deep(2**18).plan().buckets[0].assignments[0].chunks > 1
     np.testing.assert_array_equal(tight.matrices["k"], free.matrices["k"])
     assert tight.temporary < 0.75 * free.temporary
 
 
 @pytest.mark.parametrize("layout", ["home", "gather"])
-def test_turns_move_as_many_bytes(layout):
+def test_chunks_move_as_many_bytes(layout):
     case = deep(2**18, layout=layout)
     found = collectives(meshes.run(case, "explicit").text)
-    assert sum(each.bytes * each.times for each in found) == case.plan().cost.bytes
+    assert sum(each.bytes * each.times for each in found) == case.plan().cost.collective_bytes
     assert meshes.error(meshes.run(case, "explicit").matrices, meshes.alone_of(case)) <= 1e-5
 
 
@@ -169,7 +170,7 @@ def test_the_program_does_not_grow_with_depth():
         for n in (16, 64)
     )
     assert twice.text.count(" dot(") == shallow.text.count(" dot(")
-    assert counts(twice.text) == counts(shallow.text) == {"all-to-all": 2}
+    assert collective_counts(twice.text) == collective_counts(shallow.text) == {"all-to-all": 2}
 
 
 # Shards of unequal length: possible on Auto axes, inside a program

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import FREE_MESSAGES
 
 import optax_muon
-from optax_muon.hlo import counts, moved
+from optax_muon.hlo import collective_bytes, collective_counts
 
 pytestmark = [pytest.mark.slow, pytest.mark.libtpu]
 
@@ -40,10 +40,10 @@ def dtypes(text, kind):
 def test_whole_matrices_take_two_all_to_alls_of_bfloat16():
     plan, program = compiled(chips(V5E, {"fsdp": 4, "tp": 2}), 16, (512, 1024))
     text = program.as_text()
-    assert counts(text) == {"all-to-all": 2}
+    assert collective_counts(text) == {"all-to-all": 2}
     assert dtypes(text, "all-to-all") == {"bf16"}
     # Two trips of a device's share: 16 x 512 x 1024 / 8 in two bytes each.
-    assert moved(text) == plan.cost.bytes == 4 * MIB
+    assert collective_bytes(text) == plan.cost.collective_bytes == 4 * MIB
 
 
 # The plain form makes A^2 by rows and gathers them; the Gram form only sums over the columns.
@@ -65,7 +65,7 @@ def test_a_remainder_shared_by_pieces_of_an_axis_moves_the_planned_bytes(shape, 
     text = program.as_text()
     assert dtypes(text, "all-to-all") == {"bf16"}
     assert dtypes(text, "all-gather") == gathered
-    assert moved(text) == pytest.approx(plan.cost.bytes, rel=0.02)
+    assert collective_bytes(text) == pytest.approx(plan.cost.collective_bytes, rel=0.02)
 
 
 def test_a_device_does_its_even_share_and_holds_little():
@@ -76,14 +76,14 @@ def test_a_device_does_its_even_share_and_holds_little():
     assert program.memory_analysis().temp_size_in_bytes <= 128 * MIB
 
 
-def test_what_is_done_in_turns_moves_no_more():
+def test_what_is_done_in_chunks_moves_no_more():
     mesh = chips(V5E, {"fsdp": 4, "tp": 2})
     at_once, _ = compiled(mesh, 32, (512, 1024))
     plan, program = compiled(mesh, 32, (512, 1024), memory=8 * MIB)
     [assignment] = plan.buckets[0].assignments
-    assert assignment.rounds > 1
-    assert counts(program.as_text()) == {"all-to-all": 2 * assignment.rounds}
-    assert moved(program.as_text()) == at_once.cost.bytes
+    assert assignment.chunks > 1
+    assert collective_counts(program.as_text()) == {"all-to-all": 2 * assignment.chunks}
+    assert collective_bytes(program.as_text()) == at_once.cost.collective_bytes
 
 
 def test_nothing_crosses_slices():
@@ -91,5 +91,5 @@ def test_nothing_crosses_slices():
     plan, program = compiled(mesh, 16, (512, 1024))
     text = program.as_text()
     assert plan.devices == 8
-    assert counts(text) == {"all-to-all": 2}
+    assert collective_counts(text) == {"all-to-all": 2}
     assert "megascale" not in text

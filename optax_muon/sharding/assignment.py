@@ -1,0 +1,149 @@
+"""An assignment: which devices work on a run of a bucket's matrices, and how the tiles reach them.
+
+Every mesh axis that a bucket's matrices are cut over, or replicated over, takes a role. Its devices
+are divided into homes, which own different matrices; the devices of one home share the columns of
+each matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Generator
+from typing import Any, Protocol
+
+import jax
+
+from optax_muon.sharding.cost import Cost
+from optax_muon.sharding.device_groups import Message, Piece
+
+ROWS, COLS, COPIES = "rows", "cols", "copies"
+
+Orthogonalizer = Callable[..., jax.Array]
+"""`[..., m, n] -> [..., m, n]`; takes `column_shards=Group` where the plan splits matrices."""
+
+Trip = Generator[Message, jax.Array, jax.Array]
+"""The journey of some tiles: yields each message, is sent what arrives, returns the results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one mesh axis does for an assignment."""
+
+    axis: str
+    """Name of the mesh axis."""
+    extent: int
+    """Devices along it."""
+    holds: str
+    """What its devices hold of a matrix: different `rows`, different `cols`, or `copies`."""
+    home: int
+    """Number of homes along the axis; the other factor of the extent shares each home."""
+
+    @property
+    def split(self) -> int:
+        """Devices along the axis that share a home."""
+        return self.extent // self.home
+
+    @property
+    def homes(self) -> Piece:
+        """The digit of a device's index that tells the homes apart."""
+        return Piece(self.axis, self.extent, self.home, self.split)
+
+    @property
+    def sharers(self) -> Piece:
+        """The digit of a device's index that tells the devices of one home apart."""
+        return Piece(self.axis, self.extent, self.split, 1)
+
+
+class Layout(Protocol):
+    """Where matrices are worked on, and how their tiles get there and back.
+
+    `exchange.Owned` and `gather.Gathered` are the two layouts of this package. A layout class also
+    has `assign`, by which the search asks for assignments (`search.LayoutClass`).
+    """
+
+    @property
+    def name(self) -> str:
+        """What reports print."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The mesh axes that take part."""
+
+    @property
+    def homes(self) -> tuple[Piece, ...]:
+        """The digits that number the homes, major first; empty if every device does the same."""
+
+    @property
+    def sharing(self) -> int:
+        """Devices that share the columns of each matrix."""
+
+    def describe(self, copies: int) -> str:
+        """Who works on the matrices, for a table; `copies` counts buckets of other matrices."""
+
+    def run(self, tiles: jax.Array, orthogonalizer: Orthogonalizer) -> Trip:
+        """Orthogonalize tiles `[k, m, n]`; runs inside `shard_map`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A run of a bucket's matrices that are treated alike."""
+
+    mechanism: Layout
+    """Who works on the matrices, and how the tiles travel."""
+    count: int
+    """Number of matrices, as one device counts them."""
+    cost: Cost
+    """Per device and update."""
+    start: int = 0
+    """Index of the first matrix in the bucket."""
+    padding: int = 0
+    """Zero matrices added so that every home gets the same number."""
+    chunks: int = 1
+    """Number of equal parts, one after the other, that keep temporary memory bounded."""
+    form: str = ""
+    """How each matrix is worked on, in the orthogonalizer's words."""
+
+    @property
+    def layout(self) -> str:
+        """Name of the layout: `local`, `home`, `split` or `gather`."""
+        return self.mechanism.name
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The mesh axes that take part."""
+        return self.mechanism.roles
+
+    @property
+    def homes(self) -> int:
+        """Number of homes."""
+        return math.prod(piece.size for piece in self.mechanism.homes)
+
+    @property
+    def sharing(self) -> int:
+        """Devices that share the columns of each matrix."""
+        return self.mechanism.sharing
+
+    @property
+    def owned(self) -> int:
+        """Matrices that a device works on, padding included."""
+        return (self.count + self.padding) // self.homes
+
+    def describe(self, copies: int = 1) -> str:
+        """Who works on the matrices, for a table; `copies` counts buckets of other matrices."""
+        return self.mechanism.describe(copies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain numbers, strings and lists."""
+        return {
+            "layout": self.layout,
+            "start": self.start,
+            "count": self.count,
+            "padding": self.padding,
+            "owned": self.owned,
+            "chunks": self.chunks,
+            "form": self.form,
+            "homes": {role.axis: role.home for role in self.roles},
+            "shared_by": {role.axis: role.split for role in self.roles},
+            **self.cost.to_dict(),
+        }
