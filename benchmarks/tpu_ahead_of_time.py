@@ -58,10 +58,10 @@ class Tree:
 _LLAMA = {16: (4, 4), 64: (16, 4), 256: (32, 8), 512: (64, 8)}
 TREES = {
     "Llama 3 8B": Tree(
-        functools.partial(abstract.llama3_8b, scanned=False), ("fsdp", "tp"), _LLAMA
+        functools.partial(abstract.llama3_8b, scanned=False), ("fsdp", "tensor"), _LLAMA
     ),
     "Llama 3 8B, scanned": Tree(
-        functools.partial(abstract.llama3_8b, scanned=True), ("fsdp", "tp"), _LLAMA
+        functools.partial(abstract.llama3_8b, scanned=True), ("fsdp", "tensor"), _LLAMA
     ),
     "Moonlight 16B": Tree(
         abstract.moonlight_16b,

@@ -77,6 +77,6 @@ def _shown(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
 def _describe(config: MoonlightConfig) -> str:
     total, active = count(config)
     return (
-        f"{config.depth} layers, {config.experts} experts, {total:,} parameters "
-        f"and {active:,} active ones, embeddings not counted"
+        f"{config.num_hidden_layers} layers, {config.n_routed_experts} experts, {total:,} "
+        f"parameters and {active:,} active ones, embeddings not counted"
     )

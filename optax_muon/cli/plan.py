@@ -39,8 +39,8 @@ class PlanModel:
 
     model: str = "llama3-8b"
     """Name of the model."""
-    mesh: str = "fsdp=16,tp=4"
-    """Axes and sizes of the mesh, major first: fsdp and tp, or expert and fsdp; data for copies."""
+    mesh: str = "fsdp=16,tensor=4"
+    """Axes and sizes of the mesh, major first: data, fsdp, expert, tensor."""
     layout: str | None = None
     """`home` or `gather` for all matrices; the cheapest for each if absent."""
     platform: str = "tpu"
@@ -96,15 +96,17 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _sizes(text: str) -> dict[str, int]:
-    """Axes and sizes of `fsdp=16,tp=4`.
+    """Axes and sizes of `fsdp=16,tensor=4`.
 
-    >>> _sizes("fsdp=16,tp=4")
-    {'fsdp': 16, 'tp': 4}
+    >>> _sizes("fsdp=16,tensor=4")
+    {'fsdp': 16, 'tensor': 4}
     """
     found = [re.fullmatch(r"\s*([A-Za-z_]\w*)=([1-9][0-9]{0,6})\s*", p) for p in text.split(",")]
     sizes = {match[1]: int(match[2]) for match in found if match}
     if len(sizes) < len(found):
-        raise UsageError(f"--mesh is {text!r}; write different axes and sizes, as in fsdp=16,tp=4")
+        raise UsageError(
+            f"--mesh is {text!r}; write different axes and sizes, as in fsdp=16,tensor=4"
+        )
     if math.prod(sizes.values()) > MOST_DEVICES:
         raise UsageError(f"--mesh {text} has more than {MOST_DEVICES} devices")
     return sizes

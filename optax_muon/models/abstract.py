@@ -2,7 +2,7 @@
 
 Llama 3 8B (arXiv 2407.21783, table 3) and Llama 3.2 1B, all layers stacked by scan or a leaf per
 layer, and Moonlight 16B-A3B (arXiv 2502.16982, section 3.3) with its 26 mixture-of-experts layers
-stacked. The width lies over `fsdp`, heads and hidden units over `tp`; experts lie over `expert`,
+stacked. The width lies over `fsdp`, heads and hidden units over `tensor`; experts lie over `expert`,
 which joins `fsdp` for every other parameter. `optax-muon plan` (`commands/plan.py`) plans for them.
 """
 
@@ -45,11 +45,13 @@ class Leaf:
         """As an abstract array on a mesh; axes that the mesh lacks are left out of the spec.
 
         >>> mesh = AbstractMesh((8,), ("fsdp",))
-        >>> Leaf((64, 256), P("fsdp", "tp")).on(mesh).sharding.shard_shape((64, 256))
+        >>> Leaf((64, 256), P("fsdp", "tensor")).on(mesh).sharding.shard_shape((64, 256))
         (8, 256)
         """
-        there = (tuple(name for name in over if name in mesh.axis_names) for over in self.over)
-        spec = P(*(over or None for over in there))
+        present_axes = (
+            tuple(name for name in over if name in mesh.axis_names) for over in self.over
+        )
+        spec = P(*(over or None for over in present_axes))
         return jax.ShapeDtypeStruct(self.shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
@@ -95,14 +97,14 @@ def axes(tree: Tree) -> tuple[str, ...]:
 
 
 def llama3_8b(*, scanned: bool) -> Tree:
-    """Llama 3 8B, for a mesh of `fsdp` and `tp`."""
+    """Llama 3 8B, for a mesh of `fsdp` and `tensor`."""
     width, vocabulary = 4096, 128256
     tree = llama(width, hidden=14336, keys=1024, vocabulary=vocabulary, layers=32, scanned=scanned)
-    return {**tree, "lm_head": Leaf((width, vocabulary), P("fsdp", "tp"))}
+    return {**tree, "lm_head": Leaf((width, vocabulary), P("fsdp", "tensor"))}
 
 
 def llama3_1b(*, scanned: bool) -> Tree:
-    """Llama 3.2 1B, for a mesh of `fsdp` and `tp`; its embedding is its head."""
+    """Llama 3.2 1B, for a mesh of `fsdp` and `tensor`; its embedding is its head."""
     return llama(2048, hidden=8192, keys=512, vocabulary=128256, layers=16, scanned=scanned)
 
 
@@ -147,7 +149,7 @@ MODELS: dict[str, Callable[[], Tree]] = {
 def llama(
     width: int, *, hidden: int, keys: int, vocabulary: int, layers: int, scanned: bool
 ) -> Tree:
-    """A Llama whose embedding is its head, for a mesh of `fsdp` and `tp`.
+    """A Llama whose embedding is its head, for a mesh of `fsdp` and `tensor`.
 
     Args:
         width: features of the residual stream.
@@ -157,7 +159,7 @@ def llama(
         layers: how many.
         scanned: whether layers are stacked, or a subtree each.
     """
-    into, out = P("fsdp", "tp"), P("tp", "fsdp")
+    into, out = P("fsdp", "tensor"), P("tensor", "fsdp")
     layer = {
         "attention_norm": Leaf((width,), P()),
         "q_proj": Leaf((width, width), into),
@@ -170,7 +172,7 @@ def llama(
         "down_proj": Leaf((hidden, width), out),
     }
     return {
-        "embedding": Leaf((vocabulary, width), P("tp", "fsdp")),
+        "embedding": Leaf((vocabulary, width), P("tensor", "fsdp")),
         "layers": _stack(layer, layers) if scanned else {str(i): layer for i in range(layers)},
         "final_norm": Leaf((width,), P()),
     }

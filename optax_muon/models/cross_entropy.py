@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.models.layers import BATCH, WHOLE, there, varying
+from optax_muon.models.layers import BATCH, FSDP_AXES, mark_varying, present_axes
 
 BLOCK = 1024
 """Tokens of a device whose logits are in memory at once: 640 MiB of float32 for Moonlight."""
@@ -31,7 +31,7 @@ def cross_entropy(
     Args:
         x: features, `[b, t, width]`; on a mesh over `layers.BATCH`.
         kernel: of the head, `[width, vocab]` in the dtype of `x`; on a mesh its rows lie over
-            `layers.WHOLE`, its columns over `tensor`.
+            `layers.FSDP_AXES`, its columns over `tensor`.
         targets: tokens, `[b, t]` int32.
         block: tokens of a device whose logits, `[block, vocab]` in float32, are in memory at once.
 
@@ -45,17 +45,17 @@ def cross_entropy(
     """
     apply = functools.partial(_on_a_device, block=block)
     if not jax.sharding.get_abstract_mesh().empty:
-        tokens = P(there(BATCH))
-        head = P(there(WHOLE), there("tensor"))
+        tokens = P(present_axes(BATCH))
+        head = P(present_axes(FSDP_AXES), present_axes("tensor"))
         apply = jax.shard_map(apply, in_specs=(tokens, head, tokens), out_specs=tokens)
     return apply(x, kernel, targets)
 
 
 def _on_a_device(x: jax.Array, kernel: jax.Array, targets: jax.Array, *, block: int) -> jax.Array:
     """The losses of a device's tokens; its gradient of the kernel is summed once, after all."""
-    if rows := there(WHOLE):
+    if rows := present_axes(FSDP_AXES):
         kernel = jax.lax.all_gather(kernel, rows, axis=0, tiled=True)
-    kernel, x = varying(kernel, "data"), varying(x, "tensor")
+    kernel, x = mark_varying(kernel, "data"), mark_varying(x, "tensor")
     block = min(block, targets.size)
     parts = -(-targets.size // block)
 
@@ -114,9 +114,9 @@ _losses.defvjp(_forward, _backward)
 def _logits(x: jax.Array, targets: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits `[block, vocab]`, of a device's part of the vocabulary, and which are the targets'."""
     z = jnp.einsum("nd,dv->nv", x, kernel, preferred_element_type=jnp.float32)
-    first = jax.lax.axis_index("tensor") * z.shape[-1] if there("tensor") else 0
+    first = jax.lax.axis_index("tensor") * z.shape[-1] if present_axes("tensor") else 0
     return z, (targets - first)[:, None] == jnp.arange(z.shape[-1])[None]
 
 
 def _over_tensor(reduce: Callable[[jax.Array, str], jax.Array], x: jax.Array) -> jax.Array:
-    return reduce(x, "tensor") if there("tensor") else x
+    return reduce(x, "tensor") if present_axes("tensor") else x

@@ -1,6 +1,6 @@
 """Layers that the models share: matrices, norms, SwiGLU, rotary positions; and a mesh's axes.
 
-A model says in mesh axes where an array of its computation lies, `place(x, BATCH, None, "tensor")`,
+A model says in mesh axes where an array of its computation lies, `constrain(x, BATCH, None, "tensor")`,
 and runs anywhere: axes that the ambient mesh of `jax.set_mesh` lacks are left out, and without a
 mesh nothing happens. The axes are
 
@@ -29,7 +29,7 @@ Axes = str | tuple[str, ...] | None
 BATCH = ("data", "fsdp", "expert")
 """The mesh axes that sequences lie over."""
 
-WHOLE = ("fsdp", "expert")
+FSDP_AXES = ("fsdp", "expert")
 """The mesh axes that a matrix, or a row of experts, is cut over where it is stored."""
 
 
@@ -54,7 +54,7 @@ class Linear(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         # Cast before it is gathered: half the bytes in bfloat16.
-        return x.astype(self.dtype) @ place(kernel.astype(self.dtype), self.rows, self.cols)
+        return x.astype(self.dtype) @ constrain(kernel.astype(self.dtype), self.rows, self.cols)
 
 
 class RMSNorm(nn.Module):
@@ -89,7 +89,7 @@ class Embed(nn.Module):
         """Look up `tokens`, `[b, t]`: `[b, t, features]`."""
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
         table = self.param("embedding", normal, (self.vocab, self.features))
-        return place(table.astype(self.dtype), None, None)[tokens]
+        return constrain(table.astype(self.dtype), None, None)[tokens]
 
 
 class SwiGLU(nn.Module):
@@ -135,31 +135,31 @@ def deinterleave(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
 
 
-def place(x: jax.Array, *axes: Axes) -> jax.Array:
+def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
     """Say where `x` lies on the ambient mesh, one entry for each of its axes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(there(entry) for entry in axes)))
+    return jax.lax.with_sharding_constraint(x, P(*(present_axes(entry) for entry in axes)))
 
 
-def there(axes: Axes) -> tuple[str, ...] | None:
+def present_axes(axes: Axes) -> tuple[str, ...] | None:
     """Of these mesh axes, those that the ambient mesh has; None if it has none of them."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in names if name in mesh.axis_names) or None
 
 
-def varying(x: jax.Array, axes: Axes) -> jax.Array:
+def mark_varying(x: jax.Array, axes: Axes) -> jax.Array:
     """Inside `shard_map`: an `x` that is equal along these mesh axes, as if it differed.
 
     Its gradient is summed over them here, once, and not wherever `x` is used, such as in a loop.
     """
-    names = there(axes)
+    names = present_axes(axes)
     return jax.lax.pcast(x, names, to="varying") if names else x
 
 
-def automatic(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
+def with_auto_axes(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
     """The function with Explicit mesh axes Auto inside, its results on the specs `out`."""
     if jax.sharding.get_abstract_mesh().empty:
         return function

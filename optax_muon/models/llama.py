@@ -32,44 +32,48 @@ class LlamaConfig:
     """The sizes of a Llama.
 
     Attributes:
-        width: features of the residual stream.
-        depth: number of blocks.
-        heads: query heads; each has `width / heads` features, an even number.
-        kv_heads: key and value heads, a divisor of `heads`; fewer is grouped-query attention.
-        mlp: features inside the SwiGLU; `8 / 3 * width` makes it as large as a plain MLP of four
+        hidden_size: features of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads; each has `width / heads` features, an even number.
+        num_key_value_heads: key and value heads, a divisor of `heads`; fewer is grouped-query attention.
+        intermediate_size: features inside the SwiGLU; `8 / 3 * width` makes it as large as a plain MLP of four
             times the width.
         context: tokens of one sequence.
-        vocab: number of tokens; 256 when they are bytes.
-        theta: longest wavelength of the rotary positions, divided by 2 pi, in tokens.
-        eps: added to the mean square under the root of RMSNorm.
-        tie: True uses the embedding as the output layer too.
+        vocab_size: number of tokens; 256 when they are bytes.
+        rope_theta: longest wavelength of the rotary positions, divided by 2 pi, in tokens.
+        rms_norm_eps: added to the mean square under the root of RMSNorm.
+        tie_word_embeddings: True uses the embedding as the output layer too.
         dtype: of the matrix products; parameters, residual stream, norms and logits are float32.
     """
 
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    mlp: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
     context: int
-    vocab: int = 256
-    theta: float = 10_000.0
-    eps: float = 1e-5
-    tie: bool = False
+    vocab_size: int = 256
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not divide."""
-        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+        if (
+            self.hidden_size % (2 * self.num_attention_heads)
+            or self.num_attention_heads % self.num_key_value_heads
+        ):
             raise UsageError(
-                f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads} do not fit: "
-                "width must be a multiple of 2 * heads, and heads of kv_heads"
+                f"hidden_size {self.hidden_size} must be a multiple of 2 * num_attention_heads, "
+                f"{self.num_attention_heads}, and that of num_key_value_heads, "
+                f"{self.num_key_value_heads}"
             )
 
     @property
     def head_dim(self) -> int:
         """Features of one head."""
-        return self.width // self.heads
+        return self.hidden_size // self.num_attention_heads
 
 
 class Llama(nn.Module):
@@ -82,7 +86,7 @@ class Llama(nn.Module):
     `[b, t, vocab]`; position `i` sees tokens `0 .. i`.
 
     >>> import jax, jax.numpy as jnp
-    >>> model = Llama(LlamaConfig(width=16, depth=2, heads=2, kv_heads=1, mlp=32, context=8))
+    >>> model = Llama(LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, context=8))
     >>> tokens = jnp.zeros([1, 8], jnp.int32)
     >>> params = model.init(jax.random.key(0), tokens)["params"]
     >>> params["layers"]["attn"]["q_proj"]["kernel"].shape
@@ -97,11 +101,15 @@ class Llama(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits `[b, t, vocab]` of tokens `[b, t]`."""
         config = self.config
-        embed = nn.Embed(config.vocab, config.width, name="embed")
-        angles = rotations(config.head_dim, config.theta, tokens.shape[1], config.dtype)
+        embed = nn.Embed(config.vocab_size, config.hidden_size, name="embed")
+        angles = rotations(config.head_dim, config.rope_theta, tokens.shape[1], config.dtype)
         x, _ = _stack(config)(config, name="layers")(embed(tokens), angles)
-        x = RMSNorm(config.eps, name="final_norm")(x)
-        head = embed.attend if config.tie else Linear(config.vocab, config.dtype, name="lm_head")
+        x = RMSNorm(config.rms_norm_eps, name="final_norm")(x)
+        head = (
+            embed.attend
+            if config.tie_word_embeddings
+            else Linear(config.vocab_size, config.dtype, name="lm_head")
+        )
         return head(x).astype(jnp.float32)
 
 
@@ -113,7 +121,7 @@ def logits(model: Llama, params: optax.Params, tokens: jax.Array) -> jax.Array:
 def attentions(config: LlamaConfig) -> optax_muon.MHA:
     """Where the heads lie, for `optax_muon.qk_clip`: it takes largest logits `[depth, heads]`.
 
-    >>> attentions(LlamaConfig(width=16, depth=2, heads=2, kv_heads=1, mlp=32, context=8)).q.path
+    >>> attentions(LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, context=8)).q.path
     'layers/attn/q_proj/kernel'
     """
 
@@ -121,7 +129,9 @@ def attentions(config: LlamaConfig) -> optax_muon.MHA:
         split = optax_muon.Split.equal(-1, count * config.head_dim, parts=count)
         return optax_muon.Heads(f"layers/attn/{name}/kernel", split, layers=0)
 
-    return optax_muon.MHA(q=heads("q_proj", config.heads), k=heads("k_proj", config.kv_heads))
+    return optax_muon.MHA(
+        q=heads("q_proj", config.num_attention_heads), k=heads("k_proj", config.num_key_value_heads)
+    )
 
 
 class Block(nn.Module):
@@ -133,9 +143,13 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, rotations: Rotations) -> tuple[jax.Array, None]:
         """Add attention, then the MLP, to the residual stream."""
         config = self.config
-        y = Attention(config, name="attn")(RMSNorm(config.eps, name="attn_norm")(x), rotations)
+        y = Attention(config, name="attn")(
+            RMSNorm(config.rms_norm_eps, name="attn_norm")(x), rotations
+        )
         x = x + y.astype(x.dtype)
-        y = SwiGLU(config.mlp, config.dtype, name="mlp")(RMSNorm(config.eps, name="mlp_norm")(x))
+        y = SwiGLU(config.intermediate_size, config.dtype, name="mlp")(
+            RMSNorm(config.rms_norm_eps, name="mlp_norm")(x)
+        )
         return x + y.astype(x.dtype), None
 
 
@@ -153,11 +167,11 @@ class Attention(nn.Module):
             y = Linear(heads * config.head_dim, config.dtype, name=name)(x)
             return y.reshape(*x.shape[:2], heads, config.head_dim)
 
-        q = rotate(project("q_proj", config.heads), rotations)
-        k = rotate(project("k_proj", config.kv_heads), rotations)
-        v = project("v_proj", config.kv_heads)
+        q = rotate(project("q_proj", config.num_attention_heads), rotations)
+        k = rotate(project("k_proj", config.num_key_value_heads), rotations)
+        v = project("v_proj", config.num_key_value_heads)
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        output = Linear(config.width, config.dtype, name="o_proj")
+        output = Linear(config.hidden_size, config.dtype, name="o_proj")
         return output(y.reshape(x.shape[0], x.shape[1], -1))
 
 
@@ -173,5 +187,5 @@ def _stack(config: LlamaConfig) -> type[nn.Module]:
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
-        length=config.depth,
+        length=config.num_hidden_layers,
     )

@@ -81,8 +81,8 @@ class Writer:
         """Write what lies at `index`, along the leading axes, of an array."""
         entry, axes = self._entries[name], len(index)
         assert (array.shape, array.dtype) == (entry.shape[axes:], DTYPES[entry.dtype]), name
-        place = int(np.ravel_multi_index(index, entry.shape[:axes])) if index else 0
-        self._file.seek(self._starts[name] + place * array.nbytes)
+        constrain = int(np.ravel_multi_index(index, entry.shape[:axes])) if index else 0
+        self._file.seek(self._starts[name] + constrain * array.nbytes)
         self._file.write(array.tobytes())
 
 

@@ -26,7 +26,7 @@ import optax_muon
 from optax_muon.errors import UsageError
 from optax_muon.models import llama, moonlight
 from optax_muon.models.abstract import laid_out
-from optax_muon.models.layers import BATCH, WHOLE, Axes, automatic, place, there
+from optax_muon.models.layers import BATCH, FSDP_AXES, Axes, constrain, present_axes, with_auto_axes
 from optax_muon.models.llama import Llama, LlamaConfig
 from optax_muon.models.moonlight.model import ForwardStats, Moonlight, MoonlightConfig
 
@@ -89,7 +89,7 @@ class Model(Protocol):
 class LlamaModel:
     """The Llama of these sizes.
 
-    >>> model = LlamaModel(LlamaConfig(width=16, depth=2, heads=2, kv_heads=1, mlp=32, context=8))
+    >>> model = LlamaModel(LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, context=8))
     >>> logits, report = model.forward(model.init(jax.random.key(0)), jnp.zeros([1, 8], jnp.int32))
     >>> logits.shape, report, model.zero_bias()
     ((1, 8, 256), None, None)
@@ -105,7 +105,7 @@ class LlamaModel:
         if mesh.empty:
             return self._initial(key)
         specs = jax.tree.map(lambda leaf: leaf.on(mesh).sharding.spec, self._leaves)
-        return automatic(self._initial, specs)(key)
+        return with_auto_axes(self._initial, specs)(key)
 
     def zero_bias(self) -> None:
         """See `Model`."""
@@ -118,10 +118,10 @@ class LlamaModel:
         del bias
 
         def apply(params: optax.Params, tokens: jax.Array) -> jax.Array:
-            tokens = place(tokens, BATCH, None)
-            return place(llama.logits(Llama(self.config), params, tokens), BATCH, None, None)
+            tokens = constrain(tokens, BATCH, None)
+            return constrain(llama.logits(Llama(self.config), params, tokens), BATCH, None, None)
 
-        return automatic(apply, P(there(BATCH)))(params, tokens), None
+        return with_auto_axes(apply, P(present_axes(BATCH)))(params, tokens), None
 
     def losses(
         self,
@@ -133,7 +133,7 @@ class LlamaModel:
         """See `Model`."""
         scores, _ = self.forward(params, tokens)
         entropy = optax.softmax_cross_entropy_with_integer_labels
-        return automatic(entropy, P(there(BATCH)))(scores, targets), None
+        return with_auto_axes(entropy, P(present_axes(BATCH)))(scores, targets), None
 
     def shardings(self, mesh: Mesh) -> optax.Params:
         """See `Model`."""
@@ -142,7 +142,11 @@ class LlamaModel:
     @property
     def per_head_views(self) -> dict[str, optax_muon.View]:
         """See `Model`."""
-        heads = self.config.heads, self.config.kv_heads, self.config.kv_heads
+        heads = (
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.config.num_key_value_heads,
+        )
         return {
             f"*/{name}/kernel": optax_muon.View(
                 -2, -1, optax_muon.Split.equal(-1, count * self.config.head_dim, parts=count)
@@ -159,13 +163,13 @@ class LlamaModel:
     def active(self) -> int:
         """See `Model`."""
         config = self.config
-        lookups = 0 if config.tie else config.vocab * config.width
+        lookups = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._leaves)) - lookups
 
     @property
     def attended(self) -> int:
         """See `Model`."""
-        return self.config.depth * 2 * self.config.width
+        return self.config.num_hidden_layers * 2 * self.config.hidden_size
 
     def _initial(self, key: jax.Array) -> optax.Params:
         return Llama(self.config).init(key, jnp.zeros([1, 1], jnp.int32))["params"]
@@ -173,7 +177,9 @@ class LlamaModel:
     @property
     def _leaves(self) -> Any:
         """Every parameter's shape and spec."""
-        shapes = jax.eval_shape(automatic(self._initial, P()), jax.eval_shape(jax.random.key, 0))
+        shapes = jax.eval_shape(
+            with_auto_axes(self._initial, P()), jax.eval_shape(jax.random.key, 0)
+        )
         return laid_out(shapes, _LLAMA_SPECS)
 
 
@@ -231,14 +237,18 @@ class MoonlightModel:
     @property
     def active(self) -> int:
         """See `Model`."""
-        head = self.config.vocab * self.config.width
+        head = self.config.vocab_size * self.config.hidden_size
         return moonlight.count(self.config).active + head
 
     @property
     def attended(self) -> int:
         """See `Model`."""
         config = self.config
-        return config.depth * config.heads * (config.qk_dim + config.v_dim)
+        return (
+            config.num_hidden_layers
+            * config.num_attention_heads
+            * (config.qk_head_dim + config.v_head_dim)
+        )
 
 
 def model(config: Config) -> Model:
@@ -275,10 +285,10 @@ def model_of(config: Mapping[str, Any]) -> Model:
 
 
 _LLAMA_SPECS: dict[str, tuple[Axes, ...]] = {
-    "embedding": ("tensor", WHOLE),
-    "o_proj/kernel": ("tensor", WHOLE),
-    "down_proj/kernel": ("tensor", WHOLE),
-    "kernel": (WHOLE, "tensor"),
+    "embedding": ("tensor", FSDP_AXES),
+    "o_proj/kernel": ("tensor", FSDP_AXES),
+    "down_proj/kernel": ("tensor", FSDP_AXES),
+    "kernel": (FSDP_AXES, "tensor"),
     "scale": (None,),
 }
 """Mesh axes of a parameter's own axes, by the end of its path; the first that fits decides."""

@@ -132,8 +132,8 @@ class _Side(NamedTuple):
 def _sides(leaf: Leaf, block: Block, sizes: Mapping[str, int]) -> tuple[bool, tuple[_Side, _Side]]:
     """Whether to transpose, and the short and the long side then.
 
-    A square matrix is turned so that the mesh axes of its rows come first: `P('fsdp', 'tp')` and
-    `P('tp', 'fsdp')` share a bucket.
+    A square matrix is turned so that the mesh axes of its rows come first: `P('fsdp', 'tensor')`
+    and `P('tensor', 'fsdp')` share a bucket.
     """
 
     def side(length: int, over: tuple[str, ...]) -> _Side:

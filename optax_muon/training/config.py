@@ -62,7 +62,7 @@ class TrainConfig:
     @property
     def unit(self) -> str:
         """What a token is, for people."""
-        return "byte" if self.model.vocab == 256 else "token"
+        return "byte" if self.model.vocab_size == 256 else "token"
 
     def batch_at(self, step: int) -> int:
         """Sequences of the batch of a step, counted from 1."""

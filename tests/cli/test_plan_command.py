@@ -83,13 +83,13 @@ def test_who_reads_the_output_may_leave(arguments):
 
 
 def test_stacking_layers_keeps_their_specs():
-    stacked = abstract.Leaf((8, 16), P("fsdp", "tp")).stacked(3)
-    assert (stacked.shape, stacked.over) == ((3, 8, 16), ((), ("fsdp",), ("tp",)))
+    stacked = abstract.Leaf((8, 16), P("fsdp", "tensor")).stacked(3)
+    assert (stacked.shape, stacked.over) == ((3, 8, 16), ((), ("fsdp",), ("tensor",)))
 
 
 def test_the_table_is_the_plans(capsys):
-    main.main(["plan", "--model", "llama3-8b", "--mesh", "fsdp=16,tp=4"])
-    assert capsys.readouterr().out == f"{planned('llama3-8b', fsdp=16, tp=4)}\n"
+    main.main(["plan", "--model", "llama3-8b", "--mesh", "fsdp=16,tensor=4"])
+    assert capsys.readouterr().out == f"{planned('llama3-8b', fsdp=16, tensor=4)}\n"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_table_is_the_plans(capsys):
     [
         (["--mesh", "fsdp=8"], {"fsdp": 8}),
         (["--mesh", "data=2, fsdp=4", "--platform", "cpu"], {"data": 2, "fsdp": 4}),
-        (["--mesh", "fsdp=4,tp=2", "--layout", "gather"], {"fsdp": 4, "tp": 2}),
+        (["--mesh", "fsdp=4,tensor=2", "--layout", "gather"], {"fsdp": 4, "tensor": 2}),
         (["--mesh", "fsdp=1"], {"fsdp": 1}),
     ],
 )
@@ -124,12 +124,12 @@ def test_the_picture_shows_something(tmp_path):
         (("--model", "llama9"), ("'llama9'", "llama3-8b", "moonlight-16b-a3b")),
         (("--platform", "abacus"), ("'abacus'", "tpu, gpu, cpu")),
         (("--layout", "split"), ("'split'", "home, gather")),
-        (("--mesh", ""), ("--mesh", "fsdp=16,tp=4")),
-        (("--mesh", "fsdp"), ("'fsdp'", "fsdp=16,tp=4")),
-        (("--mesh", "fsdp=0"), ("'fsdp=0'", "fsdp=16,tp=4")),
-        (("--mesh", "fsdp=-8"), ("'fsdp=-8'", "fsdp=16,tp=4")),
+        (("--mesh", ""), ("--mesh", "fsdp=16,tensor=4")),
+        (("--mesh", "fsdp"), ("'fsdp'", "fsdp=16,tensor=4")),
+        (("--mesh", "fsdp=0"), ("'fsdp=0'", "fsdp=16,tensor=4")),
+        (("--mesh", "fsdp=-8"), ("'fsdp=-8'", "fsdp=16,tensor=4")),
         (("--mesh", "fsdp=4,fsdp=2"), ("'fsdp=4,fsdp=2'", "different")),
-        (("--mesh", "fsdp=16,expert=4"), ("'expert'", "fsdp, tp, data")),
+        (("--mesh", "fsdp=16,expert=4"), ("'expert'", "fsdp, tensor, data")),
         (("--mesh", "fsdp=3"), ("fsdp", "do not divide over 3 devices")),
         (("--mesh", "data=100000"), ("65536",)),
         (("--png", "missing/plan.png"), ("missing/plan.png", "folder that exists")),
@@ -162,9 +162,9 @@ def test_a_disk_that_refuses_is_one_line(capsys, tmp_path, monkeypatch):
 
 
 MESHES = [
-    {"fsdp": 4, "tp": 2},
-    {"fsdp": 16, "tp": 4},
-    {"fsdp": 64, "tp": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 16, "tensor": 4},
+    {"fsdp": 64, "tensor": 8},
     {"data": 2, "fsdp": 4},
     {"fsdp": 1},
 ]
@@ -186,7 +186,7 @@ def test_the_bands_account_for_every_matrix_and_every_byte(sizes, layout):
 
 
 def test_the_devices_of_a_home_are_as_many_as_share_it():
-    for band in bands(planned("llama3-8b", fsdp=64, tp=8).to_dict()):
+    for band in bands(planned("llama3-8b", fsdp=64, tensor=8).to_dict()):
         sizes = collections.Counter(band.owner.tolist())
         assert set(sizes.values()) == {math.prod(band.assignment["shared_by"].values())}
 

@@ -272,7 +272,7 @@ def test_a_run_holds_the_leaves_of_the_model(checkpoint, tmp_path):
 
 
 def test_memory_stays_near_one_shard(tmp_path):
-    config = dataclasses.replace(CONFIGS["moonlight-small"], experts=32)
+    config = dataclasses.replace(CONFIGS["moonlight-small"], n_routed_experts=32)
     layout = {
         path: safetensors_io.Entry(shape, "F32")
         for path, shape in huggingface.leaf_shapes(config).items()

@@ -104,7 +104,9 @@ _DERIVED = ".rotary_emb.inv_freq"
 def leaf_shapes(config: MoonlightConfig) -> dict[str, tuple[int, ...]]:
     """The leaves of a run by path, in the order of its file: parameters, then the biases."""
     shapes = {path: leaf.shape for path, leaf in named_leaves(leaves(config)).items()}
-    biases = {BIAS: (config.moe_depth, config.experts)} if config.moe_depth else {}
+    biases = (
+        {BIAS: (config.num_moe_layers, config.n_routed_experts)} if config.num_moe_layers else {}
+    )
     return {**shapes, **biases}
 
 
@@ -123,7 +125,7 @@ def tensors(config: MoonlightConfig) -> Iterator[Tensor]:
             name, first, stacked = _MODEL[path], 0, 0
         else:
             name = f"model.layers.{{}}.{_LAYER[rest or path]}"
-            first = 0 if stack == "dense_layers" else config.dense_first
+            first = 0 if stack == "dense_layers" else config.first_k_dense_replace
             stacked = name.count("{}")
         for index in itertools.product(*map(range, shape[:stacked])):
             numbers = (first + index[0], *index[1:]) if index else ()
@@ -135,27 +137,27 @@ def tensors(config: MoonlightConfig) -> Iterator[Tensor]:
 # ---- configs -------------------------------------------------------------------------------------
 
 _SIZES = {
-    "vocab_size": "vocab",
-    "hidden_size": "width",
-    "intermediate_size": "mlp",
-    "moe_intermediate_size": "expert_mlp",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "heads",
-    "n_shared_experts": "shared",
-    "n_routed_experts": "experts",
-    "routed_scaling_factor": "gate_scale",
-    "kv_lora_rank": "kv_rank",
-    "q_lora_rank": "q_rank",
-    "qk_rope_head_dim": "rope_dim",
-    "v_head_dim": "v_dim",
-    "qk_nope_head_dim": "nope_dim",
-    "n_group": "groups",
-    "topk_group": "groups_chosen",
-    "num_experts_per_tok": "chosen",
-    "first_k_dense_replace": "dense_first",
-    "norm_topk_prob": "renormalise",
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "n_shared_experts": "n_shared_experts",
+    "n_routed_experts": "n_routed_experts",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "kv_lora_rank": "kv_lora_rank",
+    "q_lora_rank": "q_lora_rank",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "first_k_dense_replace": "first_k_dense_replace",
+    "norm_topk_prob": "norm_topk_prob",
     "max_position_embeddings": "context",
-    "rms_norm_eps": "eps",
+    "rms_norm_eps": "rms_norm_eps",
 }
 _FIXED: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -195,8 +197,8 @@ def from_huggingface(config: Mapping[str, Any]) -> MoonlightConfig:
         raise UsageError(f"{CONFIG} is of no Moonlight: {'; '.join(wrong)}")
     return MoonlightConfig(
         **{ours: config[theirs] for theirs, ours in _SIZES.items()},
-        theta=float({**config, **rope}["rope_theta"]),
-        interleaved=config.get("rope_interleave", True),
+        rope_theta=float({**config, **rope}["rope_theta"]),
+        rope_interleave=config.get("rope_interleave", True),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )
 
@@ -215,12 +217,12 @@ def to_huggingface(
     fixed = {key: value for key, value in _FIXED.items() if value is not None}
     base = dict(like or {"architectures": ["DeepseekV3ForCausalLM"], **fixed})
     sizes = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
-    rope: dict[str, Any] = {"rope_theta": config.theta}
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta}
     if base.get("rope_parameters"):
         rope = {"rope_parameters": {**base["rope_parameters"], **rope}}
-    derived = {"num_key_value_heads": config.heads, _dtype_key(base): dtype}
-    if base.get("rope_interleave", True) != config.interleaved:
-        derived["rope_interleave"] = config.interleaved
+    derived = {"num_key_value_heads": config.num_attention_heads, _dtype_key(base): dtype}
+    if base.get("rope_interleave", True) != config.rope_interleave:
+        derived["rope_interleave"] = config.rope_interleave
     return {**base, **sizes, **rope, **derived}
 
 
@@ -256,7 +258,7 @@ def import_checkpoint(source: Path, run: Path, progress: Progress = iter) -> Moo
         for file in files
         for name, entry in safetensors_io.entries(file).items()
     }
-    found = {name: place for name, place in found.items() if not name.endswith(_DERIVED)}
+    found = {name: constrain for name, constrain in found.items() if not name.endswith(_DERIVED)}
     entries = {name: entry for name, (_, entry) in found.items()}
     _check(source, {name: tensor.shape for name, tensor in expected.items()}, entries)
     dtypes = _one_dtype_each(source, expected.values(), entries)

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.models.layers import BATCH, place, there, varying
+from optax_muon.models.layers import BATCH, constrain, mark_varying, present_axes
 from optax_muon.models.moe.grouped_matmul import grouped_dot
 
 EXPERT = "expert"
@@ -79,7 +79,7 @@ class Router(nn.Module):
         shape = (x.shape[-1], self.experts)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         # In float32 always: rounding would change who is chosen.
-        kernel = place(kernel.astype(jnp.float32), None, None)
+        kernel = constrain(kernel.astype(jnp.float32), None, None)
         scores = nn.sigmoid(x.astype(jnp.float32) @ kernel)
         bias = bias.astype(jnp.float32)[None, None]
         chosen = self._choose(jax.lax.stop_gradient(scores) + bias)
@@ -127,8 +127,8 @@ class Experts(nn.Module):
         )
         apply = functools.partial(_mix, experts=self.experts, capacity=self.capacity)
         if not jax.sharding.get_abstract_mesh().empty:
-            tokens = P(there(BATCH))
-            expert, fsdp, tensor = (there(axis) for axis in (EXPERT, "fsdp", "tensor"))
+            tokens = P(present_axes(BATCH))
+            expert, fsdp, tensor = (present_axes(axis) for axis in (EXPERT, "fsdp", "tensor"))
             into, out = P(expert, fsdp, tensor), P(expert, tensor, fsdp)
             apply = jax.shard_map(
                 apply, in_specs=(tokens, tokens, tokens, (into, into, out)), out_specs=tokens
@@ -156,19 +156,22 @@ def _mix(
     """One device's part: its own experts on the tokens of its expert group."""
     first: int | jax.Array = 0
     here, dtype = kernels[0].shape[0], x.dtype
-    if there("fsdp"):
+    if present_axes("fsdp"):
         gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)
         gate, up, down = kernels
         kernels = gather(gate, axis=1), gather(up, axis=1), gather(down, axis=2)
-    if there(EXPERT):
+    if present_axes(EXPERT):
         x, chosen, gates = (
             jax.lax.all_gather(y, EXPERT, axis=0, tiled=True) for y in (x, chosen, gates)
         )
         first = jax.lax.axis_index(EXPERT) * here
     mine = chosen.reshape(-1) - first
     mine = jnp.where((mine >= 0) & (mine < here), mine, here)
-    gate, up, down = (varying(kernel, "data") for kernel in kernels)
-    rows, flat = varying(x.reshape(-1, x.shape[-1]), "tensor"), varying(gates, "tensor").reshape(-1)
+    gate, up, down = (mark_varying(kernel, "data") for kernel in kernels)
+    rows, flat = (
+        mark_varying(x.reshape(-1, x.shape[-1]), "tensor"),
+        mark_varying(gates, "tensor").reshape(-1),
+    )
     if capacity is None:
         y = _all(rows, flat, (gate, up, down), mine)
     else:
@@ -176,9 +179,9 @@ def _mix(
         most = min(tokens, math.ceil(capacity * mine.size / experts))
         y = _first(rows, flat, (gate, up, down), mine, most)
     y = y.reshape(x.shape)
-    if there("tensor"):
+    if present_axes("tensor"):
         y = jax.lax.psum(y, "tensor")
-    return _home(y, dtype) if there(EXPERT) else y.astype(dtype)
+    return _home(y, dtype) if present_axes(EXPERT) else y.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -42,19 +42,19 @@ from optax_muon.models.abstract import Tree, laid_out
 from optax_muon.models.cross_entropy import cross_entropy
 from optax_muon.models.layers import (
     BATCH,
-    WHOLE,
+    FSDP_AXES,
     Axes,
     Embed,
     Linear,
     RMSNorm,
     Rotations,
     SwiGLU,
-    automatic,
+    constrain,
     deinterleave,
-    place,
+    present_axes,
     rotate,
     rotations,
-    there,
+    with_auto_axes,
 )
 from optax_muon.models.moe.experts import Experts, Router
 
@@ -70,59 +70,59 @@ class MoonlightConfig:
     """The sizes of a Moonlight.
 
     Attributes:
-        width: features of the residual stream.
-        depth: number of blocks.
-        heads: attention heads.
-        nope_dim: features of a head's query and key without position.
-        rope_dim: features of a head's query and of the shared key that turn with position; even.
-        v_dim: features of a head's value.
-        kv_rank: features of the latent that keys and values are made of.
-        mlp: features inside a dense block's SwiGLU.
-        expert_mlp: features inside an expert.
-        experts: experts that some tokens go to.
-        chosen: how many of them a token goes to.
-        shared: experts that all tokens go to, made as one of `shared` times the features.
+        hidden_size: features of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: attention heads.
+        qk_nope_head_dim: features of a head's query and key without position.
+        qk_rope_head_dim: features of a head's query and of the shared key that turn with position; even.
+        v_head_dim: features of a head's value.
+        kv_lora_rank: features of the latent that keys and values are made of.
+        intermediate_size: features inside a dense block's SwiGLU.
+        moe_intermediate_size: features inside an expert.
+        n_routed_experts: experts that some tokens go to.
+        num_experts_per_tok: how many of them a token goes to.
+        n_shared_experts: experts that all tokens go to, made as one of `shared` times the features.
         context: tokens of one sequence.
-        q_rank: features of the latent that queries are made of; None makes them of the input.
-        dense_first: blocks at the beginning without experts.
-        groups: parts of the experts; a token goes to experts of `groups_chosen` of them only.
-        groups_chosen: see `groups`.
-        gate_scale: factor of the gates; `balance.gate_scaling(experts, chosen)` is the paper's.
-        renormalise: whether a token's gates are divided by their sum.
-        vocab: number of tokens; 256 when they are bytes.
-        theta: longest wavelength of the rotary positions, divided by 2 pi, in tokens.
-        interleaved: whether rotary pairs are neighbours, as in all published checkpoints, or half
+        q_lora_rank: features of the latent that queries are made of; None makes them of the input.
+        first_k_dense_replace: blocks at the beginning without experts.
+        n_group: parts of the experts; a token goes to experts of `groups_chosen` of them only.
+        topk_group: see `groups`.
+        routed_scaling_factor: factor of the gates; `balance.gate_scaling(experts, chosen)` is the paper's.
+        norm_topk_prob: whether a token's gates are divided by their sum.
+        vocab_size: number of tokens; 256 when they are bytes.
+        rope_theta: longest wavelength of the rotary positions, divided by 2 pi, in tokens.
+        rope_interleave: whether rotary pairs are neighbours, as in all published checkpoints, or half
             a head apart, as in Llama.
-        eps: added to the mean square under the root of RMSNorm, but for latents.
+        rms_norm_eps: added to the mean square under the root of RMSNorm, but for latents.
         capacity: tokens that an expert takes, in multiples of its fair share; None drops none.
         query_block: queries whose logits are in memory at once, forward and backward.
         dtype: of the matrix products; parameters, residual stream, norms, router and logits are
             float32.
     """
 
-    width: int
-    depth: int
-    heads: int
-    nope_dim: int
-    rope_dim: int
-    v_dim: int
-    kv_rank: int
-    mlp: int
-    expert_mlp: int
-    experts: int
-    chosen: int
-    shared: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    kv_lora_rank: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int
     context: int
-    q_rank: int | None = None
-    dense_first: int = 1
-    groups: int = 1
-    groups_chosen: int = 1
-    gate_scale: float = 1.0
-    renormalise: bool = True
-    vocab: int = 256
-    theta: float = 10_000.0
-    interleaved: bool = True
-    eps: float = 1e-5
+    q_lora_rank: int | None = None
+    first_k_dense_replace: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    vocab_size: int = 256
+    rope_theta: float = 10_000.0
+    rope_interleave: bool = True
+    rms_norm_eps: float = 1e-5
     capacity: float | None = None
     query_block: int = 1024
     dtype: str = "float32"
@@ -130,97 +130,108 @@ class MoonlightConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
         for fits, need in (
-            (self.rope_dim % 2 == 0, f"rope_dim {self.rope_dim} must be even"),
             (
-                0 <= self.dense_first <= self.depth,
-                f"dense_first {self.dense_first} must be between 0 and depth, {self.depth}",
+                self.qk_rope_head_dim % 2 == 0,
+                f"qk_rope_head_dim {self.qk_rope_head_dim} must be even",
             ),
-            (self.shared >= 1, f"shared is {self.shared}, it must be at least 1"),
+            (
+                0 <= self.first_k_dense_replace <= self.num_hidden_layers,
+                f"first_k_dense_replace {self.first_k_dense_replace} must be between 0 and num_hidden_layers, {self.num_hidden_layers}",
+            ),
+            (
+                self.n_shared_experts >= 1,
+                f"n_shared_experts is {self.n_shared_experts}, it must be at least 1",
+            ),
             (
                 self.capacity is None or self.capacity > 0,
                 f"capacity is {self.capacity}, it must be positive or absent",
             ),
             (
-                self.groups == 1
-                or (self.experts % self.groups == 0 and self.experts >= 2 * self.groups),
-                f"experts {self.experts} must divide into groups of two or more, groups is "
-                f"{self.groups}",
+                self.n_group == 1
+                or (
+                    self.n_routed_experts % self.n_group == 0
+                    and self.n_routed_experts >= 2 * self.n_group
+                ),
+                f"n_routed_experts {self.n_routed_experts} must divide into groups of two or more, n_group is "
+                f"{self.n_group}",
             ),
             (
-                1 <= self.groups_chosen <= self.groups,
-                f"groups_chosen {self.groups_chosen} must be between 1 and groups, {self.groups}",
+                1 <= self.topk_group <= self.n_group,
+                f"topk_group {self.topk_group} must be between 1 and n_group, {self.n_group}",
             ),
             (
-                1 <= self.chosen <= self.experts // self.groups * self.groups_chosen,
-                f"chosen is {self.chosen}, it must be at least 1 and at most the experts of "
-                f"{self.groups_chosen} of {self.groups} groups, "
-                f"{self.experts // self.groups * self.groups_chosen}",
+                1
+                <= self.num_experts_per_tok
+                <= self.n_routed_experts // self.n_group * self.topk_group,
+                f"num_experts_per_tok is {self.num_experts_per_tok}, it must be at least 1 and at most the experts of "
+                f"{self.topk_group} of {self.n_group} groups, "
+                f"{self.n_routed_experts // self.n_group * self.topk_group}",
             ),
         ):
             if not fits:
                 raise UsageError(need)
 
     @property
-    def qk_dim(self) -> int:
+    def qk_head_dim(self) -> int:
         """Features of a head's query."""
-        return self.nope_dim + self.rope_dim
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def moe_depth(self) -> int:
+    def num_moe_layers(self) -> int:
         """Blocks with experts."""
-        return self.depth - self.dense_first
+        return self.num_hidden_layers - self.first_k_dense_replace
 
 
 CONFIGS = {
     "moonlight-tiny": MoonlightConfig(
-        width=128,
-        depth=4,
-        heads=4,
-        nope_dim=24,
-        rope_dim=8,
-        v_dim=32,
-        kv_rank=48,
-        mlp=344,
-        expert_mlp=88,
-        experts=8,
-        chosen=2,
-        shared=1,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=8,
+        v_head_dim=32,
+        kv_lora_rank=48,
+        intermediate_size=344,
+        moe_intermediate_size=88,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
         context=128,
-        gate_scale=1.409,
+        routed_scaling_factor=1.409,
     ),
     "moonlight-small": MoonlightConfig(
-        width=256,
-        depth=6,
-        heads=8,
-        nope_dim=24,
-        rope_dim=8,
-        v_dim=32,
-        kv_rank=96,
-        mlp=688,
-        expert_mlp=176,
-        experts=16,
-        chosen=4,
-        shared=1,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=8,
+        v_head_dim=32,
+        kv_lora_rank=96,
+        intermediate_size=688,
+        moe_intermediate_size=176,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
         context=256,
-        gate_scale=1.991,
+        routed_scaling_factor=1.991,
     ),
     "moonlight-16b-a3b": MoonlightConfig(
-        width=2048,
-        depth=27,
-        heads=16,
-        nope_dim=128,
-        rope_dim=64,
-        v_dim=128,
-        kv_rank=512,
-        mlp=11264,
-        expert_mlp=1408,
-        experts=64,
-        chosen=6,
-        shared=2,
+        hidden_size=2048,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        kv_lora_rank=512,
+        intermediate_size=11264,
+        moe_intermediate_size=1408,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
         context=8192,
-        gate_scale=2.446,
-        vocab=163840,
-        theta=50_000.0,
+        routed_scaling_factor=2.446,
+        vocab_size=163840,
+        rope_theta=50_000.0,
         dtype="bfloat16",
     ),
 }
@@ -266,20 +277,22 @@ class Moonlight(nn.Module):
     ) -> tuple[jax.Array, ForwardStats]:
         """Logits of tokens, or losses of targets."""
         config = self.config
-        x = Embed(config.vocab, config.width, config.dtype, name="embed")(tokens)
-        x = place(x.astype(jnp.float32), BATCH, None, None)
-        angles = rotations(config.rope_dim, config.theta, tokens.shape[1], config.dtype)
+        x = Embed(config.vocab_size, config.hidden_size, config.dtype, name="embed")(tokens)
+        x = constrain(x.astype(jnp.float32), BATCH, None, None)
+        angles = rotations(
+            config.qk_rope_head_dim, config.rope_theta, tokens.shape[1], config.dtype
+        )
         heads, routing = [], _no_routing(config)
-        if config.dense_first:
-            stack = _stack(DenseBlock, config.dense_first)
+        if config.first_k_dense_replace:
+            stack = _stack(DenseBlock, config.first_k_dense_replace)
             x, dense = stack(config, name="dense_layers")(x, angles)
             heads.append(dense)
-        if config.moe_depth:
-            stack = _stack(MixtureBlock, config.moe_depth, 0)
+        if config.num_moe_layers:
+            stack = _stack(MixtureBlock, config.num_moe_layers, 0)
             x, (mixed, routing) = stack(config, name="moe_layers")(x, angles, bias)
             heads.append(mixed)
-        x = RMSNorm(config.eps, name="final_norm")(x)
-        y = Head(config.vocab, config.dtype, name="lm_head")(x, targets)
+        x = RMSNorm(config.rms_norm_eps, name="final_norm")(x)
+        y = Head(config.vocab_size, config.dtype, name="lm_head")(x, targets)
         largest, high = map(jnp.concatenate, zip(*heads, strict=True))
         return y, ForwardStats(largest, high, *routing)
 
@@ -294,12 +307,12 @@ def init(model: Moonlight, key: jax.Array) -> optax.Params:
     def placed(key: jax.Array) -> optax.Params:
         return jax.lax.with_sharding_constraint(_initial(model, key), specs)
 
-    return automatic(placed, specs)(key)
+    return with_auto_axes(placed, specs)(key)
 
 
 def zero_bias(config: MoonlightConfig) -> jax.Array:
     """Router biases before training, `[moe_depth, experts]`."""
-    return jnp.zeros([config.moe_depth, config.experts], jnp.float32)
+    return jnp.zeros([config.num_moe_layers, config.n_routed_experts], jnp.float32)
 
 
 def forward(
@@ -319,7 +332,7 @@ def forward(
     Raises:
         UsageError: when the parameters lie on a mesh and there is no ambient one.
     """
-    over = P(there(BATCH), None, there("tensor"))
+    over = P(present_axes(BATCH), None, present_axes("tensor"))
     return _applied(model, params, bias, over, tokens)
 
 
@@ -348,7 +361,7 @@ def losses(
     Raises:
         UsageError: as `forward`.
     """
-    return _applied(model, params, bias, P(there(BATCH)), tokens, targets)
+    return _applied(model, params, bias, P(present_axes(BATCH)), tokens, targets)
 
 
 def logits(
@@ -362,23 +375,23 @@ class Head(nn.Module):
     """Logits of features, or the losses that they make.
 
     Args:
-        vocab: number of tokens.
+        vocab_size: number of tokens.
         dtype: of the product.
     """
 
-    vocab: int
+    vocab_size: int
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, targets: jax.Array | None = None) -> jax.Array:
         """Logits `[b, t, vocab]` of `x`, `[b, t, width]`; losses `[b, t]` of targets `[b, t]`."""
         normal = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", normal, (x.shape[-1], self.vocab)).astype(self.dtype)
+        kernel = self.param("kernel", normal, (x.shape[-1], self.vocab_size)).astype(self.dtype)
         x = x.astype(self.dtype)
         if targets is not None:
             return cross_entropy(x, kernel, targets)
-        y = x @ place(kernel, None, "tensor")
-        return place(y.astype(jnp.float32), BATCH, None, "tensor")
+        y = x @ constrain(kernel, None, "tensor")
+        return constrain(y.astype(jnp.float32), BATCH, None, "tensor")
 
 
 Heads = tuple[jax.Array, jax.Array]
@@ -395,9 +408,9 @@ class DenseBlock(nn.Module):
         """Add attention, then the MLP, to the residual stream."""
         config = self.config
         x, heads = _attended(config, x, angles)
-        h = RMSNorm(config.eps, name="mlp_norm")(x)
-        y = SwiGLU(config.mlp, config.dtype, name="mlp")(h)
-        return place(x + y.astype(x.dtype), BATCH, None, None), heads
+        h = RMSNorm(config.rms_norm_eps, name="mlp_norm")(x)
+        y = SwiGLU(config.intermediate_size, config.dtype, name="mlp")(h)
+        return constrain(x + y.astype(x.dtype), BATCH, None, None), heads
 
 
 class MixtureBlock(nn.Module):
@@ -412,14 +425,22 @@ class MixtureBlock(nn.Module):
         """Add attention, then the experts, to the residual stream."""
         config = self.config
         x, heads = _attended(config, x, angles)
-        h = RMSNorm(config.eps, name="mlp_norm")(x)
+        h = RMSNorm(config.rms_norm_eps, name="mlp_norm")(x)
         routing = _router(config)(h, bias)
         experts = Experts(
-            config.experts, config.expert_mlp, config.dtype, config.capacity, name="experts"
+            config.n_routed_experts,
+            config.moe_intermediate_size,
+            config.dtype,
+            config.capacity,
+            name="experts",
         )
-        shared = SwiGLU(config.shared * config.expert_mlp, config.dtype, name="shared_experts")
+        shared = SwiGLU(
+            config.n_shared_experts * config.moe_intermediate_size,
+            config.dtype,
+            name="shared_experts",
+        )
         y = experts(h, routing.chosen, routing.gates) + shared(h)
-        x = place(x + y.astype(x.dtype), BATCH, None, None)
+        x = constrain(x + y.astype(x.dtype), BATCH, None, None)
         return x, (heads, (routing.load, routing.entropy))
 
 
@@ -433,22 +454,28 @@ class LatentAttention(nn.Module):
         """Attend over `x`, `[b, t, width]`."""
         config, (b, t, _) = self.config, x.shape
         h = x
-        if config.q_rank is not None:
-            h = self._linear("q_a_proj", config.q_rank)(x)
+        if config.q_lora_rank is not None:
+            h = self._linear("q_a_proj", config.q_lora_rank)(x)
             h = RMSNorm(LATENT_EPS, name="q_a_norm")(h)
-        to_heads = "q_proj" if config.q_rank is None else "q_b_proj"
-        q = self._to_heads(to_heads, config.qk_dim)(h).reshape(b, t, config.heads, -1)
-        q_nope, q_rope = jnp.split(q, [config.nope_dim], axis=-1)
-        latent = self._linear("kv_a_proj", config.kv_rank + config.rope_dim)(x)
-        latent, k_rope = jnp.split(latent, [config.kv_rank], axis=-1)
+        to_heads = "q_proj" if config.q_lora_rank is None else "q_b_proj"
+        q = self._to_heads(to_heads, config.qk_head_dim)(h).reshape(
+            b, t, config.num_attention_heads, -1
+        )
+        q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+        latent = self._linear("kv_a_proj", config.kv_lora_rank + config.qk_rope_head_dim)(x)
+        latent, k_rope = jnp.split(latent, [config.kv_lora_rank], axis=-1)
         latent = RMSNorm(LATENT_EPS, name="kv_a_norm")(latent)
-        kv = self._to_heads("kv_b_proj", config.nope_dim + config.v_dim)(latent)
-        k_nope, v = jnp.split(kv.reshape(b, t, config.heads, -1), [config.nope_dim], axis=-1)
+        kv = self._to_heads("kv_b_proj", config.qk_nope_head_dim + config.v_head_dim)(latent)
+        k_nope, v = jnp.split(
+            kv.reshape(b, t, config.num_attention_heads, -1), [config.qk_nope_head_dim], axis=-1
+        )
         q_rope, k_rope = self._turn(q_rope, angles), self._turn(k_rope[:, :, None], angles)
-        k_rope = jnp.broadcast_to(k_rope, (b, t, config.heads, config.rope_dim))
+        k_rope = jnp.broadcast_to(
+            k_rope, (b, t, config.num_attention_heads, config.qk_rope_head_dim)
+        )
         q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
         y, heads = attention(q, k, v, config.query_block)
-        output = Linear(config.width, config.dtype, rows="tensor", name="o_proj")
+        output = Linear(config.hidden_size, config.dtype, rows="tensor", name="o_proj")
         return output(y.reshape(b, t, -1)), heads
 
     def _linear(self, name: str, features: int) -> Linear:
@@ -456,10 +483,12 @@ class LatentAttention(nn.Module):
 
     def _to_heads(self, name: str, features: int) -> Linear:
         """A matrix that makes so many features for each head."""
-        return Linear(self.config.heads * features, self.config.dtype, cols="tensor", name=name)
+        return Linear(
+            self.config.num_attention_heads * features, self.config.dtype, cols="tensor", name=name
+        )
 
     def _turn(self, x: jax.Array, angles: Rotations) -> jax.Array:
-        return rotate(deinterleave(x) if self.config.interleaved else x, angles)
+        return rotate(deinterleave(x) if self.config.rope_interleave else x, angles)
 
 
 def attention(
@@ -518,7 +547,9 @@ def count(config: MoonlightConfig) -> Counts:
     sizes = {path: math.prod(leaf.shape) for path, leaf in named_leaves(leaves(config)).items()}
     total = sum(sizes.values()) - sizes["embed/embedding"] - sizes["lm_head/kernel"]
     routed = sum(size for path, size in sizes.items() if "/experts/" in path)
-    return Counts(total, total - routed + routed * config.chosen // config.experts)
+    return Counts(
+        total, total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+    )
 
 
 def per_head_views(config: MoonlightConfig) -> dict[str, optax_muon.View]:
@@ -531,10 +562,12 @@ def per_head_views(config: MoonlightConfig) -> dict[str, optax_muon.View]:
     >>> views["*/kv_b_proj/kernel"].on((3, 48, 224)).blocks
     (Block(batch=12, rows=48, cols=24), Block(batch=12, rows=48, cols=32))
     """
-    heads = config.heads
-    q = optax_muon.Split.equal(-1, heads * config.qk_dim, parts=heads)
-    kv = optax_muon.Split(-1, (config.nope_dim, config.v_dim), (heads, heads), groups=heads)
-    to_heads = "q_proj" if config.q_rank is None else "q_b_proj"
+    heads = config.num_attention_heads
+    q = optax_muon.Split.equal(-1, heads * config.qk_head_dim, parts=heads)
+    kv = optax_muon.Split(
+        -1, (config.qk_nope_head_dim, config.v_head_dim), (heads, heads), groups=heads
+    )
+    to_heads = "q_proj" if config.q_lora_rank is None else "q_b_proj"
     return {
         f"*/{to_heads}/kernel": optax_muon.View(-2, -1, q),
         "*/kv_b_proj/kernel": optax_muon.View(-2, -1, kv),
@@ -548,10 +581,14 @@ def attentions(config: MoonlightConfig) -> tuple[optax_muon.MLA, ...]:
     >>> [clipped.q_rope.path for clipped in attentions(CONFIGS["moonlight-tiny"])]
     ['dense_layers/attn/q_proj/kernel', 'moe_layers/attn/q_proj/kernel']
     """
-    heads = config.heads
-    q = optax_muon.Split(-1, (config.nope_dim, config.rope_dim), (heads, heads), groups=heads)
-    kv = optax_muon.Split(-1, (config.nope_dim, config.v_dim), (heads, heads), groups=heads)
-    to_heads = "q_proj" if config.q_rank is None else "q_b_proj"
+    heads = config.num_attention_heads
+    q = optax_muon.Split(
+        -1, (config.qk_nope_head_dim, config.qk_rope_head_dim), (heads, heads), groups=heads
+    )
+    kv = optax_muon.Split(
+        -1, (config.qk_nope_head_dim, config.v_head_dim), (heads, heads), groups=heads
+    )
+    to_heads = "q_proj" if config.q_lora_rank is None else "q_b_proj"
 
     def stack(name: str) -> optax_muon.MLA:
         queries, keys = f"{name}/attn/{to_heads}/kernel", f"{name}/attn/kv_b_proj/kernel"
@@ -561,23 +598,23 @@ def attentions(config: MoonlightConfig) -> tuple[optax_muon.MLA, ...]:
             k_nope=optax_muon.Heads(keys, kv, layers=0),
         )
 
-    depths = {"dense_layers": config.dense_first, "moe_layers": config.moe_depth}
+    depths = {"dense_layers": config.first_k_dense_replace, "moe_layers": config.num_moe_layers}
     return tuple(stack(name) for name, depth in depths.items() if depth)
 
 
 # ---- where parameters lie ------------------------------------------------------------------------
 
-_INTO_HEADS, _OUT_OF_HEADS = (WHOLE, "tensor"), ("tensor", WHOLE)
+_INTO_HEADS, _OUT_OF_HEADS = (FSDP_AXES, "tensor"), ("tensor", FSDP_AXES)
 _SPECS: dict[str, tuple[Axes, ...]] = {
-    "embedding": ("tensor", WHOLE),
+    "embedding": ("tensor", FSDP_AXES),
     "experts/gate_proj": ("expert", "fsdp", "tensor"),
     "experts/up_proj": ("expert", "fsdp", "tensor"),
     "experts/down_proj": ("expert", "tensor", "fsdp"),
     "o_proj/kernel": _OUT_OF_HEADS,
     "down_proj/kernel": _OUT_OF_HEADS,
-    "q_a_proj/kernel": (WHOLE, None),
-    "kv_a_proj/kernel": (WHOLE, None),
-    "router/kernel": (WHOLE, None),
+    "q_a_proj/kernel": (FSDP_AXES, None),
+    "kv_a_proj/kernel": (FSDP_AXES, None),
+    "router/kernel": (FSDP_AXES, None),
     "kernel": _INTO_HEADS,
     "scale": (None,),
 }
@@ -595,7 +632,7 @@ def leaves(config: MoonlightConfig) -> Tree:
     """
     initial = functools.partial(_initial, Moonlight(config))
     # No key is made: the ambient mesh may be of no computer.
-    shapes = jax.eval_shape(automatic(initial, P()), jax.eval_shape(jax.random.key, 0))
+    shapes = jax.eval_shape(with_auto_axes(initial, P()), jax.eval_shape(jax.random.key, 0))
     return laid_out(shapes, _SPECS)
 
 
@@ -627,29 +664,29 @@ def _applied(
     def apply(
         params: optax.Params, bias: jax.Array, *tokens: jax.Array
     ) -> tuple[jax.Array, ForwardStats]:
-        inputs, *targets = (place(each, BATCH, None) for each in tokens)
+        inputs, *targets = (constrain(each, BATCH, None) for each in tokens)
         return cast(
             tuple[jax.Array, ForwardStats], model.apply({"params": params}, inputs, bias, *targets)
         )
 
-    return automatic(apply, (over, P()))(params, bias, *tokens)
+    return with_auto_axes(apply, (over, P()))(params, bias, *tokens)
 
 
 def _attended(config: MoonlightConfig, x: jax.Array, angles: Rotations) -> tuple[jax.Array, Heads]:
     """The residual stream after attention; called inside a block, whose children these become."""
-    h = RMSNorm(config.eps, name="attn_norm")(x)
+    h = RMSNorm(config.rms_norm_eps, name="attn_norm")(x)
     y, heads = LatentAttention(config, name="attn")(h, angles)
-    return place(x + y.astype(x.dtype), BATCH, None, None), heads
+    return constrain(x + y.astype(x.dtype), BATCH, None, None), heads
 
 
 def _router(config: MoonlightConfig) -> Router:
     return Router(
-        config.experts,
-        config.chosen,
-        config.groups,
-        config.groups_chosen,
-        config.renormalise,
-        config.gate_scale,
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        config.n_group,
+        config.topk_group,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
         name="router",
     )
 
@@ -671,9 +708,9 @@ def _stack(block: type[nn.Module], length: int, *in_axes: int) -> type[nn.Module
 def _initial(model: Moonlight, key: jax.Array) -> optax.Params:
     """Parameters, wherever they come to lie; made with a sequence on every device."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = math.prod(mesh.shape[axis] for axis in there(BATCH) or ())
+    rows = math.prod(mesh.shape[axis] for axis in present_axes(BATCH) or ())
     return model.init(key, jnp.zeros([rows, 1], jnp.int32), zero_bias(model.config))["params"]
 
 
 def _no_routing(config: MoonlightConfig) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros([0, config.experts], jnp.int32), jnp.zeros([0], jnp.float32)
+    return jnp.zeros([0, config.n_routed_experts], jnp.int32), jnp.zeros([0], jnp.float32)
