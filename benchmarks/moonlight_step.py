@@ -31,10 +31,10 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.models import spec
-from optax_muon.models.abstract import leaves_on
-from optax_muon.models.layers import BATCH, present_axes
+from optax_muon.models.abstract import on_mesh
+from optax_muon.models.mesh import BATCH, present_axes
 from optax_muon.models.moe import experts
-from optax_muon.models.moonlight.model import CONFIGS, MoonlightConfig, count, leaves
+from optax_muon.models.moonlight import CONFIGS, Moonlight, MoonlightConfig, count
 from optax_muon.training import flops, loop
 from optax_muon.training.config import THREE_STAGE, TrainConfig
 from optax_muon.training.optimizers import Trial, transformation
@@ -206,7 +206,7 @@ def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> d
         "temporary": memory.temp_size_in_bytes,
     }
     sizes["total"] = sum(sizes.values()) - 2 * sizes["donated"]
-    plan = optax_muon.plan(leaves_on(leaves(setup.model), mesh))
+    plan = optax_muon.plan(on_mesh(Moonlight(setup.model).abstract_params, mesh))
     tokens = setup.batch * setup.model.context / mesh.size
     return {
         **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},

@@ -20,6 +20,7 @@ engine.
 from optax_muon import checkpoint, compat
 from optax_muon.checkpoint import state_shardings, zero1_shardings
 from optax_muon.matrices.assign import Rule, label
+from optax_muon.matrices.paths import named_leaves
 from optax_muon.matrices.views import Split, View
 from optax_muon.muon import muon, scale_by_muon
 from optax_muon.planning import plan
@@ -79,6 +80,7 @@ __all__ = [
     "match_rms",
     "measures",
     "muon",
+    "named_leaves",
     "newton_schulz",
     "normuon",
     "orthogonalize",

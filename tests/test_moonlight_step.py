@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from optax_muon import hlo
 from optax_muon.models import spec
 from optax_muon.models.moe import experts
-from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.training import loop
 from optax_muon.training.optimizers import transformation
 

@@ -10,7 +10,7 @@ import jax
 
 from optax_muon.cli import experiments
 from optax_muon.cli.main import main
-from optax_muon.models.moonlight.model import MoonlightConfig
+from optax_muon.models.moonlight import MoonlightConfig
 from optax_muon.training import optimizers
 from optax_muon.training.presets import PRESETS, HyperParams, Preset
 

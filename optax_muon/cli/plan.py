@@ -1,6 +1,7 @@
 """`optax-muon plan`: where Muon would work on the matrices of a model on a mesh; no device needed.
 
-The models are those of `abstract.py`, the table is `print(plan)`, the picture `plan_picture.py`.
+The models are those of `optax-muon train` and of `models.spec.named_configs`, their trees derived
+from the modules; the table is `print(plan)`, the picture `reports/plan.py`.
 """
 
 from __future__ import annotations
@@ -18,23 +19,34 @@ from rich.console import Console
 import optax_muon
 from optax_muon.cli.reports.plan import png
 from optax_muon.errors import UsageError
-from optax_muon.matrices import paths
-from optax_muon.models import abstract
+from optax_muon.models import abstract, spec
 from optax_muon.sharding.cost import RATES
 from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.search import GATHER, HOME
+from optax_muon.training.presets import PRESETS
 
 REPLICAS = "data"
 """Name of the mesh axis along which parameters lie in copies."""
 MOST_DEVICES = 2**16
+
+CONFIGS = {name: preset.model for name, preset in PRESETS.items()} | spec.named_configs()
+UNROLLED = {f"{name}-unrolled": name for name in ("llama3-8b",)}
+MODELS = (*CONFIGS, *UNROLLED)
+"""The models by name; unrolled ones have a parameter per layer instead of a stack."""
+
+
+def tree(name: str) -> abstract.Tree:
+    """The parameters that `optax-muon train --model NAME` trains, as shapes and mesh axes."""
+    params = spec.model(CONFIGS[UNROLLED.get(name, name)]).abstract_params
+    return abstract.unstacked(params, "layers") if name in UNROLLED else params
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanModel:
     """Print where Muon works on a model's matrices on a mesh, what moves, and what it costs.
 
-    The models are llama3-1b, llama3-8b, llama3-8b-unrolled and moonlight-16b-a3b. No device and no
-    memory is needed.
+    The models are those of train, such as tiny, small and moonlight-16b-a3b, and llama3-1b,
+    llama3-8b and llama3-8b-unrolled, with a parameter per layer. No device and no memory is needed.
     """
 
     model: str = "llama3-8b"
@@ -66,7 +78,7 @@ class PlanModel:
 
     def _check(self) -> None:
         """Refuse what cannot be planned or written."""
-        _one_of("model", self.model, tuple(abstract.MODELS))
+        _one_of("model", self.model, MODELS)
         _one_of("platform", self.platform, tuple(RATES))
         if self.layout is not None:
             _one_of("layout", self.layout, (HOME, GATHER))
@@ -77,17 +89,18 @@ class PlanModel:
             raise UsageError(f"--png and --json are both {self.png}; give each its own file")
 
     def _plan(self) -> Plan:
-        tree = abstract.MODELS[self.model]()
+        params = tree(self.model)
         sizes = _sizes(self.mesh)
-        known = (*abstract.axes(tree), REPLICAS)
+        known = (*abstract.mesh_axes(params), REPLICAS)
         for axis in sizes:
             if axis not in known:
                 raise UsageError(
                     f"--mesh {self.mesh} has the axis {axis!r}; {self.model} has {', '.join(known)}"
                 )
-        _check_divides(tree, sizes)
-        params = abstract.leaves_on(tree, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
-        return optax_muon.plan(params, layout=self.layout, platform=self.platform)
+        _check_divides(params, sizes)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        on_mesh = abstract.on_mesh(params, mesh)
+        return optax_muon.plan(on_mesh, layout=self.layout, platform=self.platform)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -114,9 +127,9 @@ def _sizes(text: str) -> dict[str, int]:
 
 def _check_divides(tree: abstract.Tree, sizes: dict[str, int]) -> None:
     """See that every sharded length divides over its mesh axes, as jax wants it."""
-    leaves: dict[str, abstract.Leaf] = paths.named_leaves(tree)
-    for path, leaf in leaves.items():
-        for length, over in zip(leaf.shape, leaf.over, strict=False):
+    params: dict[str, abstract.AbstractParam] = optax_muon.named_leaves(tree)
+    for path, param in params.items():
+        for length, over in zip(param.shape, param.mesh_axes, strict=False):
             ways = math.prod(sizes.get(axis, 1) for axis in over)
             if length % ways:
                 raise UsageError(

@@ -6,7 +6,7 @@ import dataclasses
 
 from optax_muon.errors import UsageError
 from optax_muon.models.llama import LlamaConfig
-from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.models.spec import Config
 from optax_muon.training.config import COSINE, THREE_STAGE
 from optax_muon.training.schedules import MOONLIGHT

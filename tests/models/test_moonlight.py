@@ -18,23 +18,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
-from optax_muon.errors import UsageError
-from optax_muon.models.abstract import leaves_on
+from optax_muon.models.abstract import on_mesh
 from optax_muon.models.moe import balance, grouped_matmul
 from optax_muon.models.moe.experts import Experts
 from optax_muon.models.moe.grouped_matmul import grouped_dot
-from optax_muon.models.moonlight.model import (
+from optax_muon.models.moonlight import (
     CONFIGS,
     Moonlight,
     MoonlightConfig,
     count,
-    forward,
-    init,
-    leaves,
-    logits,
     per_head_views,
-    shardings,
-    zero_bias,
 )
 
 CONFIG = MoonlightConfig(
@@ -75,7 +68,7 @@ def noisy(config):
     bias = jnp.asarray(
         0.1 * rng.standard_normal([config.num_moe_layers, config.n_routed_experts]), jnp.float32
     )
-    return jax.tree.map(draw, leaves(config)), bias
+    return jax.tree.map(draw, Moonlight(config).abstract_params), bias
 
 
 def tokens_of(config, batch=2, seed=0):
@@ -85,7 +78,7 @@ def tokens_of(config, batch=2, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(config, params, tokens, bias):
-    return forward(Moonlight(config), params, tokens, bias)
+    return Moonlight(config).forward(params, tokens, bias)
 
 
 # ---- the naive forward pass: one sequence, one head, one position, one token at a time -----------
@@ -212,7 +205,7 @@ def naive(config, params, bias, tokens):
     ],
 )
 def test_logits_and_report_are_those_of_the_naive_float64_forward_pass(change, monkeypatch):
-    monkeypatch.setattr("optax_muon.models.moonlight.model.HIGH_LOGIT", 0.5)
+    monkeypatch.setattr("optax_muon.models.moonlight.attention.HIGH_LOGIT", 0.5)
     config = dataclasses.replace(CONFIG, **change)
     params, bias = noisy(config)
     tokens = tokens_of(config)
@@ -271,7 +264,7 @@ MESHES = [
 
 
 def loss(config, params, tokens, bias):
-    scores, report = forward(Moonlight(config), params, tokens, bias)
+    scores, report = Moonlight(config).forward(params, tokens, bias)
     return jax.nn.logsumexp(scores, axis=-1).mean(), (scores, report)
 
 
@@ -286,7 +279,7 @@ def on(mesh, config, params, bias):
     spread = NamedSharding(mesh, P(batch, None))
     tokens = jax.device_put(tokens_of(config, batch=8), spread)
     return (
-        jax.device_put(params, shardings(config, mesh)),
+        jax.device_put(params, Moonlight(config).shardings(mesh)),
         tokens,
         jax.device_put(bias, NamedSharding(mesh, P())),
     )
@@ -321,13 +314,13 @@ def test_a_mesh_gives_the_logits_and_gradients_of_one_device(kind, sizes):
 
 def test_a_mesh_that_is_not_ambient_is_asked_for():
     given = on(jax.make_mesh((8,), ("fsdp",)), WIDE, *noisy(WIDE))
-    with pytest.raises(UsageError, match=r"a mesh of \('fsdp',\); use jax.set_mesh\(mesh\)"):
-        forward(Moonlight(WIDE), *given)
+    with pytest.raises(ValueError, match=r"are on a mesh of \('fsdp',\); use jax.set_mesh\(mesh\)"):
+        Moonlight(WIDE).forward(*given)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def initial(config):
-    return init(Moonlight(config), jax.random.key(3))
+    return Moonlight(config).init(jax.random.key(3))
 
 
 @functools.cache
@@ -344,15 +337,18 @@ def test_initial_parameters_are_the_same_on_every_mesh_and_lie_as_said(kind):
     for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(initial_alone(config)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # the same draws, scaled elsewhere
     for leaf, sharding in zip(
-        jax.tree.leaves(there), jax.tree.leaves(shardings(config, mesh)), strict=True
+        jax.tree.leaves(there), jax.tree.leaves(Moonlight(config).shardings(mesh)), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 def test_every_matrix_of_the_published_model_is_cut_over_fsdp_and_experts():
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"))
-    specs = jax.tree.leaves(shardings(CONFIGS["moonlight-16b-a3b"], mesh))
-    shapes = [leaf.shape for leaf in jax.tree.leaves(leaves(CONFIGS["moonlight-16b-a3b"]))]
+    specs = jax.tree.leaves(Moonlight(CONFIGS["moonlight-16b-a3b"]).shardings(mesh))
+    shapes = [
+        leaf.shape
+        for leaf in jax.tree.leaves(Moonlight(CONFIGS["moonlight-16b-a3b"]).abstract_params)
+    ]
     for shape, sharding in zip(shapes, specs, strict=True):
         local = math.prod(sharding.shard_shape(shape))
         assert local * 8 == math.prod(shape) or math.prod(shape) <= 27 * 2048
@@ -365,7 +361,7 @@ def test_a_tpu_multiplies_ragged_groups_and_gathers_tokens_to_their_experts():
     config = dataclasses.replace(
         WIDE, hidden_size=256, moe_intermediate_size=128, context=128, dtype="bfloat16"
     )
-    params = leaves_on(leaves(config), mesh)
+    params = on_mesh(Moonlight(config).abstract_params, mesh)
     over = NamedSharding(mesh, P(mesh.axis_names))
     tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=over)
     with jax.set_mesh(mesh):
@@ -480,14 +476,16 @@ def test_a_device_holds_a_block_of_rows_and_not_all_that_could_come():
 
 
 def test_a_bias_chooses_and_does_nothing_else():
-    params, _ = noisy(CONFIG)
+    (params, _), zero = noisy(CONFIG), Moonlight(CONFIG).zero_bias()
     tokens = tokens_of(CONFIG)
-    plain = run(CONFIG, params, tokens, zero_bias(CONFIG))
-    same = run(CONFIG, params, tokens, zero_bias(CONFIG) + 3)
+    plain = run(CONFIG, params, tokens, zero)
+    same = run(CONFIG, params, tokens, zero + 3)
     np.testing.assert_array_equal(plain[0], same[0])
-    pushed = run(CONFIG, params, tokens, zero_bias(CONFIG).at[:, 4].set(10.0))[1]
+    pushed = run(CONFIG, params, tokens, zero.at[:, 4].set(10.0))[1]
     assert (pushed.load[:, 4] == tokens.size).all()
-    slope = jax.grad(lambda bias: run(CONFIG, params, tokens, bias)[0].sum())(zero_bias(CONFIG))
+    slope = jax.grad(lambda bias: run(CONFIG, params, tokens, bias)[0].sum())(
+        Moonlight(CONFIG).zero_bias()
+    )
     assert not slope.any()
 
 
@@ -538,8 +536,8 @@ def test_the_gate_scale_is_the_papers_and_each_configurations_own():
 def test_a_report_costs_nothing_where_it_is_not_asked_for():
     params, bias = noisy(CONFIG)
     model, tokens = Moonlight(CONFIG), tokens_of(CONFIG)
-    alone = jax.jit(lambda p, t, b: logits(model, p, t, b)).lower(params, tokens, bias).compile()
-    both = jax.jit(lambda p, t, b: forward(model, p, t, b)).lower(params, tokens, bias).compile()
+    alone = jax.jit(lambda p, t, b: model.forward(p, t, b)[0]).lower(params, tokens, bias).compile()
+    both = jax.jit(lambda p, t, b: model.forward(p, t, b)).lower(params, tokens, bias).compile()
     assert alone.cost_analysis()["flops"] < both.cost_analysis()["flops"]
     # Stacks of a report's rows, which the loop over layers would carry: loads, and heads' maxima.
     for stack in ("s32[2,6]", "f32[2,4]", "f32[1,4]"):
@@ -633,5 +631,5 @@ def test_views_per_head_are_the_slices_that_the_heads_use(q_rank):
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(change, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)

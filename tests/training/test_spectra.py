@@ -64,7 +64,7 @@ def llama_params():
 @functools.cache
 def moonlight_params():
     model = moonlight.Moonlight(MOONLIGHT)
-    return normal(jax.eval_shape(lambda key: moonlight.init(model, key), jax.random.key(0)))
+    return normal(jax.eval_shape(model.init, jax.random.key(0)))
 
 
 MODELS = pytest.mark.parametrize("make", [llama_params, moonlight_params])

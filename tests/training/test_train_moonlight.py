@@ -15,9 +15,9 @@ from train_processes import CONFIG, TOY
 from optax_muon.cli import experiments
 from optax_muon.cli.main import main
 from optax_muon.models import spec
-from optax_muon.models.huggingface.convert import BIAS, leaf_shapes, load
+from optax_muon.models.huggingface import BIAS, leaf_shapes, load
 from optax_muon.models.moe import balance
-from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.models.safetensors_io import Entry, Writer
 from optax_muon.training.config import THREE_STAGE, TrainConfig
 from optax_muon.training.data import corpus as data

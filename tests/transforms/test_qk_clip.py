@@ -126,12 +126,12 @@ def sharp(config):
         return jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32)
 
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, [2, config.context]), jnp.int32)
-    return jax.tree.map(draw, moonlight.leaves(config)), tokens
+    return jax.tree.map(draw, moonlight.Moonlight(config).abstract_params), tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def report(config, params, tokens):
-    return moonlight.forward(moonlight.Moonlight(config), params, tokens)[1].max_logits
+    return moonlight.Moonlight(config).forward(params, tokens)[1].max_logits
 
 
 @pytest.mark.parametrize(("q_rank", "layer"), [(None, 0), (20, 1)])
@@ -186,7 +186,7 @@ def test_llama_comes_to_the_threshold():
         context=8,
     )
     tokens = jax.random.randint(jax.random.key(1), [8], 0, config.vocab_size)
-    params = jax.jit(llama.Llama(config).init)(jax.random.key(0), tokens[None])["params"]
+    params = jax.jit(llama.Llama(config).init)(jax.random.key(0))
 
     def first_layer(params):
         """Largest logits of the first layer, whose input no clipping changes: `[heads]`."""

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optax_muon.cli.reports import routing
-from optax_muon.models.moonlight.model import MoonlightConfig
+from optax_muon.models.moonlight import MoonlightConfig
 from optax_muon.models.spec import Config, model
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
