@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 
 import optax_muon
-from optax_muon.models import abstract
+from optax_muon.models import spec
 from optax_muon.polar import KELLER, Form, Gram, Kernel, Plain, default_restarts
 
 Result = TypeVar("Result")
@@ -134,7 +134,7 @@ def matrices(case: _stacks.Case, repeats: int) -> list[GpuTime]:
 
 def whole_update(repeats: int) -> list[GpuTime]:
     """Time updates of a Llama, float32, its matrices in bfloat16."""
-    tree = abstract.llama3_1b(scanned=True)
+    tree = spec.model(spec.named_configs()["llama3-1b"]).abstract_params
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), (2, len(leaves)))
     params, grads = (

@@ -31,10 +31,10 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.models import spec
-from optax_muon.models.abstract import leaves_on
-from optax_muon.models.layers import BATCH, there
+from optax_muon.models.abstract import on_mesh
+from optax_muon.models.mesh import BATCH, present_axes
 from optax_muon.models.moe import experts
-from optax_muon.models.moonlight.model import CONFIGS, MoonlightConfig, count, leaves
+from optax_muon.models.moonlight import CONFIGS, Moonlight, MoonlightConfig, count
 from optax_muon.training import flops, loop
 from optax_muon.training.config import THREE_STAGE, TrainConfig
 from optax_muon.training.optimizers import Trial, transformation
@@ -181,7 +181,7 @@ def compile_step(
     model, tx = spec.model(setup.model), transformation(MUON, setup)
     with jax.set_mesh(mesh):
         shape = (accumulate, setup.batch // accumulate, setup.model.context + 1)
-        over = NamedSharding(mesh, P(None, there(BATCH)))
+        over = NamedSharding(mesh, P(None, present_axes(BATCH)))
         step = jax.jit(
             functools.partial(loop.step, model, tx),
             donate_argnums=0,
@@ -206,7 +206,7 @@ def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> d
         "temporary": memory.temp_size_in_bytes,
     }
     sizes["total"] = sum(sizes.values()) - 2 * sizes["donated"]
-    plan = optax_muon.plan(leaves_on(leaves(setup.model), mesh))
+    plan = optax_muon.plan(on_mesh(Moonlight(setup.model).abstract_params, mesh))
     tokens = setup.batch * setup.model.context / mesh.size
     return {
         **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
@@ -223,7 +223,7 @@ def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> d
 def turns(setup: TrainConfig, mesh: Mesh, accumulate: int) -> int:
     """Blocks of rows that a device's experts work on in a layer, where all are chosen alike."""
     config = setup.model
-    rows = setup.batch // accumulate * config.context * config.chosen // mesh.size
+    rows = setup.batch // accumulate * config.context * config.num_experts_per_tok // mesh.size
     return -(-rows // experts.BLOCK)
 
 

@@ -83,7 +83,9 @@ def implementations(case: Case) -> dict[str, _bench.Implementation]:
     sizes = PRESETS[case.preset].model
     model = spec.model(sizes)
     shape = (case.batch, sizes.context + 1)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(sizes.vocab, size=shape, dtype=np.int32))
+    tokens = jnp.asarray(
+        np.random.default_rng(0).integers(sizes.vocab_size, size=shape, dtype=np.int32)
+    )
     params = jax.jit(model.init)(jax.random.key(0))
     loss = functools.partial(next_token_loss, model)
     gradient = jax.value_and_grad(lambda params, tokens: loss(params, tokens)[0])

@@ -1,4 +1,7 @@
-"""The ways a command ends early: one line for the user, and an exit code (`commands/cli.py`)."""
+"""The ways a command ends early: one line for the user, and an exit code (`cli/main.py`)."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class CommandError(Exception):
@@ -7,7 +10,7 @@ class CommandError(Exception):
     exit_code = 1
 
 
-class UsageError(CommandError):
+class UsageError(CommandError, ValueError):
     """What was asked for cannot be done; the message says what would be accepted."""
 
     exit_code = 2
@@ -21,3 +24,14 @@ class Interrupted(CommandError):
     """The user pressed Ctrl-C; the code is the shell's own for SIGINT, 128 + 2."""
 
     exit_code = 130
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Raise the `ValueError`s of models as `UsageError`s: what they refuse came from the user."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error

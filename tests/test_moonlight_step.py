@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from optax_muon import hlo
 from optax_muon.models import spec
 from optax_muon.models.moe import experts
-from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.training import loop
 from optax_muon.training.optimizers import transformation
 
@@ -27,7 +27,12 @@ pytestmark = pytest.mark.skipif(
 AXES = {"fsdp": 2, "expert": 4}
 SEQUENCES, PARTS = 16, 2
 CONFIG = dataclasses.replace(
-    CONFIGS["moonlight-tiny"], context=64, query_block=16, vocab=320, depth=2, dense_first=0
+    CONFIGS["moonlight-tiny"],
+    context=64,
+    query_block=16,
+    vocab_size=320,
+    num_hidden_layers=2,
+    first_k_dense_replace=0,
 )
 
 
@@ -72,11 +77,11 @@ def test_tokens_go_to_experts_and_no_device_gathers_a_layers_experts():
     gathered = [
         each
         for each in hlo.collectives(program.as_text())
-        if each.kind == "all-gather" and each.times % (PARTS * CONFIG.moe_depth) == 0
+        if each.kind == "all-gather" and each.times % (PARTS * CONFIG.num_moe_layers) == 0
     ]
     assert gathered
-    stack = CONFIG.experts * CONFIG.width * CONFIG.expert_mlp * 4
-    tokens = AXES["expert"] * SEQUENCES // PARTS // 8 * CONFIG.context * CONFIG.width * 4
+    stack = CONFIG.n_routed_experts * CONFIG.hidden_size * CONFIG.moe_intermediate_size * 4
+    tokens = AXES["expert"] * SEQUENCES // PARTS // 8 * CONFIG.context * CONFIG.hidden_size * 4
     # What a layer gathers is the tokens of a group of four devices, or a quarter of the experts.
     assert max(each.bytes for each in gathered) == max(tokens, stack // AXES["expert"])
 
@@ -87,7 +92,7 @@ def test_nothing_is_exchanged_in_the_loops_inside_a_layer():
     """Over blocks of queries, of which a layer has four, and of rows, of which devices differ."""
     *_, program = compiled()
     found = hlo.collectives(program.as_text())
-    assert max(each.times for each in found) == PARTS * CONFIG.moe_depth
+    assert max(each.times for each in found) == PARTS * CONFIG.num_moe_layers
 
 
 @pytest.mark.slow

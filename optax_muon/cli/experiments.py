@@ -151,7 +151,7 @@ class Experiment:
     def corpus(self) -> Corpus:
         """The text."""
         model = self.row.model
-        return data.load(self.data, model.context, model.vocab)
+        return data.load(self.data, model.context, model.vocab_size)
 
     def place(self) -> Devices:
         """The devices; asks for them, so after `distributed.start`.

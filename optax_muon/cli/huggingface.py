@@ -13,14 +13,14 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from optax_muon.errors import UsageError
-from optax_muon.models.huggingface.convert import (
+from optax_muon.errors import UsageError, usage_errors
+from optax_muon.models.huggingface import (
     Tensor,
     export_checkpoint,
     import_checkpoint,
     read_config,
 )
-from optax_muon.models.moonlight.model import MoonlightConfig, count
+from optax_muon.models.moonlight import MoonlightConfig, count
 from optax_muon.training.export import as_imported
 
 
@@ -37,6 +37,7 @@ class ImportHF:
     out: Path
     """Folder of the run to make."""
 
+    @usage_errors()
     def __call__(self) -> None:
         """Copy, then say what it is."""
         config = import_checkpoint(self.directory, self.out, _shown)
@@ -60,6 +61,7 @@ class ExportHF:
     step: int | None = None
     """After how many steps, of a training run; by default the newest checkpoint."""
 
+    @usage_errors()
     def __call__(self) -> None:
         """Copy, then say what it is."""
         if self.out.exists():  # before anything is read
@@ -77,6 +79,6 @@ def _shown(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
 def _describe(config: MoonlightConfig) -> str:
     total, active = count(config)
     return (
-        f"{config.depth} layers, {config.experts} experts, {total:,} parameters "
-        f"and {active:,} active ones, embeddings not counted"
+        f"{config.num_hidden_layers} layers, {config.n_routed_experts} experts, {total:,} "
+        f"parameters and {active:,} active ones, embeddings not counted"
     )

@@ -52,7 +52,7 @@ class TrainConfig:
     def grows_at(self) -> int:
         """Steps after which the batch is twice as large; `steps` where it never is.
 
-        >>> from optax_muon.models.moonlight.model import CONFIGS
+        >>> from optax_muon.models.moonlight import CONFIGS
         >>> moonlight = CONFIGS["moonlight-16b-a3b"]
         >>> TrainConfig(moonlight, 2048, 175_834, 0, 100, 128, THREE_STAGE).grows_at
         11921
@@ -62,7 +62,7 @@ class TrainConfig:
     @property
     def unit(self) -> str:
         """What a token is, for people."""
-        return "byte" if self.model.vocab == 256 else "token"
+        return "byte" if self.model.vocab_size == 256 else "token"
 
     def batch_at(self, step: int) -> int:
         """Sequences of the batch of a step, counted from 1."""

@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from optax_muon.errors import UsageError
 from optax_muon.matrices.paths import named_leaves
-from optax_muon.models.abstract import Leaf
-from optax_muon.models.layers import BATCH
+from optax_muon.models.abstract import AbstractParam
+from optax_muon.models.mesh import BATCH
 from optax_muon.models.spec import Model
 from optax_muon.training.data.corpus import windows
 
 AXES = (*BATCH, "tensor")
-"""What a mesh's axes may be (`models/layers.py`)."""
+"""What a mesh's axes may be (`models/mesh.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _check_parameters(model: Model, mesh: Mesh) -> None:
     """Refuse a parameter that the mesh does not cut into equal parts."""
     params = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
     for path, sharding in named_leaves(model.shardings(mesh)).items():
-        shape, over = params[path].shape, Leaf(params[path].shape, sharding.spec).over
+        shape, over = params[path].shape, AbstractParam(params[path].shape, sharding.spec).mesh_axes
         ways = [math.prod(mesh.shape[axis] for axis in axes) for axes in over]
         if any(size % n for size, n in zip(shape, ways, strict=False)):
             raise UsageError(

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_muon.errors import UsageError
+from optax_muon.errors import UsageError, usage_errors
 from optax_muon.models import huggingface, safetensors_io, spec
-from optax_muon.models.moonlight.model import MoonlightConfig
+from optax_muon.models.moonlight import MoonlightConfig
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.run_folder import RunFolder
 
@@ -60,7 +60,8 @@ def as_imported(
 
 
 def _sizes(run: Path, config: dict[str, Any]) -> dict[str, Any]:
-    sizes = spec.model_of(config).config
+    with usage_errors():
+        sizes = spec.model_of(config).config
     if not isinstance(sizes, MoonlightConfig):
         raise UsageError(f"{run} trained a Llama; only a Moonlight has the layout of DeepSeek-V3")
     return dataclasses.asdict(sizes)

@@ -87,10 +87,10 @@ def pretrained(run: Path, trial: str | None = None) -> Pretrained:
     """
     start = PretrainedSource(run, trial)
     model = start.model
-    if model.config.vocab != VOCAB:
+    if model.config.vocab_size != VOCAB:
         raise UsageError(
-            f"{run} has a vocabulary of {model.config.vocab}; finetune reads bytes, it must be "
-            f"{VOCAB}"
+            f"{run} has a vocabulary of {model.config.vocab_size}; finetune reads bytes, it must "
+            f"be {VOCAB}"
         )
     return Pretrained(model, *start.weights())
 

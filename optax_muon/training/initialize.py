@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from optax_muon.errors import usage_errors
 from optax_muon.models import huggingface, spec
 from optax_muon.models.spec import Model
 from optax_muon.training.checkpoints import Checkpoints
@@ -33,6 +34,7 @@ class PretrainedSource:
     trial: str | None = None
 
     @property
+    @usage_errors()
     def model(self) -> Model:
         """Its model.
 
@@ -41,6 +43,7 @@ class PretrainedSource:
         """
         return spec.model_of(RunFolder(self.path).read_config())
 
+    @usage_errors()
     def weights(self, mesh: Mesh | None = None) -> tuple[optax.Params, jax.Array | None]:
         """Its newest parameters, and router biases if the model has any, in float32.
 

@@ -34,8 +34,7 @@ import optax_muon
 from optax_muon.errors import Diverged
 from optax_muon.models import spec
 from optax_muon.models.moe import balance
-from optax_muon.models.moonlight.model import ForwardStats
-from optax_muon.models.spec import Model
+from optax_muon.models.spec import ForwardStats, Model
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.data.corpus import Corpus, held_out_starts, starts
 from optax_muon.training.devices import SINGLE_DEVICE, Devices

@@ -6,7 +6,7 @@ import dataclasses
 
 from optax_muon.errors import UsageError
 from optax_muon.models.llama import LlamaConfig
-from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.models.spec import Config
 from optax_muon.training.config import COSINE, THREE_STAGE
 from optax_muon.training.schedules import MOONLIGHT
@@ -62,7 +62,14 @@ UNSWEPT = "AdamW's by hand, Muon takes it over as in the paper; `optax-muon swee
 
 PRESETS = {
     "tiny": Preset(
-        LlamaConfig(width=32, depth=2, heads=2, kv_heads=1, mlp=64, context=32),
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            context=32,
+        ),
         batch=8,
         steps=40,
         adamw=HyperParams(1e-2, 0.1),
@@ -70,7 +77,14 @@ PRESETS = {
         source="by hand; seconds long, for tests",
     ),
     "small": Preset(
-        LlamaConfig(width=128, depth=3, heads=4, kv_heads=2, mlp=344, context=128),
+        LlamaConfig(
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=344,
+            context=128,
+        ),
         batch=16,
         steps=400,
         adamw=HyperParams(6e-3, 0.3),
@@ -78,7 +92,14 @@ PRESETS = {
         source="the sweep in benchmarks/results/sweep",
     ),
     "medium": Preset(
-        LlamaConfig(width=256, depth=6, heads=8, kv_heads=4, mlp=688, context=256),
+        LlamaConfig(
+            hidden_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            intermediate_size=688,
+            context=256,
+        ),
         batch=32,
         steps=2000,
         adamw=HyperParams(3e-3, 0.1),
@@ -87,7 +108,13 @@ PRESETS = {
     ),
     "base": Preset(
         LlamaConfig(
-            width=512, depth=8, heads=8, kv_heads=4, mlp=1376, context=512, dtype="bfloat16"
+            hidden_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            intermediate_size=1376,
+            context=512,
+            dtype="bfloat16",
         ),
         batch=64,
         steps=5000,
@@ -97,7 +124,13 @@ PRESETS = {
     ),
     "large": Preset(
         LlamaConfig(
-            width=768, depth=12, heads=12, kv_heads=4, mlp=2048, context=1024, dtype="bfloat16"
+            hidden_size=768,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            intermediate_size=2048,
+            context=1024,
+            dtype="bfloat16",
         ),
         batch=128,
         steps=10000,
@@ -143,7 +176,7 @@ def preset(name: str) -> Preset:
     Raises:
         UsageError: when there is none.
 
-    >>> preset("small").model.width
+    >>> preset("small").model.hidden_size
     128
     """
     if name not in PRESETS:

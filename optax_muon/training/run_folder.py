@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from optax_muon.errors import UsageError
+from optax_muon.errors import UsageError, usage_errors
 from optax_muon.models.safetensors_io import folder_at_once
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.loop import StepMetrics
@@ -60,7 +60,7 @@ class RunFolder:
             return self._same_config(config)
         if self.path.exists():
             self._clear(overwrite)
-        with folder_at_once(self.path) as draft:
+        with usage_errors(), folder_at_once(self.path) as draft:
             RunFolder(draft).config.write_text(json.dumps(config, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:

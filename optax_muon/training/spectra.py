@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from optax_muon import View, measures
-from optax_muon.errors import UsageError
+from optax_muon.errors import UsageError, usage_errors
 from optax_muon.matrices.assign import assign
 from optax_muon.matrices.paths import named_leaves
 from optax_muon.models import huggingface
@@ -270,6 +270,7 @@ def _saved(path: Path, step: int) -> optax.Params:
         return checkpoints.params(step)
 
 
+@usage_errors()
 def _imported(run: Path) -> optax.Params:
     _, params, _ = huggingface.load(run)
     return params

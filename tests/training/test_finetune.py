@@ -32,9 +32,21 @@ from optax_muon.training.presets import HyperParams
 from optax_muon.training.run_folder import RunFolder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-LLAMA = llama.LlamaConfig(width=32, depth=1, heads=2, kv_heads=1, mlp=64, context=24)
+LLAMA = llama.LlamaConfig(
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=64,
+    context=24,
+)
 MOONLIGHT = dataclasses.replace(
-    moonlight.CONFIGS["moonlight-tiny"], width=32, depth=2, mlp=40, expert_mlp=24, context=24
+    moonlight.CONFIGS["moonlight-tiny"],
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=40,
+    moe_intermediate_size=24,
+    context=24,
 )
 ADAMW = Trial("adamw", "AdamW", "adamw", HyperParams(1e-2, 0.1))
 

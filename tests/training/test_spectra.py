@@ -31,9 +31,21 @@ from optax_muon.training.spectra import (
     views,
 )
 
-LLAMA = llama.LlamaConfig(width=16, depth=2, heads=2, kv_heads=1, mlp=24, context=8)
+LLAMA = llama.LlamaConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=24,
+    context=8,
+)
 MOONLIGHT = dataclasses.replace(
-    moonlight.CONFIGS["moonlight-tiny"], width=32, depth=3, mlp=40, expert_mlp=24, q_rank=12
+    moonlight.CONFIGS["moonlight-tiny"],
+    hidden_size=32,
+    num_hidden_layers=3,
+    intermediate_size=40,
+    moe_intermediate_size=24,
+    q_lora_rank=12,
 )
 
 
@@ -52,7 +64,7 @@ def llama_params():
 @functools.cache
 def moonlight_params():
     model = moonlight.Moonlight(MOONLIGHT)
-    return normal(jax.eval_shape(lambda key: moonlight.init(model, key), jax.random.key(0)))
+    return normal(jax.eval_shape(model.init, jax.random.key(0)))
 
 
 MODELS = pytest.mark.parametrize("make", [llama_params, moonlight_params])

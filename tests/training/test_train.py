@@ -394,7 +394,7 @@ def test_flops_are_six_per_weight_and_token_and_the_products_of_newton_schulz():
     params = init(SETUP, optax.identity()).params
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
     weights = 256 * 32 + 2 * layer + 32
-    scores = 12 * model.depth * model.context * model.width
+    scores = 12 * model.num_hidden_layers * model.context * model.hidden_size
     assert run_flops(SETUP, LINEUP[0], params) == 8 * 32 * (6 * weights + scores)
 
     def products(m, n):  # X X^T, A A, (b A + c A A) X: five times, two operations each

@@ -15,9 +15,9 @@ from train_processes import CONFIG, TOY
 from optax_muon.cli import experiments
 from optax_muon.cli.main import main
 from optax_muon.models import spec
-from optax_muon.models.huggingface.convert import BIAS, leaf_shapes, load
+from optax_muon.models.huggingface import BIAS, leaf_shapes, load
 from optax_muon.models.moe import balance
-from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.models.safetensors_io import Entry, Writer
 from optax_muon.training.config import THREE_STAGE, TrainConfig
 from optax_muon.training.data import corpus as data
@@ -132,7 +132,7 @@ def test_router_biases_move_by_the_paper_rule_and_nothing_else_moves_them():
     state, tokens = start(), drawn((1, 8, CONFIG.context + 1))
     after, told = jitted(MODEL, SGD, state, tokens, 0.02)
     load = np.asarray(told.report.load, np.float64)
-    assert load.sum() == CONFIG.moe_depth * 8 * CONFIG.context * CONFIG.chosen
+    assert load.sum() == CONFIG.num_moe_layers * 8 * CONFIG.context * CONFIG.num_experts_per_tok
     sign = np.sign(load.mean(axis=1, keepdims=True) - load)
     moved = 0.02 * (sign - sign.mean(axis=1, keepdims=True))
     np.testing.assert_allclose(after.bias - state.bias, moved, atol=1e-7)
@@ -417,8 +417,10 @@ def moonlight_of(run):
 def test_what_cannot_be_placed_or_is_not_there_is_refused(
     options, reason, toy, text, tmp_path, capsys, monkeypatch
 ):
-    odd = dataclasses.replace(CONFIG, heads=3)  # 48 columns over 8 devices fit, 36 would not
-    odd = dataclasses.replace(odd, nope_dim=4, rope_dim=8)
+    odd = dataclasses.replace(
+        CONFIG, num_attention_heads=3
+    )  # 48 columns over 8 devices fit, 36 would not
+    odd = dataclasses.replace(odd, qk_nope_head_dim=4, qk_rope_head_dim=8)
     monkeypatch.setitem(
         PRESETS, "moonlight-toy", dataclasses.replace(PRESETS["moonlight-toy"], model=odd)
     )
@@ -440,7 +442,7 @@ def test_the_model_of_a_run_is_told_by_its_sizes():
         sizes = json.loads(json.dumps(dataclasses.asdict(config)))
         assert spec.model_of({"setup": {"model": sizes}}) == spec.model(config)
     with pytest.raises(Exception, match="neither a Llama nor a Moonlight"):
-        spec.model_of({"model": {"width": 3}})
+        spec.model_of({"model": {"hidden_size": 3}})
 
 
 # ---- tokens --------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optax_muon.cli.reports import routing
-from optax_muon.models.moonlight.model import MoonlightConfig
+from optax_muon.models.moonlight import MoonlightConfig
 from optax_muon.models.spec import Config, model
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
@@ -211,10 +211,11 @@ def markdown(run: RunConfig, origin: str, comparisons: Sequence[Comparison]) -> 
 def describe(preset: str, setup: TrainConfig) -> str:
     """An experiment in a line."""
     sizes = setup.model
-    experts = f", {sizes.experts} experts" if isinstance(sizes, MoonlightConfig) else ""
+    experts = f", {sizes.n_routed_experts} experts" if isinstance(sizes, MoonlightConfig) else ""
     growing = "" if setup.grows_at == setup.steps else f", twice that after {setup.grows_at}"
     return (
-        f"{preset}: {model(sizes).kind} of width {sizes.width}, depth {sizes.depth}{experts}; "
+        f"{preset}: {model(sizes).kind} of width {sizes.hidden_size}, depth "
+        f"{sizes.num_hidden_layers}{experts}; "
         f"{setup.steps} steps of {setup.batch} x {sizes.context} {setup.unit}s{growing}, "
         f"seed {setup.seed}"
     )
@@ -303,7 +304,7 @@ _update = jax.jit(update, static_argnums=0, donate_argnums=1)
 def _gradients(config: Config, state: State) -> tuple[optax.Updates, jax.Array]:
     """Gradients and largest attention logits such as a step makes."""
     grads = jax.tree.map(jnp.ones_like, state.params)
-    return grads, jnp.zeros([config.depth, config.heads], jnp.float32)
+    return grads, jnp.zeros([config.num_hidden_layers, config.num_attention_heads], jnp.float32)
 
 
 def _outcome(run: RunConfig, trial: Trial, folder: RunFolder, seconds: float) -> Outcome:
@@ -315,7 +316,7 @@ def _outcome(run: RunConfig, trial: Trial, folder: RunFolder, seconds: float) ->
 def _routed(run: RunConfig, comparisons: Sequence[Comparison]) -> routing.Records:
     """The records of trials with a router; none of a Llama."""
     setup = run.setup.model
-    if not (isinstance(setup, MoonlightConfig) and setup.moe_depth):
+    if not (isinstance(setup, MoonlightConfig) and setup.num_moe_layers):
         return {}
     return {each.outcome.trial: each.outcome.records for each in comparisons}
 
