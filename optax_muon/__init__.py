@@ -19,7 +19,8 @@ engine.
 
 from optax_muon import checkpoint, compat
 from optax_muon.checkpoint import state_shardings, zero1_shardings
-from optax_muon.matrices.assign import Rule, label
+from optax_muon.matrices.assign import Rule, assign, label
+from optax_muon.matrices.paths import named_leaves
 from optax_muon.matrices.views import Split, View
 from optax_muon.muon import muon, scale_by_muon
 from optax_muon.planning import plan
@@ -68,6 +69,7 @@ __all__ = [
     "Split",
     "View",
     "__version__",
+    "assign",
     "baseline",
     "cautious_decay",
     "checkpoint",
@@ -79,6 +81,7 @@ __all__ = [
     "match_rms",
     "measures",
     "muon",
+    "named_leaves",
     "newton_schulz",
     "normuon",
     "orthogonalize",
