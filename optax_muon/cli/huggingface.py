@@ -47,7 +47,7 @@ class ImportHF:
 
 @dataclasses.dataclass(frozen=True)
 class ExportHF:
-    """Convert a run to a Hugging Face checkpoint, which transformers loads as DeepseekV3ForCausalLM.
+    """Convert a run to a Hugging Face checkpoint that transformers loads as DeepseekV3ForCausalLM.
 
     Dtypes stay as they are. The tokenizer's files are not part of a run; copy them into the folder.
     The parameters of a training run are first written to a temporary folder beside the new one.

@@ -48,12 +48,12 @@ def as_imported(
             raise UsageError(f"{run} is not a training run; it has neither trials nor steps")
         yield run
         return
-    origin = {"model": _sizes(folder), "huggingface": _origin(folder)}
+    contents = {"model": _sizes(folder), "huggingface": origin(folder)}
     with Checkpoints(folder.trained_by(trial)) as checkpoints:
         shapes = checkpoints.shapes(step)  # before anything is written
         near.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{near.name}.", dir=near.parent) as draft:
-            (Path(draft) / huggingface.CONFIG).write_text(json.dumps(origin))
+            (Path(draft) / huggingface.CONFIG).write_text(json.dumps(contents))
             _write(checkpoints, step, shapes, Path(draft) / huggingface.PARAMS)
             yield Path(draft)
 
@@ -68,7 +68,7 @@ def _sizes(folder: RunFolder) -> dict[str, Any]:
     return dataclasses.asdict(sizes)
 
 
-def _origin(folder: RunFolder) -> dict[str, Any] | None:
+def origin(folder: RunFolder) -> dict[str, Any] | None:
     """The config of the import that the run began with, through any number of runs.
 
     Its special tokens are the run's too. None if there is none, or its folder is gone.

@@ -69,8 +69,8 @@ class Trainer:
         """
         path, settings = self.folder.checkpoints(trial.name), self.run.settings(trial)
         with Checkpoints(path, RetentionPolicy(every=self.run.keep_every), settings) as checkpoints:
-            state, done = self._begin(trial, checkpoints)
-            for metrics, state in train(self.run.training, trial, self.task, state, done):
+            begun, done = self._begin(trial, checkpoints)
+            for metrics, state in train(self.run.training, trial, self.task, begun, done):
                 self._report(trial, metrics)
                 stop = self._is_stopped(metrics)
                 if stop or self._is_due(metrics):

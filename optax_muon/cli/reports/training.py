@@ -166,7 +166,7 @@ def update_times(run: RunConfig, devices: Devices = SINGLE_DEVICE) -> Seconds:
 def _update_seconds(
     config: TrainConfig, trial: Trial, mesh: Mesh | None, repeats: int = 11
 ) -> float:
-    """Median wall time of the compiled update alone; it does not depend on the gradients' values."""
+    """Median wall time of the compiled update alone; it does not depend on gradients' values."""
     tx = transformation(trial, config)
     state = initial_state(config, tx, mesh)
     grads, max_logits = _gradients(model(config.model), state)

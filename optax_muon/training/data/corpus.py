@@ -2,8 +2,9 @@
 
 The default is the source of Python's own standard library, which every machine has (about 9 MB). A
 hash of a file's path inside the corpus decides whether it is held out, so every machine holds out
-the same files. Tokens are bytes, with a zero byte, which no text contains, before each file. Text in
-the tokens of another vocabulary is a `.npy` file of integers (`numpy.save`), which stays on disk.
+the same files. Tokens are bytes, with a zero byte, which no text contains, before each file. A
+corpus in tokens of another vocabulary is a `.npy` file of integers (`numpy.save`), which stays on
+disk.
 
 A batch is a function of `(seed, step)` alone, so every optimizer sees the same data in the same
 order, and a run resumes where it stopped without any saved state.

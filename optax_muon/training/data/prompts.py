@@ -100,8 +100,8 @@ def steps(examples: int, batch: int, epochs: int) -> int:
 def rows(examples: int, seed: int, step: int, batch: int, epochs: int) -> np.ndarray:
     """The examples of a step, counted from 1: int64 `[batch]`, a pure function of its arguments.
 
-    Every epoch has its own order, and a batch may extend into the next one. The last batch is padded
-    with -1.
+    Every epoch has its own order, and a batch may extend into the next one. The last batch is
+    padded with -1.
 
     >>> [rows(examples=3, seed=0, step=step, batch=2, epochs=1).tolist() for step in (1, 2)]
     [[1, 2], [0, -1]]
@@ -161,9 +161,7 @@ def _sequence(
     tokens = np.zeros([context + 1], np.int32)
     tokens[: len(text)] = np.frombuffer(text, np.uint8)
     weights = np.zeros([context], np.float32)
-    weights[len(prompt) : used] = (
-        1  # the completion begins at len(prompt) + 1, predicted one before
-    )
+    weights[len(prompt) : used] = 1  # it begins at len(prompt) + 1, predicted one before
     return tokens, weights
 
 
