@@ -25,8 +25,9 @@ import tyro
 
 import optax_muon
 from optax_muon.models import spec
-from optax_muon.training.loop import State, next_token_loss, update
 from optax_muon.training.presets import PRESETS
+from optax_muon.training.state import State
+from optax_muon.training.step import next_token_loss, update
 
 GRADIENT, ADAMW, OURS, OPTAX = "gradient", "adamw", "ours", "optax"
 BATCHES = {"small": (4, 16, 64), "medium": (1, 4, 16), "base": (1, 4)}

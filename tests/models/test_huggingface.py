@@ -20,9 +20,9 @@ from optax_muon.models import huggingface, safetensors_io
 from optax_muon.models.huggingface import export_checkpoint, import_checkpoint, load
 from optax_muon.models.moonlight import CONFIGS, Moonlight
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.loop import State
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.state import State
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -313,9 +313,9 @@ def trained(checkpoint, tmp_path):
     run = RunFolder(tmp_path / "run")
     saved = State(params, {"mu": params}, bias)
     others = jax.jit(functools.partial(jax.tree.map, lambda x: x + 1))(saved)
-    named = {"trials": [{"name": "adamw"}, {"name": "muon"}], "start": str(tmp_path / "start")}
-    run.claim(
-        {"setup": {"model": dataclasses.asdict(config)}, **named}, resume=False, overwrite=False
+    named = {"trials": [{"name": "adamw"}, {"name": "muon"}], "pretrained": str(tmp_path / "start")}
+    run.create_or_resume(
+        {"training": {"model": dataclasses.asdict(config)}, **named}, resume=False, overwrite=False
     )
     for name, states in {"adamw": [others, saved], "muon": [saved, others]}.items():
         with Checkpoints(run.checkpoints(name)) as checkpoints:
@@ -377,12 +377,12 @@ def test_contestants_of_no_training_run_are_refused(trained, tmp_path, capsys):
     where = [str(tmp_path / "start"), "--out", str(tmp_path / "back")]
     with pytest.raises(SystemExit):
         main.main(["export-hf", *where, "--step", "1"])
-    assert "start is no training run; it has neither trials nor" in capsys.readouterr().err
+    assert "start is not a training run; it has neither trials nor" in capsys.readouterr().err
 
 
 def test_a_llama_is_refused(trained, tmp_path, capsys):
     config = trained.read_config()
-    config["setup"]["model"] = dataclasses.asdict(PRESETS["tiny"].model)
+    config["training"]["model"] = dataclasses.asdict(PRESETS["tiny"].model)
     trained.config.write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         main.main(["export-hf", str(trained.path), "--out", str(tmp_path / "back")])
