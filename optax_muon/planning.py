@@ -74,7 +74,7 @@ def plan(
         raise ValueError(f"platform {platform!r} is unknown; use 'tpu', 'gpu', 'cpu' or None.")
     leaves = paths.named_leaves(params)
     bounds = {
-        p: view.on(leaves[p].shape)
+        p: view.bind(leaves[p].shape)
         for p, view in assign.assign(params, views).items()
         if view is not None
     }

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_muon.matrices.default_rules import DEFAULT_RULES, judge
+from optax_muon.matrices.default_rules import DEFAULT_RULES, classify
 from optax_muon.matrices.paths import is_masked, named_leaves
-from optax_muon.matrices.rules import Leaf, Rule, Verdict, as_view
+from optax_muon.matrices.rules import Decision, ParamInfo, Rule, as_view
 from optax_muon.matrices.summary import Labels, Row
 from optax_muon.matrices.views import View
 
@@ -34,26 +34,26 @@ def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
     """Decide for every parameter how it is read as matrices, or that the fallback has it.
 
     Args:
-      tree: parameters, gradients or `jax.ShapeDtypeStruct`s: linen (boxed or plain), nnx, equinox,
-        haiku or any other tree. Leaves masked by optax are left out.
-      views: what to decide by hand; the default, None, decides all by role.
+        tree: parameters, gradients or `jax.ShapeDtypeStruct`s: linen (boxed or plain), nnx, equinox,
+          haiku or any other tree. Leaves masked by optax are left out.
+        views: what to decide by hand; the default, None, decides all by role.
 
-        - A pytree of views, a prefix of one, or a dict from paths to views. A view is a `View`, an
-          `optax.contrib.MuonDimensionNumbers`, or None for the fallback. An entry holds for the
-          parameter at its path, for all below it, and for those that it matches as a glob
-          (`*/mixer/w`); where several fit, the longest decides, and the exact path before all.
-        - A list of `Rule`s, tried in order.
-        - A function from the tree to any of these.
+          - A pytree of views, a prefix of one, or a dict from paths to views. A view is a `View`, an
+            `optax.contrib.MuonDimensionNumbers`, or None for the fallback. An entry holds for the
+            parameter at its path, for all below it, and for those that it matches as a glob
+            (`*/mixer/w`); where several fit, the longest decides, and the exact path before all.
+          - A list of `Rule`s, tried in order.
+          - A function from the tree to any of these.
 
-        What none of them covers is decided by role, by `DEFAULT_RULES`.
+          What none of them covers is decided by role, by `DEFAULT_RULES`.
 
     Returns:
-      Path to view, None for the fallback, for every leaf in the tree's order.
+        Path to view, None for the fallback, for every leaf in the tree's order.
 
     Raises:
-      ValueError: a leaf is ambiguous; an entry or rule fits no parameter; a view does not fit its
-        shape.
-      TypeError: `views` holds something else than views.
+        ValueError: a leaf is ambiguous; an entry or rule fits no parameter; a view does not fit its
+          shape.
+        TypeError: `views` holds something else than views.
 
     >>> up = {"kernel": jnp.zeros((8, 32)), "bias": jnp.zeros(32)}
     >>> assign({"embed": jnp.zeros((64, 8)), "up": up})
@@ -64,21 +64,21 @@ def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
       views={'mixer/w': View(rows=1, cols=2)}
       views={'mixer/w': None}
     """
-    return {path: verdict.view for path, verdict in _decide(tree, views).items()}
+    return {path: decision.view for path, decision in _decide(tree, views).items()}
 
 
 def label(params: Any, views: Any = None) -> Labels:
     """Show which parameters go to Muon, as what matrices, and why: `print(label(params))`.
 
     Args:
-      params: parameters or `jax.ShapeDtypeStruct`s, as for `assign`.
-      views: as for `assign` and `muon`.
+        params: parameters or `jax.ShapeDtypeStruct`s, as for `assign`.
+        views: as for `assign` and `muon`.
 
     Returns:
-      The table: printable, and as data in `.rows`.
+        The table: printable, and as data in `.rows`.
 
     Raises:
-      ValueError: as `assign` does.
+        ValueError: as `assign` does.
 
     >>> params = {"layers": {"norm": jnp.zeros((12, 8)), "up_proj": jnp.zeros((12, 8, 32))}}
     >>> print(label(params))
@@ -92,38 +92,40 @@ def label(params: Any, views: Any = None) -> Labels:
     """
     leaves = named_leaves(params, is_leaf=is_masked)
     return Labels(
-        tuple(_row(path, leaves[path], verdict) for path, verdict in _decide(params, views).items())
+        tuple(
+            _row(path, leaves[path], decision) for path, decision in _decide(params, views).items()
+        )
     )
 
 
-def _decide(tree: Any, views: Any) -> dict[str, Verdict]:
+def _decide(tree: Any, views: Any) -> dict[str, Decision]:
     named = named_leaves(tree, is_leaf=is_masked)
     leaves = {path: leaf for path, leaf in named.items() if not is_masked(leaf)}
-    said = _said(tree, views)
+    said = _user_decision(tree, views)
     verdicts = {path: _verdict(path, leaf, said) for path, leaf in leaves.items()}
-    unclear = {path: verdict for path, verdict in verdicts.items() if verdict.readings}
+    unclear = {path: decision for path, decision in verdicts.items() if decision.interpretations}
     if unclear:
         raise ValueError(_ambiguity(unclear, {path: np.shape(leaves[path]) for path in unclear}))
     return verdicts
 
 
-def _verdict(path: str, leaf: Any, said: Callable[[Leaf], Verdict | None]) -> Verdict:
+def _verdict(path: str, leaf: Any, said: Callable[[ParamInfo], Decision | None]) -> Decision:
     shape = tuple(np.shape(leaf)) if hasattr(leaf, "dtype") else ()
-    verdict = said(Leaf.of(path, shape))
+    decision = said(ParamInfo.of(path, shape))
     if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
-        if verdict is not None and verdict.view is not None:
+        if decision is not None and decision.view is not None:
             raise ValueError(
                 f"{path} is {_dtype(leaf)}, which has no gradient; its view must be None."
             )
-        return Verdict(None, "not floating point")
-    if verdict is None:
-        return judge(path, shape)
-    if verdict.view is not None:
-        _on(path, shape, verdict.view)
-    return verdict
+        return Decision(None, "not floating point")
+    if decision is None:
+        return classify(path, shape)
+    if decision.view is not None:
+        _on(path, shape, decision.view)
+    return decision
 
 
-def _said(tree: Any, views: Any) -> Callable[[Leaf], Verdict | None]:
+def _user_decision(tree: Any, views: Any) -> Callable[[ParamInfo], Decision | None]:
     """What `views` says of a leaf: a function that gives None where it says nothing."""
     if views is None:
         return lambda leaf: None
@@ -133,14 +135,14 @@ def _said(tree: Any, views: Any) -> Callable[[Leaf], Verdict | None]:
         return _by_rules(tree, tuple(views))
     entries = named_leaves(views, is_leaf=_is_view)
     if callable(views) and not any(map(_is_view, entries.values())):
-        return _said(tree, views(tree))
+        return _user_decision(tree, views(tree))
     return _by_entries(tree, {path: _entry(path, view) for path, view in entries.items()})
 
 
-def _by_rules(tree: Any, rules: tuple[Rule, ...]) -> Callable[[Leaf], Verdict | None]:
+def _by_rules(tree: Any, rules: tuple[Rule, ...]) -> Callable[[ParamInfo], Decision | None]:
     known = _known(tree)
     leaves = [
-        Leaf.of(path, np.shape(leaf)) for path, leaf in known.items() if hasattr(leaf, "dtype")
+        ParamInfo.of(path, np.shape(leaf)) for path, leaf in known.items() if hasattr(leaf, "dtype")
     ]
     hidden = any(map(is_masked, known.values()))
     for rule in rules:
@@ -150,14 +152,16 @@ def _by_rules(tree: Any, rules: tuple[Rule, ...]) -> Callable[[Leaf], Verdict | 
                 f"The rule {rule.pattern!r} ({rule.reason}) fits no parameter of {paths}."
             )
 
-    def said(leaf: Leaf) -> Verdict | None:
+    def said(leaf: ParamInfo) -> Decision | None:
         rule = next((rule for rule in rules if rule.fits(leaf)), None)
-        return None if rule is None else rule.verdict(leaf)
+        return None if rule is None else rule.decision(leaf)
 
     return said
 
 
-def _by_entries(tree: Any, entries: Mapping[str, View | None]) -> Callable[[Leaf], Verdict | None]:
+def _by_entries(
+    tree: Any, entries: Mapping[str, View | None]
+) -> Callable[[ParamInfo], Decision | None]:
     known = _known(tree)
     fitting = {path: _fitting(entries, path) for path in known}
     hidden = [path for path, leaf in known.items() if is_masked(leaf)]
@@ -169,7 +173,7 @@ def _by_entries(tree: Any, entries: Mapping[str, View | None]) -> Callable[[Leaf
                 f"views[{entry!r}] fits no parameter; there are {_list(close or known)}."
             )
 
-    def said(leaf: Leaf) -> Verdict | None:
+    def said(leaf: ParamInfo) -> Decision | None:
         if not fitting[leaf.path]:
             return None
         best = leaf.path if leaf.path in entries else max(fitting[leaf.path], key=len)
@@ -178,7 +182,7 @@ def _by_entries(tree: Any, entries: Mapping[str, View | None]) -> Callable[[Leaf
             raise ValueError(
                 f"{leaf.path} fits {_list(equals)} of views, which disagree; name it in full."
             )
-        return Verdict(entries[best], f"views[{best!r}]" if best else "views")
+        return Decision(entries[best], f"views[{best!r}]" if best else "views")
 
     return said
 
@@ -217,27 +221,27 @@ def _entry(path: str, view: Any) -> View | None:
 
 def _on(path: str, shape: tuple[int, ...], view: View) -> tuple[Any, ...]:
     try:
-        return view.on(shape).blocks
+        return view.bind(shape).blocks
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _row(path: str, leaf: Any, verdict: Verdict) -> Row:
+def _row(path: str, leaf: Any, decision: Decision) -> Row:
     shape = tuple(np.shape(leaf)) if hasattr(leaf, "dtype") else ()
-    blocks = () if verdict.view is None else _on(path, shape, verdict.view)
-    return Row(path, shape, str(_dtype(leaf)), blocks, verdict.reason)
+    blocks = () if decision.view is None else _on(path, shape, decision.view)
+    return Row(path, shape, str(_dtype(leaf)), blocks, decision.reason)
 
 
 def _dtype(leaf: Any) -> Any:
     return getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
 
 
-def _ambiguity(unclear: Mapping[str, Verdict], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    path, verdict = next(iter(unclear.items()))
-    one, other = verdict.readings
+def _ambiguity(unclear: Mapping[str, Decision], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    path, decision = next(iter(unclear.items()))
+    one, other = decision.interpretations
     lines = [
         f"{path} of shape {shapes[path]} may be {one.words} or {other.words}; pass one of",
-        *(f"  views={{{path!r}: {reading.code}}}" for reading in verdict.readings),
+        *(f"  views={{{path!r}: {reading.code}}}" for reading in decision.interpretations),
     ]
     if len(unclear) > 1:
         lines.append(f"As ambiguous: {_list(list(unclear)[1:])}.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 
-from optax_muon.matrices.rules import Leaf, Reading, Rule, Verdict
+from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule
 from optax_muon.matrices.views import Axes, BoundView, View
 
 # Sides of a matrix that is taken for granted differ by no more: keys of one head are 8192 x 128.
@@ -82,93 +82,93 @@ _AT_MOST_2, _AT_LEAST_2, _AT_LEAST_3 = range(3), range(2, 99), range(3, 99)
 # ---- conditions ----------------------------------------------------------------------------------
 
 
-def _is_vector(leaf: Leaf) -> bool:
+def _is_vector(leaf: ParamInfo) -> bool:
     return sum(size > 1 for size in leaf.own) < 2
 
 
-def _widens(leaf: Leaf) -> bool:
+def _widens(leaf: ParamInfo) -> bool:
     fan_in, fan_out = leaf.fans
     return fan_out >= fan_in
 
 
-def _narrows_like_a_router(leaf: Leaf) -> bool:
+def _narrows_like_a_router(leaf: ParamInfo) -> bool:
     fan_in, fan_out = leaf.fans
     return fan_in >= _ROUTER_NARROWS * fan_out
 
 
-def _has_one_input_channel(leaf: Leaf) -> bool:
+def _has_one_input_channel(leaf: ParamInfo) -> bool:
     return leaf.own[1 if leaf.out_first else -2] == 1
 
 
-def _has_three_parts(leaf: Leaf) -> bool:
+def _has_three_parts(leaf: ParamInfo) -> bool:
     return leaf.shape[-3] == 3
 
 
 # ---- rivals --------------------------------------------------------------------------------------
 
 
-def _stacked_elsewhere(leaf: Leaf, bound: BoundView) -> Reading | None:
+def _stacked_elsewhere(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
     """A stack longer than its matrices are wide is more likely stacked along the second axis."""
     block = bound.blocks[0]
     longest = max((leaf.shape[axis] for axis in bound.batch_axes), default=0)
     if longest <= _LONG_STACK * min(block.rows, block.cols):
         return None
     if 1 in bound.batch_axes:
-        return Reading("none", None)
+        return Interpretation("none", None)
     rows, cols = (_renumber(axes, {1: 0}) for axes in (bound.row_axes, bound.col_axes))
-    return Reading.of(View(rows, cols), leaf.shape)
+    return Interpretation.of(View(rows, cols), leaf.shape)
 
 
-def _too_elongated(leaf: Leaf, bound: BoundView) -> Reading | None:
+def _too_elongated(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
     block = bound.blocks[0]
     short, long = sorted((block.rows, block.cols))
-    return Reading("too elongated for Muon", None) if long > _ELONGATED * short else None
+    return Interpretation("too elongated for Muon", None) if long > _ELONGATED * short else None
 
 
-def _stack_without_heads(leaf: Leaf, bound: BoundView) -> Reading | None:
+def _stack_without_heads(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
     """Heads are narrower than the model; where these are not, the first axis counts layers."""
     width_axes, head_axes = sorted((bound.row_axes, bound.col_axes), key=len)
     width, heads, head_dim = (leaf.shape[axis] for axis in (*width_axes, *head_axes))
     plausible = head_dim < width or heads == 1
-    return None if plausible else Reading.of(_MATRIX, leaf.shape)
+    return None if plausible else Interpretation.of(_MATRIX, leaf.shape)
 
 
-def _unnamed_stack(leaf: Leaf, bound: BoundView) -> Reading | None:
+def _unnamed_stack(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
     """Where the path shows no layer, the first axis may count layers that were stacked unnamed."""
-    return None if leaf.stack or leaf.indexed else Reading.of(_MATRIX, leaf.shape)
+    return None if leaf.stack or leaf.indexed else Interpretation.of(_MATRIX, leaf.shape)
 
 
-def _other_spatial_axes(leaf: Leaf, bound: BoundView) -> Reading | None:
+def _other_spatial_axes(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
     """A stack has the rank of one convolution with a spatial axis more; most are square."""
     view = _oihw if leaf.out_first else _hwio
     unstacked = leaf.shape[2:] if leaf.out_first else leaf.shape[:-2]
     square = len(set(unstacked)) == 1 or 1 in unstacked
     if leaf.stack:
-        return Reading.of(view(len(unstacked)), leaf.shape) if square else None
+        return Interpretation.of(view(len(unstacked)), leaf.shape) if square else None
     decided = leaf.indexed or len(unstacked) == 1 or (len(unstacked) == 2 and square)
     named = f"conv{len(unstacked)}" in leaf.role
-    return None if decided or named else Reading.of(view(len(unstacked) - 1), leaf.shape)
+    return None if decided or named else Interpretation.of(view(len(unstacked) - 1), leaf.shape)
 
 
-def _depthwise(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading("a depthwise convolution", None)
+def _depthwise(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
+    return Interpretation("a depthwise convolution", None)
 
 
-def _router(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading("a router", None)
+def _router(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
+    return Interpretation("a router", None)
 
 
-def _vectors(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading(f"{math.prod(leaf.shape[:-1])} vectors of {leaf.shape[-1]}", None)
+def _vectors(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
+    return Interpretation(f"{math.prod(leaf.shape[:-1])} vectors of {leaf.shape[-1]}", None)
 
 
-def _no_matrices(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading("none", None)
+def _no_matrices(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
+    return Interpretation("none", None)
 
 
-def _one_matrix(leaf: Leaf, bound: BoundView) -> Reading | None:
+def _one_matrix(leaf: ParamInfo, bound: BoundView) -> Interpretation | None:
     first, *others = range(leaf.stack, len(leaf.shape))
-    return Reading.of(View(first, others), leaf.shape)
+    return Interpretation.of(View(first, others), leaf.shape)
 
 
 def _renumber(axes: Axes, numbers: dict[int, int]) -> Axes:
@@ -255,9 +255,9 @@ _UNKNOWN = (
     Rule(_of(r"\w*general|\w*einsum|[qkv]{2,3}"), _MATRIX, "", _AT_LEAST_3, (_one_matrix,)),
     Rule(r".*", _MATRIX, "two axes and no other role in its name", (2,), _DOUBTS),
     Rule(r".*weight", _OUT_FIRST, "", _AT_MOST_2, (_vectors,)),
-    Rule(r".*weight", _OUT_FIRST, "", rivals=(_no_matrices,)),
+    Rule(r".*weight", _OUT_FIRST, "", alternatives=(_no_matrices,)),
     Rule(r".*", _MATRIX, "", _AT_MOST_2, (_vectors,)),
-    Rule(r".*", _MATRIX, "", rivals=(_no_matrices,)),
+    Rule(r".*", _MATRIX, "", alternatives=(_no_matrices,)),
 )
 
 DEFAULT_RULES: tuple[Rule, ...] = (
@@ -274,13 +274,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 
 
 @functools.lru_cache(maxsize=8192)
-def judge(path: str, shape: tuple[int, ...]) -> Verdict:
+def classify(path: str, shape: tuple[int, ...]) -> Decision:
     """Look a parameter up in the default table.
 
-    >>> judge("layers/attn_norm/scale", (12, 512))
-    Verdict(view=None, reason='norm', readings=())
-    >>> judge("layers/attn/q_proj/kernel", (12, 512, 512)).view
+    >>> classify("layers/attn_norm/scale", (12, 512))
+    Decision(view=None, reason='norm', interpretations=())
+    >>> classify("layers/attn/q_proj/kernel", (12, 512, 512)).view
     View(rows=(-2,), cols=(-1,), split=None)
     """
-    leaf = Leaf.of(path, shape)
-    return next(rule for rule in DEFAULT_RULES if rule.fits(leaf)).verdict(leaf)
+    leaf = ParamInfo.of(path, shape)
+    return next(rule for rule in DEFAULT_RULES if rule.fits(leaf)).decision(leaf)

@@ -30,7 +30,7 @@ _STACKED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ParamInfo:
     """What is known of a parameter: its path and shape, and nothing of its siblings."""
 
     path: str
@@ -45,11 +45,11 @@ class Leaf:
     """Whether the path holds the index of a layer."""
 
     @classmethod
-    def of(cls, path: str, shape: tuple[int, ...]) -> Leaf:
+    def of(cls, path: str, shape: tuple[int, ...]) -> ParamInfo:
         """Read a path.
 
-        >>> Leaf.of("ScanBlock_0/LayerNorm_1/scale", (12, 512))
-        Leaf(path='ScanBlock_0/LayerNorm_1/scale', shape=(12, 512),
+        >>> ParamInfo.of("ScanBlock_0/LayerNorm_1/scale", (12, 512))
+        ParamInfo(path='ScanBlock_0/LayerNorm_1/scale', shape=(12, 512),
              role='scan_block/layer_norm/scale', stack=1, indexed=False)
         """
         names = [_snake(name) for name in re.split(r"[/.]", path) if name not in ("", "~")]
@@ -88,7 +88,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Interpretation:
     """One way to read a parameter."""
 
     words: str
@@ -97,13 +97,13 @@ class Reading:
     """As a view, its axes counted from the front; None for AdamW."""
 
     @classmethod
-    def of(cls, view: View, shape: tuple[int, ...]) -> Reading:
+    def of(cls, view: View, shape: tuple[int, ...]) -> Interpretation:
         """Describe a view of a shape.
 
-        >>> Reading.of(View(-2, -1), (12, 512, 2048)).words
+        >>> Interpretation.of(View(-2, -1), (12, 512, 2048)).words
         '12 matrices of 512 x 2048'
         """
-        bound = view.on(shape)
+        bound = view.bind(shape)
         block = bound.blocks[0]
         count = "one matrix" if block.batch == 1 else f"{block.batch} matrices"
         words = f"{count} of {block.rows} x {block.cols}"
@@ -121,14 +121,14 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What a rule says of a leaf."""
 
     view: View | None
     """How it is read, or None for the fallback optimizer."""
     reason: str
     """Why."""
-    readings: tuple[Reading, ...] = ()
+    interpretations: tuple[Interpretation, ...] = ()
     """If it is ambiguous, the two readings."""
 
 
@@ -137,17 +137,17 @@ class Rule:
     """One row of a table: parameters whose name and axes fit are read by this view.
 
     Args:
-      pattern: regular expression for the end of the path, whole names at a time, in lower snake
-        case and without indices: `mixer/w` fits `Block_3/Mixer_0/w` and `blocks/3/mixer/w`. Start
-        it with `^` to fit the path from its beginning.
-      view: how to read them, or None for the fallback optimizer. An
-        `optax.contrib.MuonDimensionNumbers` is taken as well.
-      reason: what they are, in a few words, for the report.
-      axes: how many axes one layer's parameter may have, stacked layers and experts not counted;
-        any by default.
-      rivals: what else it may be: each gives another reading if the leaf allows for one, and the
-        leaf is then ambiguous. Your own rules need none.
-      when: a further condition on the leaf.
+        pattern: regular expression for the end of the path, whole names at a time, in lower snake
+          case and without indices: `mixer/w` fits `Block_3/Mixer_0/w` and `blocks/3/mixer/w`. Start
+          it with `^` to fit the path from its beginning.
+        view: how to read them, or None for the fallback optimizer. An
+          `optax.contrib.MuonDimensionNumbers` is taken as well.
+        reason: what they are, in a few words, for the report.
+        axes: how many axes one layer's parameter may have, stacked layers and experts not counted;
+          any by default.
+        rivals: what else it may be: each gives another reading if the leaf allows for one, and the
+          leaf is then ambiguous. Your own rules need none.
+        when: a further condition on the leaf.
 
     >>> import jax
     >>> from optax_muon.matrices.assign import assign
@@ -160,13 +160,13 @@ class Rule:
     view: View | None
     reason: str
     axes: Container[int] | None = None
-    rivals: tuple[Callable[[Leaf, BoundView], Reading | None], ...] = ()
-    when: Callable[[Leaf], bool] | None = None
+    alternatives: tuple[Callable[[ParamInfo, BoundView], Interpretation | None], ...] = ()
+    when: Callable[[ParamInfo], bool] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "view", as_view(self.view))
 
-    def fits(self, leaf: Leaf) -> bool:
+    def fits(self, leaf: ParamInfo) -> bool:
         """Whether the rule decides this leaf."""
         return (
             (self.axes is None or leaf.axes in self.axes)
@@ -174,25 +174,27 @@ class Rule:
             and (self.when is None or self.when(leaf))
         )
 
-    def verdict(self, leaf: Leaf) -> Verdict:
+    def decision(self, leaf: ParamInfo) -> Decision:
         """What the rule says of a leaf that fits it."""
-        if self.view is None or not self.rivals:
-            return Verdict(self.view, self.reason)
-        bound = self.view.on(leaf.shape)
-        found = (rival(leaf, bound) for rival in self.rivals)
-        rival = next((reading for reading in found if reading is not None), None)
-        readings = () if rival is None else (Reading.of(self.view, leaf.shape), rival)
-        return Verdict(self.view, self.reason, readings)
+        if self.view is None or not self.alternatives:
+            return Decision(self.view, self.reason)
+        bound = self.view.bind(leaf.shape)
+        found = (alternative(leaf, bound) for alternative in self.alternatives)
+        alternative = next((reading for reading in found if reading is not None), None)
+        interpretations = (
+            () if alternative is None else (Interpretation.of(self.view, leaf.shape), alternative)
+        )
+        return Decision(self.view, self.reason, interpretations)
 
 
 def as_view(view: Any) -> View | None:
     """A view, whoever wrote it.
 
     Args:
-      view: a `View`, an `optax.contrib.MuonDimensionNumbers`, or None.
+        view: a `View`, an `optax.contrib.MuonDimensionNumbers`, or None.
 
     Raises:
-      TypeError: it is none of these.
+        TypeError: it is none of these.
 
     >>> as_view(optax.contrib.MuonDimensionNumbers(0, (1, 2)))
     View(rows=(0,), cols=(1, 2), split=None)

@@ -53,7 +53,7 @@ def normuon(
     def bounds(tree: Any) -> dict[str, BoundView]:
         leaves = paths.named_leaves(tree)
         views_of = assign.assign(tree, views)
-        return {p: v.on(leaves[p].shape) for p, v in views_of.items() if v is not None}
+        return {p: v.bind(leaves[p].shape) for p, v in views_of.items() if v is not None}
 
     def init(params: optax.Params) -> NorMuonState:
         found = bounds(params)
@@ -92,7 +92,6 @@ def _neurons(bound: BoundView) -> BoundView:
     for axis in bound.row_axes:
         shape[axis] = 1
     if split is not None and split.axis in bound.row_axes:
-        assert split.heads is not None
         split = Split(split.axis, split.heads, split.heads)
         shape[split.axis] = split.total
     return dataclasses.replace(bound, shape=tuple(shape), split=split)

@@ -65,7 +65,7 @@ def orthogonalize(
         del params
         leaves = paths.named_leaves(updates)
         assigned = assign.assign(updates, views)
-        bounds = {p: v.on(leaves[p].shape) for p, v in assigned.items() if v is not None}
+        bounds = {p: v.bind(leaves[p].shape) for p, v in assigned.items() if v is not None}
         if plan is not None:
             plan.check(bounds)
         chosen = plan or _plan(leaves, bounds, shardings, orthogonalizer)

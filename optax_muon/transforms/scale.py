@@ -132,7 +132,7 @@ def _on_matrices(
         leaves = paths.named_leaves(updates)
         for path, view in assign.assign(updates, views).items():
             if view is not None:
-                leaves[path] = transform(leaves[path], view.on(leaves[path].shape))
+                leaves[path] = transform(leaves[path], view.bind(leaves[path].shape))
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
