@@ -121,7 +121,7 @@ def least_work(params: Any) -> tuple[int, int]:
     for path, leaf in paths.named_leaves(params).items():
         view = views[path]
         least += leaf.size * leaf.dtype.itemsize * (7 if view is None else 5)
-        for block in () if view is None else view.on(leaf.shape).blocks:
+        for block in () if view is None else view.bind(leaf.shape).blocks:
             short, long = sorted((block.rows, block.cols))
             operations += block.batch * Plain().count(short, long, KELLER.rows).flops
     return operations, least

@@ -101,7 +101,7 @@ def bind_views(tree: Any, views: Views) -> dict[str, BoundView]:
     """The view of every leaf that has one, bound to the leaf's shape."""
     leaves = paths.named_leaves(tree)
     return {
-        path: view.on(leaves[path].shape)
+        path: view.bind(leaves[path].shape)
         for path, view in assign.assign(tree, views).items()
         if view is not None
     }

@@ -174,7 +174,7 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
         leaf = jnp.asarray(leaves[path])
         group = group_of(path)
         assert group is not None
-        for stack in view.on(leaf.shape).to_matrices(leaf):
+        for stack in view.bind(leaf.shape).to_matrices(leaf):
             yield Spectrum(trial, step, group, path, *_measure(stack))
 
 

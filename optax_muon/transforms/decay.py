@@ -112,7 +112,7 @@ def _decays(params: optax.Params, mask: Mask) -> Callable[[str], bool]:
     entries = paths.named_leaves(mask(params) if is_function else mask)
 
     def decays(path: str) -> bool:
-        entry = paths.covering(entries, path)
+        entry = paths.longest_prefix(entries, path)
         return entry is None or bool(entries[entry])
 
     return decays

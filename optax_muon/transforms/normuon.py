@@ -88,7 +88,6 @@ def _neurons(bound: BoundView) -> BoundView:
     for axis in bound.row_axes:
         shape[axis] = 1
     if split is not None and split.axis in bound.row_axes:
-        assert split.heads is not None
         split = Split(split.axis, split.heads, split.heads)
         shape[split.axis] = split.total
     return dataclasses.replace(bound, shape=tuple(shape), split=split)

@@ -67,7 +67,6 @@ class Heads:
     @property
     def count(self) -> int:
         """How many heads."""
-        assert self.split.heads is not None
         return self.split.heads[self.part]
 
 

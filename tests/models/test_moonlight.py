@@ -603,7 +603,7 @@ def test_views_per_head_are_the_slices_that_the_heads_use(q_rank):
     attention = params["moe_layers"]["attn"]
     for name, dims in ((q, (10,)), (kv, (6, 5))):
         kernel = attention[name]["kernel"]
-        bound = views[f"*/{name}/kernel"].on(kernel.shape)
+        bound = views[f"*/{name}/kernel"].bind(kernel.shape)
         heads = np.asarray(kernel).reshape(*kernel.shape[:2], 4, -1)
         parts = np.split(heads, np.cumsum(dims)[:-1], axis=-1)
         for got, part in zip(bound.to_matrices(kernel), parts, strict=True):

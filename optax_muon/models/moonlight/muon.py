@@ -31,7 +31,7 @@ def per_head_views(config: MoonlightConfig) -> dict[str, optax_muon.View]:
 
     >>> from optax_muon.models.moonlight.config import CONFIGS
     >>> views = per_head_views(CONFIGS["moonlight-tiny"])
-    >>> views["*/kv_b_proj/kernel"].on((3, 48, 224)).blocks
+    >>> views["*/kv_b_proj/kernel"].bind((3, 48, 224)).blocks
     (Block(batch=12, rows=48, cols=24), Block(batch=12, rows=48, cols=32))
     """
     heads = config.num_attention_heads
