@@ -57,7 +57,7 @@ def router(info: ParamInfo, tree: Tree) -> Found:
 
 
 def head(info: ParamInfo, tree: Tree) -> Found:
-    """An output head; of several kernels below one name, those that another one reads are inside."""
+    """An output head; below one name, kernels that another kernel reads are inside."""
     module = _head_module(info.path)
     below = [p for p in tree.shapes if p.startswith(f"{module}/")] if module else []
     kernels = [k for p in below if len((k := tree.info(p)).long_axes) == 2]

@@ -99,7 +99,8 @@ def ambiguity(decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int,
         groups.setdefault((_pattern(path), len(shapes[path]), codes), []).append(path)
     first = decisions[open_paths[0]].interpretations
     lines = [
-        f"{open_paths[0]} of shape {shapes[open_paths[0]]} may be {first[0].words} or {first[1].words}."
+        f"{open_paths[0]} of shape {shapes[open_paths[0]]} may be {first[0].words} or"
+        f" {first[1].words}."
     ]
     block: list[str] = []
     for paths in groups.values():

@@ -40,13 +40,13 @@ def on_main_process(action: Callable[[], None]) -> None:
     """Run an action in the main process while the others wait; an error of it ends all of them.
 
     Raises:
-        UsageError: what the action raised in the main process; elsewhere, that it raised.
+        ValueError: what the action raised in the main process; elsewhere, that it raised.
     """
     refusal = None
     if is_main_process():
         try:
             action()
-        except UsageError as error:
+        except ValueError as error:
             refusal = error
     if any_process(refusal is not None):
         raise refusal or UsageError("the main process has refused; its message says why")

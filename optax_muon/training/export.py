@@ -19,7 +19,6 @@ import numpy as np
 
 from optax_muon.errors import UsageError
 from optax_muon.models import huggingface, safetensors_io, spec
-from optax_muon.models.moonlight import MoonlightConfig
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.run_folder import RunFolder, usage_errors
 
@@ -60,12 +59,13 @@ def as_imported(
 
 def _sizes(folder: RunFolder) -> dict[str, Any]:
     with usage_errors():
-        sizes = spec.model_of(folder.sizes()).config
-    if not isinstance(sizes, MoonlightConfig):
+        model = spec.model_of(folder.sizes())
+    if model.huggingface_type is None:
         raise UsageError(
-            f"{folder.path} trained a Llama; only a Moonlight has the layout of DeepSeek-V3"
+            f"{folder.path} trained a {model.kind}, which has no Hugging Face layout; a Moonlight"
+            " has one"
         )
-    return dataclasses.asdict(sizes)
+    return dataclasses.asdict(model.config)
 
 
 def origin(folder: RunFolder) -> dict[str, Any] | None:

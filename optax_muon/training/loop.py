@@ -26,7 +26,7 @@ from optax_muon.models.spec import Model
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.optimizers import Trial, transformation
 from optax_muon.training.state import State
-from optax_muon.training.step import model_metrics, step
+from optax_muon.training.step import step
 
 Batch = tuple[jax.Array, jax.Array | None]
 """Tokens and weights of a step, as `step` takes them."""
@@ -59,7 +59,7 @@ class StepMetrics:
     val_loss: float | None = None
     """Held-out loss after the update, nats per token; None between evaluations."""
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The model's own (`step.model_metrics`); empty of a model that reports nothing."""
+    """The model's own (`Model.metrics`); empty for a model that reports nothing."""
 
 
 def train(
@@ -106,7 +106,7 @@ def _step(
 ) -> tuple[State, dict[str, Any]]:
     """`step`, and of what it measured the fields of `StepMetrics`."""
     state, aux = step(model, tx, state, tokens, bias_update_speed, weights)
-    measured = {"loss": aux.loss, "grad_norm": aux.grad_norm, "model": model_metrics(aux.stats)}
+    measured = {"loss": aux.loss, "grad_norm": aux.grad_norm, "model": model.metrics(aux.stats)}
     return state, measured
 
 

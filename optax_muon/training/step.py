@@ -105,30 +105,6 @@ def merge_stats(stats: ForwardStats | None) -> ForwardStats | None:
     )
 
 
-def model_metrics(stats: ForwardStats | None) -> dict[str, jax.Array]:
-    """What the journal keeps of a model's statistics, by name: numbers, or lists of them.
-
-    `max_logit` is the largest attention logit and `max_logits` that of each layer; `high_logits`
-    the share of logits above `moonlight.HIGH_LOGIT`; `imbalance` the largest load of an expert
-    over the mean, less one, in the worst layer; `router_entropy` the mean entropy of the routers'
-    scores, nats.
-    """
-    if stats is None:
-        return {}
-    attention = {
-        "max_logit": stats.max_logits.max(),
-        "max_logits": stats.max_logits.max(axis=1),
-        "high_logits": stats.high_logits.mean(),
-    }
-    if not stats.load.size:
-        return attention
-    return {
-        **attention,
-        "imbalance": balance.imbalance(stats.load).max(),
-        "router_entropy": stats.entropy.mean(),
-    }
-
-
 def update(
     tx: optax.GradientTransformation,
     state: State,
