@@ -1,4 +1,4 @@
-r"""Four numbers that say what a matrix, or an update, is like.
+r"""Four numbers that describe a matrix or an update.
 
 How orthogonal (`orthogonality_error`), how large per entry (`update_rms`), how evenly spread over
 directions (`svd_entropy`), and over how many (`stable_rank`). Each maps [..., m, n] to [...] in

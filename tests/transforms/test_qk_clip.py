@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,7 +214,7 @@ def test_llama_comes_to_the_threshold():
     np.testing.assert_allclose(after[over], threshold, rtol=2e-6)
     np.testing.assert_array_equal(after[~over], before[~over])
     second = [jax.tree.map(lambda leaf: leaf[1], tree["layers"]) for tree in (new, params)]
-    jax.tree.map(np.testing.assert_array_equal, *second)
+    chex.assert_trees_all_equal(*second)
 
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def test_every_layout_of_the_same_heads_gives_the_same_parameters():
 
     def check(attention, given, expected):
         found = step(qk_clip(attention), given, max_logits=s)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        chex.assert_trees_all_equal(found, expected)
 
     own_axis = MHA(
         Heads("q", Split.equal(-2, heads, parts=heads)),
@@ -381,7 +382,7 @@ def test_multi_steps_take_the_logits_of_the_last_micro_batch():
         return optax.apply_updates(params, updates), state
 
     between_steps, state = run(params, tx.init(params), jnp.full_like(SEEN, 1e6))
-    jax.tree.map(np.testing.assert_array_equal, between_steps, params)
+    chex.assert_trees_all_equal(between_steps, params)
     found, _ = run(between_steps, state, SEEN)
     moved = jax.tree.map(lambda g: -0.01 * g, grads)
     expected = step(qk_clip(HEADS), params, moved, max_logits=SEEN)
@@ -462,8 +463,11 @@ def test_update_names_what_is_missing():
             MHA(kernel("q", 4, layers=2), kernel("k", 4)),
             "q/kernel has layers and heads on one axis",
         ),
-        (MHA(kernel("q", 4), kernel("k", 4, layers=None)), "one number of layers, found {"),
-        (MHA(kernel("q", 4), kernel("q", 4)), "q/kernel has entries that two Heads claim"),
+        (
+            MHA(kernel("q", 4), kernel("k", 4, layers=None)),
+            "must have the same number of layers, found {",
+        ),
+        (MHA(kernel("q", 4), kernel("q", 4)), "q/kernel has entries that belong to two Heads"),
         (
             MHA(kernel("q", 4), dataclasses.replace(kernel("q", 2, 8), layers=None)),
             "q/kernel has Heads with different splits",
@@ -482,11 +486,11 @@ def test_descriptions_that_cannot_be():
         MHA(q4, k3)
     with refuses("alpha is 2; it must be between 0 and 1."):
         MHA(q4, q4, alpha=2)
-    with refuses("as many heads, found {'q/kernel': 4, 'k/kernel': 3}"):
+    with refuses("must have the same number of heads, found {'q/kernel': 4, 'k/kernel': 3}"):
         MLA(q4, q4, k3)
-    with refuses("q/kernel is split into 1 parts; part 1 is none."):
+    with refuses("q/kernel is split into 1 parts; part 1 does not exist."):
         dataclasses.replace(q4, part=1)
-    with refuses("Attentions must have one number of heads between them, found [4, 3]."):
+    with refuses("All attentions must have the same number of heads, found [4, 3]."):
         qk_clip([HEADS, MHA(k3, k3)])
     with refuses("threshold is 0; it must be positive."):
         qk_clip(HEADS, 0)
