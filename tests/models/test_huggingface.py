@@ -167,7 +167,7 @@ def test_gradients_are_those_of_torch(checkpoint, tmp_path):
         if tensor.path == huggingface.BIAS:
             continue
         want = slope_of(slopes, tensor.name)
-        got = tensor.turned(np.asarray(grads[tensor.path])[tensor.index or ...])
+        got = tensor.transposed(np.asarray(grads[tensor.path])[tensor.index or ...])
         np.testing.assert_allclose(
             got, want, atol=1e-5 * max(1, np.abs(want).max()), err_msg=tensor.name
         )
