@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -361,9 +361,9 @@ def test_help_explains_every_command_and_option(command, capsys):
     assert options.__doc__.splitlines()[0] in " ".join(shown.split())
     explained = explanations(options)
     for field in dataclasses.fields(options):
-        option = next((m.name for m in field_markers(options, field.name) if m.name), field.name)
-        assert option.replace("_", "-") in shown.lower().replace("_", "-")
-        assert len(explained[field.name]) > 10, f"{field.name} is not explained"
+        text = explained[field.name]
+        assert len(text) > 10, f"{field.name} is not explained"
+        assert text[:15] in shown
 
 
 def explanations(options):
@@ -376,12 +376,6 @@ def explanations(options):
                 is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
                 found[field.target.id] = text.value.value if is_text else ""
     return found
-
-
-def field_markers(options, name):
-    """What tyro is told about a field."""
-    hint = get_type_hints(options, include_extras=True)[name]
-    return [each for each in getattr(hint, "__metadata__", ()) if hasattr(each, "name")]
 
 
 # An optimizer from outside

@@ -462,7 +462,7 @@ def test_tokens_stay_on_disk_and_are_the_ones_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
-        (np.arange(300), "--data has a token 284, the model's vocabulary is 0 to 255"),
+        (np.arange(300), "--data has a token 284; the model's vocabulary is 0 to 255"),
         (np.arange(300) - 9, "--data has a token -9"),
         (np.zeros([30, 30], np.int32), "tokens are integers along one axis"),
         (np.zeros(900), "is float64 [900]; tokens are integers"),
