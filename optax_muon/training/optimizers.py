@@ -145,13 +145,27 @@ def _muon(
     return optax_muon.muon(schedule, weight_decay=hyper_params.weight_decay, views=views)
 
 
+def _muon_adamw_router(
+    schedule: optax.Schedule, hyper_params: HyperParams, views: Views
+) -> optax.GradientTransformation:
+    """Muon with the routers on AdamW; the paper leaves only norms, head and embedding to AdamW."""
+
+    def without_routers(params: optax.Params) -> dict[str, optax_muon.View | None]:
+        routers = [path for path in optax_muon.named_leaves(params) if "router" in path]
+        return {**(views or {}), **dict.fromkeys(routers)}
+
+    return optax_muon.muon(schedule, weight_decay=hyper_params.weight_decay, views=without_routers)
+
+
 def _normuon(
     schedule: optax.Schedule, hyper_params: HyperParams, views: Views
 ) -> optax.GradientTransformation:
-    rows = optax_muon.normuon(views=views)
-    links = optax.chain(rows, optax_muon.scale_by_shape(views=views))
-    decay = hyper_params.weight_decay
-    return optax_muon.muon(schedule, weight_decay=decay, views=views, scale=links)
+    return optax_muon.muon(
+        schedule,
+        weight_decay=hyper_params.weight_decay,
+        views=views,
+        post=optax_muon.normuon(views=views),
+    )
 
 
 def _lion(
@@ -165,6 +179,14 @@ for _row in (
     OptimizerSpec("adamw", "AdamW", "#6b7280", _adamw),
     OptimizerSpec("muon-carried", "Muon, AdamW lr", "#2b8cbe", _muon, newton_schulz_flops),
     OptimizerSpec("muon", "Muon", "#d95f0e", _muon, newton_schulz_flops),
+    OptimizerSpec(
+        "muon-adamw-router",
+        "Muon, routers on AdamW",
+        "#c9a227",
+        _muon_adamw_router,
+        newton_schulz_flops,
+        like="muon",
+    ),
     OptimizerSpec("normuon", "NorMuon", "#7a6b9e", _normuon, newton_schulz_flops, like="muon"),
     # Betas of language models and a learning rate of 1/3 to 1/10 of AdamW's: Chen et al.,
     # arXiv 2302.06675, section 5.
