@@ -17,7 +17,7 @@ from rich.table import Table
 
 from optax_muon.cli.reports import spectra as figures
 from optax_muon.cli.reports.tables import terminal_table
-from optax_muon.training.spectra import Row, SpectraTrial, rows, sources, spectra
+from optax_muon.training.spectra import SpectraRow, SpectraTrial, rows, sources, spectra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Spectra:
         console.out(f"All of it is in {out}", highlight=False)
 
 
-def write(path: Path, lines: Sequence[Row]) -> None:
+def write(path: Path, lines: Sequence[SpectraRow]) -> None:
     """Save the lines as CSV, numbers to six digits; None becomes an empty cell."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(SpectraRow)])
         writer.writeheader()
         for line in lines:
             cells = dataclasses.asdict(line).items()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells})
 
 
-def table(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Table:
+def table(trials: Sequence[SpectraTrial], lines: Sequence[SpectraRow]) -> Table:
     """Mean entropies by group at the last step, and how many matrices are above the baseline's."""
     step = _last_common(lines)
     last = {(line.group, line.trial): line for line in lines if line.step == step}
@@ -79,7 +79,7 @@ def table(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Table:
     return terminal_table(f"SVD entropy after step {step}", cells)
 
 
-def comparison(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Iterator[str]:
+def comparison(trials: Sequence[SpectraTrial], lines: Sequence[SpectraRow]) -> Iterator[str]:
     """A sentence for every trial that can be compared with the baseline, the first one."""
     for trial in trials:
         compared = [r for r in lines if r.trial == trial.name and r.higher is not None]
@@ -95,7 +95,7 @@ def comparison(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Iterator
             )
 
 
-def _last_common(lines: Sequence[Row]) -> int:
+def _last_common(lines: Sequence[SpectraRow]) -> int:
     """The last step that every trial has kept, or the last one at all."""
     steps: dict[str, set[int]] = {}
     for line in lines:
@@ -103,6 +103,6 @@ def _last_common(lines: Sequence[Row]) -> int:
     return max(set.intersection(*steps.values()) or set.union(*steps.values()))
 
 
-def _cell(line: Row) -> str:
+def _cell(line: SpectraRow) -> str:
     above = "" if line.higher is None else f" ({line.higher} higher)"
     return f"{line.entropy:.4f}{above}"

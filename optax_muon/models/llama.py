@@ -259,7 +259,7 @@ class LlamaDecoder(nn.Module):
         return Linear(config.vocab_size, config.dtype, name="lm_head")(x).astype(jnp.float32)
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """One decoder block, in the form `nn.scan` asks for: `(x, rotations) -> (x, None)`."""
 
     config: LlamaConfig
@@ -306,7 +306,7 @@ def _stack(config: LlamaConfig) -> type[nn.Module]:
     154 ms a step of 2048 tokens, hidden_size 128, 4 layers, two cores).
     """
     return nn.scan(
-        nn.remat(Block, prevent_cse=False),
+        nn.remat(LlamaBlock, prevent_cse=False),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,

@@ -196,17 +196,17 @@ def model_of(config: Mapping[str, Any]) -> Model:
     """The model of a `config.json`.
 
     Args:
-        config: `{"setup": {"model": sizes}}` of a training run, or `{"model": sizes}` of a folder
+        config: `{"model": sizes}` of a training run or of a folder
             that `import-hf` has made.
 
     Raises:
         ValueError: the sizes have the keys of no registered model.
 
     >>> sizes = dataclasses.asdict(named_configs()["moonlight-tiny"])
-    >>> model_of({"setup": {"model": sizes}}) == model_of({"model": sizes, "huggingface": {}})
-    True
+    >>> model_of({"model": sizes, "huggingface": {}}).kind
+    'Moonlight'
     """
-    sizes = config.get("setup", config).get("model")
+    sizes = config.get("model")
     for row in REGISTRY.values():
         names = {field.name for field in dataclasses.fields(row.config)}
         if isinstance(sizes, Mapping) and sizes.keys() == names:

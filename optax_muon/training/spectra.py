@@ -94,7 +94,7 @@ class SpectraTrial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SpectraRow:
     """A group of a trial's matrices at one step: a line of spectra.csv."""
 
     trial: str
@@ -140,8 +140,8 @@ def views(params: optax.Params) -> dict[str, View]:
     Raises:
         UsageError: when one of Muon's matrices is in no group.
 
-    >>> views({"router": {"kernel": jnp.ones([3, 16, 8])}, "norm": {"scale": jnp.ones(16)}})
-    {'router/kernel': View(rows=(-2,), cols=(-1,), split=None)}
+    >>> views({"layers": {"router": {"kernel": jnp.ones([3, 16, 8])}}, "norm": jnp.ones(16)})
+    {'layers/router/kernel': View(rows=(-2,), cols=(-1,), split=None)}
     """
     routed = {
         path: View(-2, -1) if group_of(path) == ROUTER else view
@@ -200,7 +200,7 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
     return trials, kept
 
 
-def rows(trials: Sequence[SpectraTrial], found: Sequence[Spectrum]) -> list[Row]:
+def rows(trials: Sequence[SpectraTrial], found: Sequence[Spectrum]) -> list[SpectraRow]:
     """The spectra by group: the lines of spectra.csv, by trial, step and group.
 
     The first trial is the baseline that the others are compared with.
@@ -220,11 +220,11 @@ def rows(trials: Sequence[SpectraTrial], found: Sequence[Spectrum]) -> list[Row]
     ]
 
 
-def _row(mine: Sequence[Spectrum], theirs: Sequence[Spectrum] | None) -> Row:
+def _row(mine: Sequence[Spectrum], theirs: Sequence[Spectrum] | None) -> SpectraRow:
     entropy = _joined(mine)
     lower, median, upper = np.quantile(entropy, [0.25, 0.5, 0.75]).tolist()
     first = mine[0]
-    return Row(
+    return SpectraRow(
         first.trial,
         first.step,
         first.group,

@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, AxisType
 import optax_muon
 from optax_muon.cli.plan import CONFIGS, tree
 from optax_muon.models import abstract, spec
-from optax_muon.training import loop
+from optax_muon.training import state as train_state
+from optax_muon.training.step import step as train_step
 
 MESHES = [{"fsdp": 2, "tensor": 2}, {"data": 2, "expert": 2, "fsdp": 2}]
 
@@ -27,7 +28,7 @@ def test_what_is_planned_is_what_is_trained(name, sizes):
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axes)
     planned = optax_muon.named_leaves(abstract.on_mesh(tree(name), mesh))
     with jax.sharding.use_abstract_mesh(mesh):
-        state = loop.abstract(spec.model(CONFIGS[name]), optax.identity(), mesh)
+        state = train_state.abstract(spec.model(CONFIGS[name]), optax.identity(), mesh)
     trained = optax_muon.named_leaves(state.params)
     assert {path: (p.shape, p.sharding.spec) for path, p in planned.items()} == {
         path: (p.shape, p.sharding.spec) for path, p in trained.items()
@@ -132,9 +133,9 @@ def test_a_model_from_outside_is_trained(registered):
     assert isinstance(model, Bigram)
     tx = optax_muon.muon(1e-2)
     params = model.init(jax.random.key(0))
-    state = loop.State(params, tx.init(params), model.zero_bias())
+    state = train_state.State(params, tx.init(params), model.zero_bias())
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, [1, 4, 9]), jnp.int32)
-    step, losses = jax.jit(loop.step, static_argnums=(0, 1)), []
+    step, losses = jax.jit(train_step, static_argnums=(0, 1)), []
     for _ in range(5):
         state, measured = step(model, tx, state, tokens)
         losses.append(float(measured.loss))

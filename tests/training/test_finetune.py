@@ -334,7 +334,7 @@ def test_what_cannot_be_begun_with_is_refused_in_a_line(finished, source, data, 
     other = ["--data", data, *taken, "--resume", "--epochs", "3"]
     line = refused(capsys, "finetune", "--from", source, *other)
     assert "does not fit what is to be restored" in line
-    assert "training.epochs is 2 there and 3 here" in line
+    assert "training.epochs is 2 in the checkpoint and 3 now" in line
 
 
 @pytest.mark.slow

@@ -57,8 +57,7 @@ def normal(shapes):
 
 @functools.cache
 def llama_params():
-    model, tokens = llama.Llama(LLAMA), jnp.zeros([1, 1], jnp.int32)
-    return normal(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+    return normal(jax.eval_shape(llama.Llama(LLAMA).init, jax.random.key(0)))
 
 
 @functools.cache

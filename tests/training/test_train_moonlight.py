@@ -300,7 +300,8 @@ def test_flops_of_muon_are_those_of_its_real_matrices(per_head):
     if per_head:
         q, kv = 2 * products(32, 16), 2 * (products(16, 8) + products(16, 8))
     attention = q + products(32, 24) + kv + products(16, 32)
-    truth = 2 * attention + 3 * products(32, 32) + (8 + 1) * 3 * products(32, 16)
+    router = products(32, 8)
+    truth = 2 * attention + 3 * products(32, 32) + (8 + 1) * 3 * products(32, 16) + router
     assert newton_schulz_flops(params, MODEL.per_head_views if per_head else None) == truth
     both = run_flops(train_config, MUON, params, 10.0) - run_flops(
         train_config, ADAMW, params, 10.0
@@ -437,8 +438,8 @@ def test_a_start_of_another_kind_is_refused(imported, text, tmp_path, capsys):
 def test_the_model_of_a_run_is_told_by_its_sizes():
     for config in (CONFIG, PRESETS["tiny"].model):
         sizes = json.loads(json.dumps(dataclasses.asdict(config)))
-        assert spec.model_of({"setup": {"model": sizes}}) == spec.model(config)
-    with pytest.raises(Exception, match="neither a Llama nor a Moonlight"):
+        assert spec.model_of({"model": sizes, "batch": 8}) == spec.model(config)
+    with pytest.raises(Exception, match="have the keys of none of these models: llama, moonlight"):
         spec.model_of({"model": {"width": 3}})
 
 

@@ -81,7 +81,7 @@ def test_a_sweep_goes_on_with_the_points_that_are_missing(folder, capsys):
     with pytest.raises(SystemExit) as end:
         run(folder, *both, "--seed", "1")
     assert end.value.code == 2
-    assert "training.seed is 0 there and 1 here" in capsys.readouterr().err
+    assert "training.seed is 0 in the checkpoint and 1 now" in capsys.readouterr().err
 
 
 def test_points_survive_the_file(tmp_path):

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from optax_muon.training.optimizers import REGISTRY
-from optax_muon.training.spectra import GROUPS, Row, SpectraTrial, Spectrum
+from optax_muon.training.spectra import GROUPS, SpectraRow, SpectraTrial, Spectrum
 
 UNKNOWN = "#c51b8a"
 """Color of a trial that no optimizer of the registry is called like, such as an import."""
@@ -27,7 +27,7 @@ RANKS = np.linspace(0, 1, 101)
 """Where spectra of different lengths are compared, as parts of their length."""
 
 
-def entropies(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> matplotlib.figure.Figure:
+def entropies(trials: Sequence[SpectraTrial], lines: Sequence[SpectraRow]) -> matplotlib.figure.Figure:
     """SVD entropy over steps: the mean, and a band between the quartiles of the matrices."""
     groups = [group for group in GROUPS if any(line.group == group for line in lines)]
     figure, panels = _panels(
