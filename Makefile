@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: help train test lint bench
 .DEFAULT_GOAL := help
@@ -13,29 +13,36 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the scripts of benchmarks/, one after the other"
 
-train: $(READY)
+train: $(VENV)/.train
 	@$(BIN)/optax-muon train
 
-test: $(READY)
+test: $(VENV)/.dev
 	@$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(READY)
+bench: $(VENV)/.dev
 	@set -e; for script in $(wildcard benchmarks/[!_]*.py); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
-# On Linux the default wheel of torch (the `peers` extra) brings gigabytes of CUDA. Without a GPU, set
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu: its CPU wheel then takes precedence.
-$(READY): pyproject.toml
+# What the command `optax-muon` needs, and no more.
+$(VENV)/.train: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "optax-muon needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
 	    "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@echo "Setting up $(VENV): jax, optax, flax and the tools. Once, a few minutes."
+	@echo "Setting up $(VENV): jax, optax, flax, orbax. Once, a minute or two."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[train,peers,dev]'
+	@$(PIP) --editable '.[train]'
+	@touch $@
+
+# The tools of the tests and the packages that results are compared with. On Linux the default wheel
+# of torch brings gigabytes of CUDA: without a GPU, name PyTorch's index of CPU wheels in
+# PIP_EXTRA_INDEX_URL, and its wheel takes precedence.
+$(VENV)/.dev: $(VENV)/.train
+	@echo "Adding to $(VENV) what the tests need: pytest, torch, transformers. Once, a few minutes."
+	@$(PIP) --editable '.[train,peers,dev]'
 	@touch $@

@@ -1,9 +1,8 @@
 """What the benchmarks share: options, implementations measured in turn, and pages of results.
 
 Implementations of a case run one after the other, turn by turn in one process, so that whatever
-slows
-the machine slows all of them. Their ratio is the median of the ratios of single turns. A time is
-that of one call, waited for, after a call that warms up; compilation is never part of it.
+slows the machine slows all of them. Their ratio is the median of the ratios of single turns. A time
+is that of one call, waited for, after a call that warms up; compilation is never part of it.
 """
 
 from __future__ import annotations
@@ -91,27 +90,45 @@ class Times:
         }
 
 
-Trial = Callable[[], Any]
+@dataclasses.dataclass(frozen=True)
+class TimedRow:
+    """One implementation on one case: the fields that every timed table begins with."""
+
+    case: str
+    """The case, as it is printed."""
+    implementation: str
+    """What was timed."""
+    lower_ms: float
+    """Lower quartile, milliseconds."""
+    median_ms: float
+    """Median, milliseconds."""
+    upper_ms: float
+    """Upper quartile, milliseconds."""
+    turns: int
+    """How many measurements."""
+
+
+Implementation = Callable[[], Any]
 """Does the work once, and returns what to wait for."""
 
 
 def in_turn(
-    trials: Mapping[str, Trial], repeats: int, longest: float = LONGEST
+    implementations: Mapping[str, Implementation], repeats: int, longest: float = LONGEST
 ) -> dict[str, Times]:
     """Measure implementations that are compiled, in turn."""
-    guess = {name: _seconds(run, 1) for name, run in trials.items()}
-    calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in trials}
-    turn = sum(guess[name] * calls[name] for name in trials)
+    guess = {name: _seconds(run, 1) for name, run in implementations.items()}
+    calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in implementations}
+    turn = sum(guess[name] * calls[name] for name in implementations)
     turns = min(repeats, max(LEAST, int(longest / turn)))
-    taken: dict[str, list[float]] = {name: [] for name in trials}
+    taken: dict[str, list[float]] = {name: [] for name in implementations}
     for _ in range(turns):
-        for name, run in trials.items():
+        for name, run in implementations.items():
             time.sleep(PAUSE)
             taken[name].append(_seconds(run, calls[name]))
     return {name: Times(tuple(seconds)) for name, seconds in taken.items()}
 
 
-def _seconds(run: Trial, calls: int) -> float:
+def _seconds(run: Implementation, calls: int) -> float:
     """Seconds of one of some calls. A CPU would run calls that do not wait side by side."""
     wait = jax.default_backend() == "cpu"
     start = time.perf_counter()
@@ -154,14 +171,14 @@ def run(
     """Measure the cases that are picked, and write the tables.
 
     Args:
-      options: which cases, and where the tables go.
-      name: of the files.
-      kind: the dataclass of the rows.
-      cases: all of them; `str` names a case, in its rows too.
-      measure: makes the rows of a case.
-      page: the lines of the table for people.
-      picture: of the same rows.
-      finish: completes rows that depend on others, once all of them are there.
+        options: Which cases, and where the tables go.
+        name: Name of the files.
+        kind: The dataclass of the rows.
+        cases: All of them; `str` names a case, in its rows too.
+        measure: Makes the rows of a case.
+        page: The lines of the table for people.
+        picture: The figure of the same rows.
+        finish: Completes rows that depend on others, once all of them are there.
     """
     picked = [case for case in cases if options.picks(str(case))]
     rows = [row for case in each(picked, name) for row in measure(case)]

@@ -21,7 +21,7 @@ def contrib_muon(params: Any, **options: Any) -> optax.GradientTransformation:
         view = views[paths.path_name(path)]
         if view is None:
             return None
-        bound = view.on(leaf.shape)
+        bound = view.bind(leaf.shape)
         return optax.contrib.MuonDimensionNumbers(bound.row_axes, bound.col_axes)
 
     return optax.contrib.muon(

@@ -52,7 +52,7 @@ class Case:
         return draw.standard_normal((self.batch, self.rows, self.cols), np.float32)
 
 
-def ours(x: np.ndarray, operands: str, form: Form) -> _bench.Trial:
+def ours(x: np.ndarray, operands: str, form: Form) -> _bench.Implementation:
     """A stack through the link of our chain."""
     orthogonalizer = functools.partial(optax_muon.newton_schulz, dtype=operands, form=form)
     link = optax_muon.orthogonalize(orthogonalizer, views=optax_muon.View(1, 2))
@@ -63,7 +63,7 @@ def ours(x: np.ndarray, operands: str, form: Form) -> _bench.Trial:
     return compiled(run, x)
 
 
-def of_optax(x: np.ndarray, operands: str) -> _bench.Trial:
+def of_optax(x: np.ndarray, operands: str) -> _bench.Implementation:
     """A stack through optax's function."""
     dimensions = optax.contrib.MuonDimensionNumbers(1, 2)
     coefficients = jnp.asarray(KELLER.rows[0])
@@ -76,6 +76,6 @@ def of_optax(x: np.ndarray, operands: str) -> _bench.Trial:
     return compiled(run, x)
 
 
-def compiled(function: Any, x: np.ndarray) -> _bench.Trial:
+def compiled(function: Any, x: np.ndarray) -> _bench.Implementation:
     """A compiled function with its argument."""
     return functools.partial(jax.jit(function).lower(x).compile(), jnp.asarray(x))

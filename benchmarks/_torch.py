@@ -106,7 +106,7 @@ def _split(
         if views[path] is None:
             others.append(_parameter(device, leaf, grad))
             continue
-        stacks = (views[path].on(leaf.shape).to_matrices(x) for x in (leaf, grad))
+        stacks = (views[path].bind(leaf.shape).to_matrices(x) for x in (leaf, grad))
         for leaf_stack, grad_stack in zip(*stacks, strict=True):
             # A Linear of torch holds [out, in].
             matrices += map(functools.partial(_parameter, device), leaf_stack.mT, grad_stack.mT)

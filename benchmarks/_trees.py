@@ -9,26 +9,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_muon.models import abstract as shapes
+from optax_muon.models import Llama, LlamaConfig
+from optax_muon.models.abstract import unstacked
 
 Tree = dict[str, Any]
 
 
-LLAMA = {"width": 512, "hidden": 1408, "keys": 512, "vocabulary": 8192, "layers": 8}
-GROUPED = {"width": 1024, "hidden": 4096, "keys": 256, "vocabulary": 8192, "layers": 2}
+def _sizes(hidden_size: int, kv_heads: int, intermediate_size: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate_size,
+        context=1024,
+        vocab_size=8192,
+    )
+
+
+LLAMA = _sizes(512, kv_heads=8, intermediate_size=1408, layers=8)
+GROUPED = _sizes(1024, kv_heads=4, intermediate_size=4096, layers=2)
 EXPERTS = {"width": 256, "hidden": 128, "experts": 64, "layers": 6, "vocabulary": 8192}
 VISION = {"width": 384, "blocks": 6, "stages": (64, 128, 256, 512), "classes": 1000}
 TREES: dict[str, Callable[[], Tree]] = {
-    "a Llama unrolled": lambda: _llama(**LLAMA, scanned=False),
-    "b Llama scanned": lambda: _llama(**LLAMA, scanned=True),
-    "c Llama grouped": lambda: _llama(**GROUPED, scanned=False),
+    "a Llama unrolled": lambda: _llama(LLAMA, scanned=False),
+    "b Llama scanned": lambda: _llama(LLAMA, scanned=True),
+    "c Llama grouped": lambda: _llama(GROUPED, scanned=False),
     "d mixture of experts": lambda: _mixture(**EXPERTS),
     "e vision": lambda: _vision(**VISION),
 }
 """Makers of trees of shapes."""
 TOYS: dict[str, Callable[[], Tree]] = {
     "toy": lambda: (
-        _llama(16, hidden=24, keys=8, vocabulary=32, layers=2, scanned=True)
+        _llama(LlamaConfig(16, 2, 2, 1, 24, context=8, vocab_size=32), scanned=True)
         | _vision(16, blocks=0, stages=(8,), classes=4)
     )
 }
@@ -52,28 +65,25 @@ def normal(tree: Tree, seed: int) -> Tree:
 
 def matrices_of_llama(layers: int, *, scanned: bool) -> Tree:
     """The matrices of a Llama of width 64 alone, 7 to a layer: nearly nothing to compute."""
-    sizes = {"width": 64, "hidden": 176, "keys": 64, "vocabulary": 64}
-    layer = _llama(**sizes, layers=layers, scanned=scanned)["layers"]
+    blocks = _llama(LlamaConfig(64, layers, 4, 4, 176, context=8), scanned=scanned)["layers"]
     if scanned:
-        return {"layers": _matrices(layer)}
-    return {"layers": {name: _matrices(each) for name, each in layer.items()}}
+        return {"layers": _matrices(blocks)}
+    return {"layers": {name: _matrices(each) for name, each in blocks.items()}}
 
 
 def _matrices(layer: Tree) -> Tree:
-    return {name: shape for name, shape in layer.items() if name.endswith("_proj")}
+    return {name: layer[name] for name in ("attn", "mlp")}
 
 
 def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def _llama(
-    width: int, *, hidden: int, keys: int, vocabulary: int, layers: int, scanned: bool
-) -> Tree:
-    tree = shapes.llama(
-        width, hidden=hidden, keys=keys, vocabulary=vocabulary, layers=layers, scanned=scanned
-    )
-    return jax.tree.map(lambda leaf: leaf.shape, tree) | {"lm_head": (width, vocabulary)}
+def _llama(config: LlamaConfig, *, scanned: bool) -> Tree:
+    """The shapes of a Llama, its layers stacked or a subtree each."""
+    params = Llama(config).abstract_params
+    params = params if scanned else unstacked(params, "layers")
+    return jax.tree.map(lambda param: param.shape, params)
 
 
 def _mixture(width: int, *, hidden: int, experts: int, layers: int, vocabulary: int) -> Tree:

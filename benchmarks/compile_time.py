@@ -43,15 +43,9 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CompileTime(_bench.TimedRow):
     """One implementation on one tree."""
 
-    case: str
-    trial: str
-    lower_ms: float
-    median_ms: float
-    upper_ms: float
-    turns: int
     hlo_bytes: int
     over_optax: float
     over_shallowest: float
@@ -64,25 +58,25 @@ def main(options: _bench.Options) -> None:
     cases = [Case(depth, scanned) for scanned in (False, True) for depth in layers]
     jax.jit(jnp.sin).lower(0.0).compile()  # the compiler itself starts once
     measured = functools.partial(measure, turns=min(3, options.repeats))
-    _bench.run(options, "compile_time", Row, cases, measured, page, picture, growth)
+    _bench.run(options, "compile_time", CompileTime, cases, measured, page, picture, growth)
 
 
-def measure(case: Case, turns: int) -> list[Row]:
+def measure(case: Case, turns: int) -> list[CompileTime]:
     """Compile the update of a tree, in turn with ours and with optax."""
     params = _trees.abstract(_trees.matrices_of_llama(case.layers, scanned=case.scanned))
-    trials = {
+    implementations = {
         OURS: optax_muon.muon(**_jax.MUON),
         OPTAX: _jax.contrib_muon(params),
     }
-    taken: dict[str, list[float]] = {name: [] for name in trials}
+    taken: dict[str, list[float]] = {name: [] for name in implementations}
     sizes: dict[str, int] = {}
     for _ in range(turns):
-        for name, tx in trials.items():
+        for name, tx in implementations.items():
             seconds, sizes[name] = compiled(tx, params)
             taken[name].append(seconds)
     times = {name: _bench.Times(tuple(seconds)) for name, seconds in taken.items()}
     return [
-        Row(
+        CompileTime(
             str(case),
             name,
             **each.milliseconds(),
@@ -103,27 +97,29 @@ def compiled(tx: optax.GradientTransformation, params: Any) -> tuple[float, int]
     return time.perf_counter() - start, len(program.as_text())
 
 
-def growth(rows: Sequence[Row]) -> list[Row]:
+def growth(rows: Sequence[CompileTime]) -> list[CompileTime]:
     """The rows with their growth over the least depth of the same kind."""
     first: dict[tuple[str, str], float] = {}
     for row in rows:
-        first.setdefault((row.trial, row.case.split()[1]), row.median_ms)
+        first.setdefault((row.implementation, row.case.split()[1]), row.median_ms)
     return [
         dataclasses.replace(
             row,
-            over_shallowest=round(row.median_ms / first[row.trial, row.case.split()[1]], 3),
+            over_shallowest=round(
+                row.median_ms / first[row.implementation, row.case.split()[1]], 3
+            ),
         )
         for row in rows
     ]
 
 
-def page(rows: Sequence[Row]) -> list[str]:
+def page(rows: Sequence[CompileTime]) -> list[str]:
     """The table for people."""
     heads = ("matrices", "implementation", "seconds", "/ optax", "/ shallowest", "HLO, kB")
     cells = (
         (
             row.case,
-            row.trial,
+            row.implementation,
             f"{row.median_ms / 1e3:.2f} [{row.lower_ms / 1e3:.2f}, {row.upper_ms / 1e3:.2f}]",
             f"{row.over_optax:.2f}",
             f"{row.over_shallowest:.2f}",
@@ -134,7 +130,7 @@ def page(rows: Sequence[Row]) -> list[str]:
     return ["# Compiling an update", "", _bench.about(__doc__), "", *_table.markdown(heads, cells)]
 
 
-def picture(rows: Sequence[Row]) -> matplotlib.figure.Figure:
+def picture(rows: Sequence[CompileTime]) -> matplotlib.figure.Figure:
     """Seconds by the number of matrices."""
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(
@@ -142,7 +138,7 @@ def picture(rows: Sequence[Row]) -> matplotlib.figure.Figure:
     )
     for kind, line in (("unrolled", "-"), ("scanned", "--")):
         for name, color in ((OURS, "#d95f0e"), (OPTAX, "#2b8cbe")):
-            mine = [row for row in rows if row.trial == name and row.case.endswith(kind)]
+            mine = [row for row in rows if row.implementation == name and row.case.endswith(kind)]
             points = [(int(row.case.split()[0]), row.median_ms / 1e3) for row in mine]
             if points:
                 style = {"linestyle": line, "color": color, "marker": "o"}

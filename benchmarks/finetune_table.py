@@ -29,17 +29,18 @@ import matplotlib.figure
 import tyro
 
 from optax_muon.cli.main import main as command
-from optax_muon.training import presets
-from optax_muon.training.data import corpus as data
 from optax_muon.training.data import prompts
-from optax_muon.training.finetune import judge, pretrained
-from optax_muon.training.optimizers import TITLES
+from optax_muon.training.data.corpus import load_corpus
+from optax_muon.training.finetune import evaluate
+from optax_muon.training.initialize import PretrainedSource
+from optax_muon.training.optimizers import REGISTRY
 
 PRETRAINED = {"adamw": "adamw", "muon": "muon-carried"}
-"""Implementations of the pretraining run by optimizer."""
+"""Trials of the pretraining run by optimizer."""
+TITLES = {name: REGISTRY[name].title for name in PRETRAINED}
 RATES = (5e-5, 7e-4)
 BATCH = 16
-JUDGED_AT_ONCE = 50
+EVAL_BATCH = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,7 @@ class Work:
         learned, judged = pairs[::2], pairs[1::2]
         self._write("learned", learned)
         self._write("judged", judged)
-        tuning = presets.preset(self.size.preset).adamw
-        numbers = ["--muon-lr", tuning.lr, "--muon-decay", tuning.weight_decay]
+        numbers = ["--optimizers", *PRETRAINED.values()]
         sizes = ["--preset", self.size.preset, "--context", self.size.context]
         self._command(self.pretraining, "train", *sizes, *numbers)
 
@@ -105,15 +105,15 @@ class Work:
         """The run of a model that is fine-tuned so."""
         run = self.folder / f"{before}-{after}-{case.rate:g}"
         source = ["--from", self.pretraining, "--trial", PRETRAINED[before]]
-        numbers = ["--optimizer", after, "--lr", case.rate, "--batch", BATCH]
+        numbers = ["--optimizers", after, "--lr", case.rate, "--batch", BATCH]
         self._command(run, "finetune", *source, "--data", self._path("learned"), *numbers)
         return run
 
     def loss(self, run: Path, trial: str) -> float:
         """Of the functions that nobody was trained on."""
-        start = pretrained(run, trial)
-        loaded = prompts.load(self._path("judged"), self.size.context).train
-        return judge(start.model, start.params, start.bias, loaded, JUDGED_AT_ONCE).loss
+        source = PretrainedSource(run, trial)
+        loaded = prompts.load_prompts(self._path("judged"), self.size.context).train
+        return evaluate(source.model, *source.weights(), loaded, EVAL_BATCH).loss
 
     def _command(self, run: Path, *words: Any) -> None:
         resume = ["--resume"] if run.exists() else []
@@ -123,7 +123,7 @@ class Work:
         """As many as there are to be, evenly from all of them."""
         count = min(self.size.examples, len(pairs))
         chosen = [pairs[i * len(pairs) // count] for i in range(count)]
-        lines = (json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in chosen)
+        lines = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in chosen)
         self._path(name).write_text("\n".join(lines) + "\n")
 
     def _path(self, name: str) -> Path:
@@ -151,7 +151,7 @@ def main(options: _bench.Options) -> None:
 
 def functions(context: int) -> list[tuple[str, str]]:
     """Heads and first lines of docstrings of the standard library that fit, one for each head."""
-    corpus = data.load(None, context)
+    corpus = load_corpus(None, context)
     texts = b"".join((corpus.train.tobytes(), corpus.held_out.tobytes())).split(b"\0")
     found = dict(pair for text in sorted(texts) for pair in _documented(text))
     return sorted(

@@ -39,11 +39,11 @@ TOY = ((16, 64),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class UpdateWork:
     """One implementation on one tree."""
 
     case: str
-    trial: str
+    implementation: str
     gflop: float
     """Operations of the products, 1e9."""
     over_plain: float
@@ -60,10 +60,10 @@ def main(options: _bench.Options) -> None:
     """Count, and write the tables."""
     cases = every(options.quick)
 
-    def measured(case: str) -> list[Row]:
+    def measured(case: str) -> list[UpdateWork]:
         return measure(case, _trees.abstract(cases[case]()))
 
-    _bench.run(options, "flops_and_bytes", Row, list(cases), measured, page, picture)
+    _bench.run(options, "flops_and_bytes", UpdateWork, list(cases), measured, page, picture)
 
 
 def every(quick: bool) -> dict[str, Callable[[], _trees.Tree]]:
@@ -79,7 +79,7 @@ def _single(shape: tuple[int, ...]) -> _trees.Tree:
     return {"kernel": shape} if len(shape) == 2 else {"experts": {"up_proj": shape}}
 
 
-def measure(case: str, params: Any) -> list[Row]:
+def measure(case: str, params: Any) -> list[UpdateWork]:
     """Compile the update of a tree with each optimizer, and count."""
     short = functools.partial(optax_muon.newton_schulz, dtype=jnp.bfloat16)
     transformations = {
@@ -98,12 +98,12 @@ def counted(
     params: Any,
     plain: int,
     least: int,
-) -> Row:
+) -> UpdateWork:
     """The counts of one program."""
     program = _jax.compile_update(tx, params)
     text = program.as_text()
     operations, traffic = flops(text), program.cost_analysis()["bytes accessed"]
-    return Row(
+    return UpdateWork(
         case,
         name,
         gflop=round(operations / 1e9, 4),
@@ -121,15 +121,15 @@ def least_work(params: Any) -> tuple[int, int]:
     for path, leaf in paths.named_leaves(params).items():
         view = views[path]
         least += leaf.size * leaf.dtype.itemsize * (7 if view is None else 5)
-        for block in () if view is None else view.on(leaf.shape).blocks:
+        for block in () if view is None else view.bind(leaf.shape).blocks:
             short, long = sorted((block.rows, block.cols))
             operations += block.batch * Plain().count(short, long, KELLER.rows).flops
     return operations, least
 
 
-def page(rows: Sequence[Row]) -> list[str]:
+def page(rows: Sequence[UpdateWork]) -> list[str]:
     """The table for people."""
-    found = {(row.case, row.trial): row for row in rows}
+    found = {(row.case, row.implementation): row for row in rows}
     names = (OURS, OURS_SHORT, OPTAX)
     heads = (
         "parameters",
@@ -149,15 +149,15 @@ def page(rows: Sequence[Row]) -> list[str]:
     return [title, "", _bench.about(__doc__), "", *_table.markdown(heads, cells), "", marked]
 
 
-def _bytes(row: Row) -> str:
+def _bytes(row: UpdateWork) -> str:
     return f"{row.over_least:.1f}{' (≥)' if row.loops else ''}"
 
 
-def picture(rows: Sequence[Row]) -> Any:
+def picture(rows: Sequence[UpdateWork]) -> Any:
     """Operations over those of plain Newton-Schulz."""
     cases = list(dict.fromkeys(row.case for row in rows))
     series = {
-        name: {row.case: row.over_plain for row in rows if row.trial == name}
+        name: {row.case: row.over_plain for row in rows if row.implementation == name}
         for name in (OURS, OURS_SHORT, OPTAX)
     }
     title = "Operations of a compiled update over plain Newton-Schulz's"

@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 
 import optax_muon
-from optax_muon.models import abstract
+from optax_muon.models import spec
 from optax_muon.polar import KELLER, Form, Gram, Kernel, Plain, default_restarts
 
 Result = TypeVar("Result")
@@ -49,11 +49,11 @@ CHECKED = ((2, 384, 384), (1, 500, 1100), (1, 1024, 1024), (1, 1024, 4096))
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class GpuTime:
     """One implementation on one case."""
 
     case: str
-    trial: str
+    implementation: str
     form: str
     outcome: str
     """`ran`, or why not."""
@@ -90,8 +90,8 @@ def main(options: _bench.Options) -> int:
     rows = [row for case in _bench.each(picked, "gpu") for row in matrices(case, options.repeats)]
     if options.picks(LLAMA) and not options.quick:
         rows += whole_update(options.repeats)
-    rows = _bench.merged(options.folder / "gpu.csv", Row, rows, [*map(str, every), LLAMA])
-    _bench.publish(options, "gpu", Row, rows, page(rows, checks), picture(rows))
+    rows = _bench.merged(options.folder / "gpu.csv", GpuTime, rows, [*map(str, every), LLAMA])
+    _bench.publish(options, "gpu", GpuTime, rows, page(rows, checks), picture(rows))
     return int(any(not check.error <= check.allowed for check in checks))
 
 
@@ -116,11 +116,11 @@ def checked(case: _stacks.Case) -> list[Check]:
     return [Check(str(case), str(form), error(form), allowed) for form in forms()]
 
 
-def matrices(case: _stacks.Case, repeats: int) -> list[Row]:
+def matrices(case: _stacks.Case, repeats: int) -> list[GpuTime]:
     """Time all implementations on a stack."""
     x = case.normal()
     named = {"ours": case.form} | {f"ours, {form}": form for form in forms() if form != case.form}
-    makers: dict[str, Callable[[], _bench.Trial]] = {
+    makers: dict[str, Callable[[], _bench.Implementation]] = {
         name: functools.partial(_stacks.ours, x, case.operands, form)
         for name, form in named.items()
     }
@@ -132,9 +132,9 @@ def matrices(case: _stacks.Case, repeats: int) -> list[Row]:
     return timed(str(case), makers, {n: str(f) for n, f in named.items()}, repeats, work, case)
 
 
-def whole_update(repeats: int) -> list[Row]:
+def whole_update(repeats: int) -> list[GpuTime]:
     """Time updates of a Llama, float32, its matrices in bfloat16."""
-    tree = abstract.llama3_1b(scanned=True)
+    tree = spec.model(spec.named_configs()["llama3-1b"]).abstract_params
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), (2, len(leaves)))
     params, grads = (
@@ -143,7 +143,7 @@ def whole_update(repeats: int) -> list[Row]:
         )
         for row in keys
     )
-    makers: dict[str, Callable[[], _bench.Trial]] = {
+    makers: dict[str, Callable[[], _bench.Implementation]] = {
         "ours": lambda: _jax.Update(optax_muon.muon(**_jax.MUON), params, grads),
         OPTAX: lambda: _jax.Update(_jax.contrib_muon(params), params, grads),
     }
@@ -154,26 +154,26 @@ def whole_update(repeats: int) -> list[Row]:
 
 def timed(
     case: str,
-    makers: dict[str, Callable[[], _bench.Trial]],
+    makers: dict[str, Callable[[], _bench.Implementation]],
     named: dict[str, str],
     repeats: int,
     work: dict[str, int],
     stack: _stacks.Case | None,
-) -> list[Row]:
+) -> list[GpuTime]:
     """Rows of the implementations that can be made and run once, and of those that cannot."""
-    ready: dict[str, _bench.Trial] = {}
+    ready: dict[str, _bench.Implementation] = {}
     failed = []
     for name, make in makers.items():
         run, outcome = attempted(functools.partial(ran_once, make))
         if run is None:
-            failed.append(Row(case, name, named.get(name, ""), outcome))
+            failed.append(GpuTime(case, name, named.get(name, ""), outcome))
         else:
             ready[name] = run
     times = _bench.in_turn(ready, repeats)
     operations = {name: work.get(name, stack.plain_flops if stack else 0) for name in ready}
     rate = {name: operations[name] / times[name].quartiles[1] for name in ready}
     return failed + [
-        Row(
+        GpuTime(
             case,
             name,
             named.get(name, ""),
@@ -188,7 +188,7 @@ def timed(
     ]
 
 
-def ran_once(make: Callable[[], _bench.Trial]) -> _bench.Trial:
+def ran_once(make: Callable[[], _bench.Implementation]) -> _bench.Implementation:
     """Make an implementation and run it."""
     run = make()
     jax.block_until_ready(run())
@@ -204,7 +204,7 @@ def attempted(work: Callable[[], Result]) -> tuple[Result | None, str]:
         return None, f"{type(error).__name__}: {first[:200]}"
 
 
-def ceiling() -> _bench.Trial:
+def ceiling() -> _bench.Implementation:
     """One large product of bfloat16 matrices."""
     square = np.random.default_rng(0).standard_normal((CEILING_SIDE,) * 2, np.float32)
     operand = jnp.asarray(square, jnp.bfloat16)
@@ -221,13 +221,13 @@ def torch_on_gpu() -> Any:
     return importlib.import_module("_torch") if usable else None
 
 
-def page(rows: Sequence[Row], checks: Sequence[Check]) -> list[str]:
+def page(rows: Sequence[GpuTime], checks: Sequence[Check]) -> list[str]:
     """The tables for people."""
     heads = ("case", "implementation", "form", "ms", "TFLOP/s", "/ ceiling", "/ optax")
     cells = (
         (
             row.case,
-            row.trial,
+            row.implementation,
             row.form,
             f"{row.median_ms:.3f} [{row.lower_ms:.3f}, {row.upper_ms:.3f}]",
             f"{row.tflops:.0f}" if row.tflops else "",
@@ -235,7 +235,7 @@ def page(rows: Sequence[Row], checks: Sequence[Check]) -> list[str]:
             f"{row.over_optax:.2f}" if row.over_optax else "",
         )
         if row.outcome == "ran"
-        else (row.case, row.trial, row.form, row.outcome, "", "", "")
+        else (row.case, row.implementation, row.form, row.outcome, "", "", "")
         for row in rows
     )
     errors = (
@@ -263,12 +263,14 @@ def page(rows: Sequence[Row], checks: Sequence[Check]) -> list[str]:
     ]
 
 
-def picture(rows: Sequence[Row]) -> Any:
+def picture(rows: Sequence[GpuTime]) -> Any:
     """Effective rates over the ceiling."""
-    ran = [row for row in rows if row.over_ceiling and row.trial != CEILING]
-    names = {row.form or row.trial for row in ran}
+    ran = [row for row in rows if row.over_ceiling and row.implementation != CEILING]
+    names = {row.form or row.implementation for row in ran}
     series = {
-        name: {row.case: row.over_ceiling for row in ran if (row.form or row.trial) == name}
+        name: {
+            row.case: row.over_ceiling for row in ran if (row.form or row.implementation) == name
+        }
         for name in sorted(names)
     }
     cases = list(dict.fromkeys(row.case for row in ran))

@@ -3,7 +3,7 @@
 A step is the paper's: 2048 sequences of 8192 tokens in micro-batches, bfloat16 products of float32
 parameters, the gradient's mean over the micro-batches clipped at a global norm of 1, Muon for every
 matrix and AdamW for the rest, router biases moved by their experts' load; parameters, momenta and
-biases are donated. It is `models/training/train.py`'s own step, on Explicit mesh axes.
+biases are donated. It is `training/step.py`'s own step, on Explicit mesh axes.
 
     pip install -e '.[train,tpu]' && python benchmarks/moonlight_step.py
 
@@ -31,20 +31,21 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.models import spec
-from optax_muon.models.abstract import leaves_on
-from optax_muon.models.layers import BATCH, there
+from optax_muon.models.abstract import on_mesh
+from optax_muon.models.mesh import BATCH, present_axes
 from optax_muon.models.moe import experts
-from optax_muon.models.moonlight.model import CONFIGS, MoonlightConfig, count, leaves
-from optax_muon.training import flops, loop
+from optax_muon.models.moonlight import CONFIGS, Moonlight, MoonlightConfig, count
+from optax_muon.training import flops
 from optax_muon.training.config import THREE_STAGE, TrainConfig
-from optax_muon.training.optimizers import Trial, transformation
-from optax_muon.training.presets import HyperParams
+from optax_muon.training.optimizers import REGISTRY, HyperParams, Trial, transformation
+from optax_muon.training.state import abstract, shardings
+from optax_muon.training.step import step as training_step
 
 TABLE = Path(__file__).parent / "results" / "moonlight_step.csv"
 PAGE = TABLE.with_suffix(".md")
 LIMIT = 1200
 """Seconds of processor time that a row may take."""
-MUON = Trial("muon", "Muon", "muon", HyperParams(4.2e-4, 0.1))
+MUON = Trial(REGISTRY["muon"], HyperParams(4.2e-4, 0.1))
 """The paper's numbers (arXiv 2502.16982, section 3.3)."""
 OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
 """For libtpu: without it, all but v5p multiply every row with every expert of the chip."""
@@ -157,11 +158,11 @@ def compile_row(machine: str) -> Row:
     """Compile a step and read the program."""
     case = CASES[machine]
     mesh = _topologies.mesh_of(MACHINES[case.machine], case.axes, AxisType.Explicit)
-    setup = setup_of(CONFIGS["moonlight-16b-a3b"], SEQUENCES)
+    config = setup_of(CONFIGS["moonlight-16b-a3b"], SEQUENCES)
     start = time.process_time()
-    program = compile_step(setup, mesh, case.accumulate, OPTIONS)
+    program = compile_step(config, mesh, case.accumulate, OPTIONS)
     seconds = time.process_time() - start
-    read = measures(program, setup, mesh, case.accumulate)
+    read = measures(program, config, mesh, case.accumulate)
     return Row(
         **said(case), outcome="compiled", hbm_gib=case.hbm_gib, compile_s=round(seconds), **read
     )
@@ -175,26 +176,26 @@ def setup_of(config: MoonlightConfig, sequences: int) -> TrainConfig:
 
 
 def compile_step(
-    setup: TrainConfig, mesh: Mesh, accumulate: int, options: Mapping[str, Any] | None = None
+    config: TrainConfig, mesh: Mesh, accumulate: int, options: Mapping[str, Any] | None = None
 ) -> Any:
     """Compile a step of training with Muon, from shapes alone; `options` are the compiler's."""
-    model, tx = spec.model(setup.model), transformation(MUON, setup)
+    model, tx = spec.model(config.model), transformation(MUON, config)
     with jax.set_mesh(mesh):
-        shape = (accumulate, setup.batch // accumulate, setup.model.context + 1)
-        over = NamedSharding(mesh, P(None, there(BATCH)))
+        shape = (accumulate, config.batch // accumulate, config.model.context + 1)
+        over = NamedSharding(mesh, P(None, present_axes(BATCH)))
         step = jax.jit(
-            functools.partial(loop.step, model, tx),
+            functools.partial(training_step, model, tx),
             donate_argnums=0,
-            out_shardings=(loop.shardings(model, tx, mesh), None),
+            out_shardings=(shardings(model, tx, mesh), None),
         )
         return step.lower(
-            loop.abstract(model, tx, mesh),
+            abstract(model, tx, mesh),
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over),
             jax.ShapeDtypeStruct((), jnp.float32),
         ).compile(dict(options or {}))
 
 
-def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> dict[str, Any]:
+def measures(program: Any, config: TrainConfig, mesh: Mesh, accumulate: int) -> dict[str, Any]:
     """What a device holds, computes and receives in a step."""
     from optax_muon import hlo
 
@@ -206,13 +207,13 @@ def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> d
         "temporary": memory.temp_size_in_bytes,
     }
     sizes["total"] = sum(sizes.values()) - 2 * sizes["donated"]
-    plan = optax_muon.plan(leaves_on(leaves(setup.model), mesh))
-    tokens = setup.batch * setup.model.context / mesh.size
+    plan = optax_muon.plan(on_mesh(Moonlight(config.model).abstract_params, mesh))
+    tokens = config.batch * config.model.context / mesh.size
     return {
         **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
-        "tflop": round(hlo.flops(text, turns(setup, mesh, accumulate)) / 1e12, 1),
-        "model_tflop": round(setup.batch * flops.sequence_flops(setup) / mesh.size / 1e12, 1),
-        "paper_tflop": round(6 * count(setup.model).active * tokens / 1e12, 1),
+        "tflop": round(hlo.flops(text, turns(config, mesh, accumulate)) / 1e12, 1),
+        "model_tflop": round(config.batch * flops.sequence_flops(config) / mesh.size / 1e12, 1),
+        "paper_tflop": round(6 * count(config.model).active * tokens / 1e12, 1),
         "optimizer_tflop": round(plan.cost.flops / 1e12, 3),
         "optimizer_mib": round(plan.cost.collective_bytes / 2**20, 1),
         **received(text),
@@ -220,10 +221,10 @@ def measures(program: Any, setup: TrainConfig, mesh: Mesh, accumulate: int) -> d
     }
 
 
-def turns(setup: TrainConfig, mesh: Mesh, accumulate: int) -> int:
+def turns(config: TrainConfig, mesh: Mesh, accumulate: int) -> int:
     """Blocks of rows that a device's experts work on in a layer, where all are chosen alike."""
-    config = setup.model
-    rows = setup.batch // accumulate * config.context * config.chosen // mesh.size
+    model = config.model
+    rows = config.batch // accumulate * model.context * model.num_experts_per_tok // mesh.size
     return -(-rows // experts.BLOCK)
 
 

@@ -34,17 +34,11 @@ OPTAX, TORCH, PRODUCT = "optax", "torch", "one product"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class OrthogonalizeTime(_bench.TimedRow):
     """One implementation on one case."""
 
-    case: str
-    trial: str
     form: str
     """Of ours: how the polynomial is evaluated."""
-    lower_ms: float
-    median_ms: float
-    upper_ms: float
-    turns: int
     gflops: float
     """Operations of the plain form per second, 1e9, whatever the implementation really does."""
     over_optax: float
@@ -77,25 +71,33 @@ KINDS = ("float32", "bfloat16")
 def main(options: _bench.Options) -> None:
     """Measure, and write the tables."""
     measured = functools.partial(measure, repeats=options.repeats)
-    _bench.run(options, "orthogonalize_speed", Row, cases(options.quick), measured, page, picture)
+    _bench.run(
+        options,
+        "orthogonalize_speed",
+        OrthogonalizeTime,
+        cases(options.quick),
+        measured,
+        page,
+        picture,
+    )
 
 
-def measure(case: _stacks.Case, repeats: int) -> list[Row]:
+def measure(case: _stacks.Case, repeats: int) -> list[OrthogonalizeTime]:
     """Time all implementations on a case."""
     x = case.normal()
     forms = forms_of(case)
-    trials: dict[str, _bench.Trial] = {
+    implementations: dict[str, _bench.Implementation] = {
         name: _stacks.ours(x, case.operands, form) for name, form in forms.items()
     }
-    trials[OPTAX] = _stacks.of_optax(x, case.operands)
+    implementations[OPTAX] = _stacks.of_optax(x, case.operands)
     as_it_comes = case.operands == "bfloat16"
     setting = contextlib.nullcontext if as_it_comes else _torch.float32
-    trials[TORCH] = _torch.newton_schulz(x, setting)
+    implementations[TORCH] = _torch.newton_schulz(x, setting)
     if case.batch >= MANY:
-        trials[PRODUCT] = one_product(case)
-    times = _bench.in_turn(trials, repeats)
+        implementations[PRODUCT] = one_product(case)
+    times = _bench.in_turn(implementations, repeats)
     return [
-        Row(
+        OrthogonalizeTime(
             str(case),
             name,
             str(forms.get(name, "")),
@@ -119,7 +121,7 @@ def forms_of(case: _stacks.Case) -> dict[str, Form]:
     }
 
 
-def one_product(case: _stacks.Case) -> _bench.Trial:
+def one_product(case: _stacks.Case) -> _bench.Implementation:
     """A square product of as many operations as the chosen form takes for the bucket."""
     flops = case.batch * case.form.count(*case.sides, KELLER.rows).flops
     side = round((flops / 2) ** (1 / 3))
@@ -132,7 +134,7 @@ def one_product(case: _stacks.Case) -> _bench.Trial:
     return _stacks.compiled(run, square)
 
 
-def page(rows: Sequence[Row]) -> list[str]:
+def page(rows: Sequence[OrthogonalizeTime]) -> list[str]:
     """The table for people."""
     lines = [
         "# Newton-Schulz alone",
@@ -145,9 +147,9 @@ def page(rows: Sequence[Row]) -> list[str]:
     for kind in KINDS:
         lines += ["", f"## {kind} operands", "", *_table.markdown(*timings(rows, kind))]
     lines += ["", "## Ours by form, over the chosen one", "", *_table.markdown(*by_form(rows))]
-    buckets = [row for row in rows if row.trial == PRODUCT]
+    buckets = [row for row in rows if row.implementation == PRODUCT]
     heads = ("bucket", "ours, ms", "one product of the same operations, ms", "ratio")
-    mine = {row.case: row for row in rows if row.trial == "ours"}
+    mine = {row.case: row for row in rows if row.implementation == "ours"}
     cells = (
         (
             row.case,
@@ -162,10 +164,12 @@ def page(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def timings(rows: Sequence[Row], kind: str) -> tuple[Sequence[str], list[Sequence[str]]]:
+def timings(
+    rows: Sequence[OrthogonalizeTime], kind: str
+) -> tuple[Sequence[str], list[Sequence[str]]]:
     """Heads and cells: a line per case, ours beside the peers."""
     heads = ("matrices", "form", "ours", "optax", "torch", "/ optax", "/ torch", "GFLOP/s")
-    found = {(row.case, row.trial): row for row in rows if row.case.endswith(kind)}
+    found = {(row.case, row.implementation): row for row in rows if row.case.endswith(kind)}
     cells = []
     for case in dict.fromkeys(case for case, _ in found):
         one = found[case, "ours"]
@@ -178,22 +182,22 @@ def timings(rows: Sequence[Row], kind: str) -> tuple[Sequence[str], list[Sequenc
     return heads, cells
 
 
-def by_form(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]]]:
+def by_form(rows: Sequence[OrthogonalizeTime]) -> tuple[Sequence[str], list[Sequence[str]]]:
     """Heads and cells: a line per case, a column per form."""
-    ours_rows = [row for row in rows if row.trial.startswith("ours")]
+    ours_rows = [row for row in rows if row.implementation.startswith("ours")]
     forms = sorted({row.form for row in ours_rows})
-    base = {row.case: row.median_ms for row in ours_rows if row.trial == "ours"}
+    base = {row.case: row.median_ms for row in ours_rows if row.implementation == "ours"}
     shown = {(row.case, row.form): f"{row.median_ms / base[row.case]:.2f}" for row in ours_rows}
     for row in ours_rows:
-        if row.trial == "ours":
+        if row.implementation == "ours":
             shown[row.case, row.form] = "**1**"
     cells = [(case, *(shown.get((case, form), "") for form in forms)) for case in base]
     return ("matrices", *forms), cells
 
 
-def picture(rows: Sequence[Row]) -> Any:
+def picture(rows: Sequence[OrthogonalizeTime]) -> Any:
     """Ours over optax and torch, case by case."""
-    mine = [row for row in rows if row.trial == "ours"]
+    mine = [row for row in rows if row.implementation == "ours"]
     series = {
         "over optax": {row.case: row.over_optax for row in mine},
         "over torch": {row.case: row.over_torch for row in mine},

@@ -25,8 +25,9 @@ import tyro
 
 import optax_muon
 from optax_muon.models import spec
-from optax_muon.training.loop import State, next_token_loss, update
 from optax_muon.training.presets import PRESETS
+from optax_muon.training.state import State
+from optax_muon.training.step import next_token_loss, update
 
 GRADIENT, ADAMW, OURS, OPTAX = "gradient", "adamw", "ours", "optax"
 BATCHES = {"small": (4, 16, 64), "medium": (1, 4, 16), "base": (1, 4)}
@@ -45,15 +46,9 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class StepTime(_bench.TimedRow):
     """A step with one optimizer, or the gradient alone."""
 
-    case: str
-    trial: str
-    lower_ms: float
-    median_ms: float
-    upper_ms: float
-    turns: int
     share: float
     """Part of the step that is the optimizer's."""
     over_adamw: float
@@ -65,14 +60,14 @@ def main(options: _bench.Options) -> None:
     batches = TOY if options.quick else BATCHES
     cases = [Case(preset, batch) for preset in batches for batch in batches[preset]]
     measured = functools.partial(measure, repeats=options.repeats)
-    _bench.run(options, "share_of_step", Row, cases, measured, page, picture)
+    _bench.run(options, "share_of_step", StepTime, cases, measured, page, picture)
 
 
-def measure(case: Case, repeats: int) -> list[Row]:
+def measure(case: Case, repeats: int) -> list[StepTime]:
     """Time the steps of a case in turn."""
-    times = _bench.in_turn(trials(case), repeats)
+    times = _bench.in_turn(implementations(case), repeats)
     return [
-        Row(
+        StepTime(
             str(case),
             name,
             **each.milliseconds(),
@@ -84,12 +79,14 @@ def measure(case: Case, repeats: int) -> list[Row]:
     ]
 
 
-def trials(case: Case) -> dict[str, _bench.Trial]:
+def implementations(case: Case) -> dict[str, _bench.Implementation]:
     """The gradient alone, and the steps of all optimizers."""
     sizes = PRESETS[case.preset].model
     model = spec.model(sizes)
     shape = (case.batch, sizes.context + 1)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(sizes.vocab, size=shape, dtype=np.int32))
+    tokens = jnp.asarray(
+        np.random.default_rng(0).integers(sizes.vocab_size, size=shape, dtype=np.int32)
+    )
     params = jax.jit(model.init)(jax.random.key(0))
     loss = functools.partial(next_token_loss, model)
     gradient = jax.value_and_grad(lambda params, tokens: loss(params, tokens)[0])
@@ -125,9 +122,9 @@ class Step:
         return self._state, loss
 
 
-def page(rows: Sequence[Row]) -> list[str]:
+def page(rows: Sequence[StepTime]) -> list[str]:
     """The table for people."""
-    found = {(row.case, row.trial): row for row in rows}
+    found = {(row.case, row.implementation): row for row in rows}
     optimizers = (ADAMW, OURS, OPTAX)
     heads = (
         "model and batch",
@@ -148,15 +145,15 @@ def page(rows: Sequence[Row]) -> list[str]:
     return [title, "", _bench.about(__doc__), "", *_table.markdown(heads, cells)]
 
 
-def _spread(row: Row) -> str:
+def _spread(row: StepTime) -> str:
     return f"{row.median_ms:.4g} [{row.lower_ms:.4g}, {row.upper_ms:.4g}]"
 
 
-def picture(rows: Sequence[Row]) -> Any:
+def picture(rows: Sequence[StepTime]) -> Any:
     """The steps over AdamW's."""
     cases = list(dict.fromkeys(row.case for row in rows))
     series = {
-        name: {row.case: row.over_adamw for row in rows if row.trial == name}
+        name: {row.case: row.over_adamw for row in rows if row.implementation == name}
         for name in (GRADIENT, OURS, OPTAX)
     }
     title = "A training step: time over that with AdamW"

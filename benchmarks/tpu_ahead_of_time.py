@@ -33,7 +33,7 @@ from _topologies import MACHINES, Machine
 from jax.sharding import AxisType, Mesh
 
 import optax_muon
-from optax_muon.models import abstract
+from optax_muon.models import abstract, spec
 
 TABLE = Path(__file__).parent / "results" / "tpu_ahead_of_time.csv"
 PAGE = TABLE.with_suffix(".md")
@@ -55,16 +55,21 @@ class Tree:
         return dict(zip(self.axes, self.extents[machine.chips], strict=True))
 
 
+def _params(name: str) -> abstract.Tree:
+    """The parameters of a model, layers stacked, as shapes and mesh axes."""
+    return spec.model(spec.named_configs()[name]).abstract_params
+
+
 _LLAMA = {16: (4, 4), 64: (16, 4), 256: (32, 8), 512: (64, 8)}
 TREES = {
     "Llama 3 8B": Tree(
-        functools.partial(abstract.llama3_8b, scanned=False), ("fsdp", "tp"), _LLAMA
+        lambda: abstract.unstacked(_params("llama3-8b"), "layers"), ("fsdp", "tensor"), _LLAMA
     ),
     "Llama 3 8B, scanned": Tree(
-        functools.partial(abstract.llama3_8b, scanned=True), ("fsdp", "tp"), _LLAMA
+        functools.partial(_params, "llama3-8b"), ("fsdp", "tensor"), _LLAMA
     ),
     "Moonlight 16B": Tree(
-        abstract.moonlight_16b,
+        functools.partial(_params, "moonlight-16b-a3b"),
         ("expert", "fsdp"),
         {16: (4, 4), 64: (16, 4), 256: (16, 16), 512: (64, 8)},
     ),

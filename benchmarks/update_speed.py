@@ -37,21 +37,15 @@ REST = "the rest"
 OPTAX, ADAMW = "optax float32", "optax.adamw"
 TORCH, TORCH_SHORT = "torch float32", "torch bfloat16"
 TORCH_COMPILED = "torch compiled"
-CONTESTANTS = (OURS, OURS_SHORT, OPTAX, TORCH, TORCH_SHORT, TORCH_COMPILED, REST, ADAMW)
+IMPLEMENTATIONS = (OURS, OURS_SHORT, OPTAX, TORCH, TORCH_SHORT, TORCH_COMPILED, REST, ADAMW)
 COMPARISONS = ((OURS, OPTAX), (OURS, TORCH), (OURS_SHORT, OPTAX), (OURS_SHORT, TORCH_SHORT))
 """Ours and the peer, for the geometric means."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class UpdateTime(_bench.TimedRow):
     """One implementation on one tree."""
 
-    case: str
-    trial: str
-    lower_ms: float
-    median_ms: float
-    upper_ms: float
-    turns: int
     ours_over: float
     """Ours in float32 over this implementation."""
     ours_bfloat16_over: float
@@ -62,19 +56,19 @@ def main(options: _bench.Options) -> None:
     """Measure, and write the tables."""
     trees = _trees.TOYS if options.quick else _trees.TREES
 
-    def measured(case: str) -> list[Row]:
+    def measured(case: str) -> list[UpdateTime]:
         return measure(case, trees[case](), options)
 
-    _bench.run(options, "update_speed", Row, list(trees), measured, page, picture)
+    _bench.run(options, "update_speed", UpdateTime, list(trees), measured, page, picture)
 
 
-def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Row]:
+def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[UpdateTime]:
     """Time all implementations on a tree."""
     params, grads = _trees.normal(tree, 0), _trees.normal(tree, 1)
-    made = trials(params, grads, options.quick)
+    made = implementations(params, grads, options.quick)
     times = _bench.in_turn(made, options.repeats, longest=60)
     return [
-        Row(
+        UpdateTime(
             case,
             name,
             **each.milliseconds(),
@@ -86,7 +80,7 @@ def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Row]:
     ]
 
 
-def trials(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Trial]:
+def implementations(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Implementation]:
     """All optimizers at work on a tree; `quick` leaves torch.compile out."""
     short = functools.partial(optax_muon.newton_schulz, dtype=jnp.bfloat16)
     transformations = {
@@ -101,14 +95,14 @@ def trials(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Trial]:
         settings[TORCH_COMPILED] = _torch.compiled
     made = {name: _jax.Update(tx, params, grads) for name, tx in transformations.items()}
     made |= {name: _torch.Update(params, grads, setting) for name, setting in settings.items()}
-    return {name: made[name] for name in CONTESTANTS if name in made}
+    return {name: made[name] for name in IMPLEMENTATIONS if name in made}
 
 
-def page(rows: Sequence[Row]) -> list[str]:
+def page(rows: Sequence[UpdateTime]) -> list[str]:
     """The table for people."""
-    found = {(row.case, row.trial): row for row in rows}
+    found = {(row.case, row.implementation): row for row in rows}
     cases = list(dict.fromkeys(row.case for row in rows))
-    there = [name for name in CONTESTANTS if any((case, name) in found for case in cases)]
+    there = [name for name in IMPLEMENTATIONS if any((case, name) in found for case in cases)]
     spreads = [(case, *(_spread(found.get((case, name))) for name in there)) for case in cases]
     return [
         "# A whole update",
@@ -127,7 +121,7 @@ def page(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def compared(rows: Sequence[Row]) -> list[Sequence[str]]:
+def compared(rows: Sequence[UpdateTime]) -> list[Sequence[str]]:
     """A line per tree, and one of geometric means."""
     series = {(ours, peer): ratio(rows, ours, peer) for ours, peer in COMPARISONS}
     cases = list(dict.fromkeys(row.case for row in rows))
@@ -136,20 +130,20 @@ def compared(rows: Sequence[Row]) -> list[Sequence[str]]:
     return [*lines, ("geometric mean", *means)]
 
 
-def ratio(rows: Sequence[Row], ours: str, peer: str) -> dict[str, float]:
+def ratio(rows: Sequence[UpdateTime], ours: str, peer: str) -> dict[str, float]:
     """Ours over a peer, by tree."""
     return {
         row.case: row.ours_over if ours == OURS else row.ours_bfloat16_over
         for row in rows
-        if row.trial == peer
+        if row.implementation == peer
     }
 
 
-def _spread(row: Row | None) -> str:
+def _spread(row: UpdateTime | None) -> str:
     return f"{row.median_ms:.4g} [{row.lower_ms:.4g}, {row.upper_ms:.4g}]" if row else ""
 
 
-def picture(rows: Sequence[Row]) -> Any:
+def picture(rows: Sequence[UpdateTime]) -> Any:
     """The ratios, tree by tree."""
     series = {f"{ours} / {peer}": ratio(rows, ours, peer) for ours, peer in COMPARISONS}
     cases = list(dict.fromkeys(row.case for row in rows))

@@ -1,16 +1,12 @@
-"""The ways a command ends early: one line for the user, and an exit code (`commands/cli.py`)."""
+"""The errors of the training and command wings; `cli/main.py` prints each on one line of stderr."""
+
+
+class UsageError(ValueError):
+    """The request cannot be carried out; the message names what would be accepted."""
 
 
 class CommandError(Exception):
-    """Ends the command: the message is printed on one line of stderr."""
-
-    exit_code = 1
-
-
-class UsageError(CommandError):
-    """What was asked for cannot be done; the message says what would be accepted."""
-
-    exit_code = 2
+    """A command ended early; the message says where and why."""
 
 
 class Diverged(CommandError):
@@ -18,6 +14,4 @@ class Diverged(CommandError):
 
 
 class Interrupted(CommandError):
-    """The user pressed Ctrl-C; the code is the shell's own for SIGINT, 128 + 2."""
-
-    exit_code = 130
+    """The user pressed Ctrl-C."""

@@ -1,14 +1,14 @@
 """Muon (Moonshot AI, "Muon is Scalable for LLM Training", arXiv 2502.16982, Eq. 1-4).
 
-For every matrix `W` of fan in `m` and fan out `n`, with gradient `g`:
+For every matrix `W` with fan-in `m`, fan-out `n` and gradient `g`:
 
     M <- beta M + g                              momentum, the sum form
     U  = g + beta M                              Nesterov
-    O  = NewtonSchulz(U)                         nearly the polar factor of U
+    O  = NewtonSchulz(U)                         approximately the polar factor of U
     W <- W - lr (0.2 sqrt(max(m, n)) O + lambda W)
 
 and AdamW for everything else: embeddings, head, norms, biases, routers. The factor gives the update
-AdamW's RMS, so that AdamW's learning rate and weight decay carry over.
+the RMS of AdamW, so AdamW's learning rate and weight decay carry over.
 """
 
 from __future__ import annotations
@@ -57,38 +57,42 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for its other parameters.
 
+    Matrices go through, in this order: momentum, `orthogonalizer`, `post`, `scale`, weight decay,
+    learning rate.
+
     Args:
-      learning_rate: the learning rate that you would give AdamW: a number or a schedule of the
-        step.
-      beta: momentum, in [0, 1); a number or a schedule.
-      nesterov: whether momentum looks one step ahead; the paper's does.
-      weight_decay: decoupled decay per unit of learning rate: a number, a schedule, or a link such
-        as `cautious_decay(0.1)`. For the default fallback too.
-      weight_decay_mask: True where decay applies: a tree of booleans or a prefix of one, or a
-        callable of the parameters. None decays everything, as the paper does.
-      orthogonalizer: a function `[..., m, n] -> [..., m, n]`; None is `newton_schulz` with five
-        steps of KELLER. (None, because `optax.inject_hyperparams` calls a callable default as a
-        schedule.)
-      post: a link that the orthogonal matrices go through before they are scaled, such as
-        `normuon()`; several are an `optax.chain`. None is none.
-      scale: `(fan_in, fan_out) -> factor`, or a link such as `scale_by_update_norm(0.2)`; None is
-        `match_rms(0.2)`.
-      views: which parameters are matrices, and how. None decides by role; otherwise a tree of views
-        or a prefix of one, a `{path: view}` dict, or a callable of the parameters, with None for
-        the fallback. `print(optax_muon.label(params, views))` shows the outcome.
-      fallback: the optimizer of the other parameters, with its own learning rate; None is AdamW
-        with this learning rate and decay, betas 0.9 and 0.95, eps 1e-8.
-      mu_dtype: dtype that momenta are stored in; None is float32, whatever the parameters are.
-      shardings: how the parameters are sharded, needed on Auto mesh axes only: a tree or prefix of
-        `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable of the leaves.
-      plan: where each matrix is worked on, made with `optax_muon.plan`; None plans by itself.
+        learning_rate: The learning rate that you would give AdamW: a number or a schedule of the
+            step.
+        beta: Momentum, in [0, 1); a number or a schedule.
+        nesterov: Whether to use Nesterov momentum, as the paper does.
+        weight_decay: Decoupled decay per unit of learning rate: a number, a schedule, or a link
+            such as `cautious_decay(0.1)`. The default fallback uses it too.
+        weight_decay_mask: True where decay applies: a tree of booleans or a prefix of one, or a
+            callable of the parameters. None decays everything, as the paper does.
+        orthogonalizer: A function `[..., m, n] -> [..., m, n]`; None is `newton_schulz` with five
+            steps of `KELLER`. (The default is None because `optax.inject_hyperparams` would call a
+            callable default as a schedule.)
+        post: A link between orthogonalization and scale, such as `normuon()`, or an `optax.chain`
+            of several. A link that takes `views` does not get these: give it the same ones.
+        scale: `(fan_in, fan_out) -> factor`, or a link such as `scale_by_update_norm(0.2)`; None is
+            `match_rms(0.2)`.
+        views: Which parameters are matrices, and how. None decides by role; otherwise a tree of
+            views or a prefix of one, a `{path: view}` dict, or a callable of the parameters, with
+            None for the fallback. `print(optax_muon.label(params, views))` shows the result.
+        fallback: The optimizer of the other parameters, with its own learning rate; None is AdamW
+            with this learning rate and decay, betas 0.9 and 0.95, eps 1e-8.
+        mu_dtype: The dtype of the stored momenta; None is float32, whatever the parameters are.
+        shardings: How the parameters are sharded, needed on Auto mesh axes only: a tree or prefix
+            of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable of the
+            leaves.
+        plan: Where each matrix is processed, made by `optax_muon.plan`; None makes a plan.
 
     Returns:
-      A transformation whose updates, like all of optax's, are to be added to the parameters.
+        A transformation whose updates, like all of optax's, are to be added to the parameters.
 
     Raises:
-      ValueError: (in `init`) a parameter that no rule decides, or a view that does not fit; the
-        message names its path and what would settle it.
+        ValueError: (in `init`) No rule decides a parameter, or a view does not fit. The message
+            names the path and the line to add.
 
     >>> import jax.numpy as jnp
     >>> params = {"embed": jnp.ones((16, 4)), "dense": {"kernel": jnp.ones((4, 8))}}
@@ -151,21 +155,21 @@ def scale_by_muon(
     shardings: Shardings = None,
     plan: Plan | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, orthogonalization, `post`, the factor of the shape; no decay, no learning rate.
+    """Momentum, orthogonalization, `post`, scale, in this order; no decay, no learning rate.
 
-    Leaves without a view come out as plain momentum: use `muon`, or `optax.partition`, to give them
-    an optimizer of their own.
+    For leaves without a view the updates are their momentum. Use `muon` or `optax.partition` to
+    give them an optimizer of their own.
 
     Args:
-      beta: as in `muon`.
-      nesterov: as in `muon`.
-      orthogonalizer: as in `muon`.
-      post: as in `muon`.
-      scale: as in `muon`.
-      views: as in `muon`.
-      mu_dtype: as in `muon`.
-      shardings: as in `muon`.
-      plan: as in `muon`.
+        beta: As in `muon`.
+        nesterov: As in `muon`.
+        orthogonalizer: As in `muon`.
+        post: As in `muon`.
+        scale: As in `muon`.
+        views: As in `muon`.
+        mu_dtype: As in `muon`.
+        shardings: As in `muon`.
+        plan: As in `muon`.
 
     >>> import jax.numpy as jnp
     >>> tx = optax.chain(scale_by_muon(beta=0.9), optax.scale_by_learning_rate(1e-3))

@@ -7,7 +7,7 @@ printed is what runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -52,22 +52,23 @@ def plan(
     """Plan the orthogonalization of a tree of parameters; nothing is traced.
 
     Args:
-      params: a tree of arrays or `ShapeDtypeStruct`s.
-      orthogonalizer: what the matrices go through; None is `newton_schulz`.
-      views: which leaves are matrices, and how; see `optax_muon.label`.
-      shardings: a tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`, or
-        a callable that returns one. None reads the arrays' types.
-      mesh: the mesh of bare `PartitionSpec`s; None is the ambient mesh.
-      platform: `tpu`, `gpu` or `cpu`; None is the mesh's, or without a mesh this machine's. An
-        `AbstractMesh` has none, and is taken for CPUs.
-      layout: `home` or `gather` for all matrices; None takes the cheapest for each.
-      model: rates that decide between layouts; None takes those of the platform.
-      memory: bytes of temporary arrays above which matrices are worked on in chunks.
+        params: A tree of arrays or `ShapeDtypeStruct`s.
+        orthogonalizer: The function that will process the matrices; None is `newton_schulz`.
+        views: Which leaves are matrices, and how; see `optax_muon.label`.
+        shardings: A tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
+            or a callable that returns one. None reads the arrays' types.
+        mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh.
+        platform: `tpu`, `gpu` or `cpu`; None is the mesh's, or without a mesh this machine's. An
+            `AbstractMesh` has none and counts as CPUs.
+        layout: `home` or `gather` for all matrices; None takes the cheapest for each
+            bucket.
+        model: The rates that decide between layouts; None takes those of the platform.
+        memory: Bytes of temporary arrays above which matrices are processed in chunks.
 
     Raises:
-      ValueError: shardings that do not fit the parameters or the mesh, an unknown layout or
-        platform.
-      TypeError: shardings of another kind.
+        ValueError: The shardings do not fit the parameters or the mesh, or `layout` or `platform`
+            is unknown.
+        TypeError: `shardings` holds something else, or `orthogonalizer` is not hashable.
 
     >>> import jax, jax.numpy as jnp
     >>> from optax_muon import View
@@ -98,10 +99,10 @@ def plan(
 
 
 def bind_views(tree: Any, views: Views) -> dict[str, BoundView]:
-    """The view of every leaf that has one, bound to the leaf's shape."""
+    """Return `{path: view}` of the leaves that have a view, bound to their shapes."""
     leaves = paths.named_leaves(tree)
     return {
-        path: view.on(leaves[path].shape)
+        path: view.bind(leaves[path].shape)
         for path, view in assign.assign(tree, views).items()
         if view is not None
     }
@@ -114,18 +115,27 @@ def make_plan(
     orthogonalizer: Orthogonalizer,
     **options: Any,
 ) -> Plan:
-    """Plan for leaves that lie somewhere; `options` are those of `planner.make_plan`."""
+    """Plan for leaves whose shardings are known; `options` are those of `planner.make_plan`."""
     dtypes = {path: np.dtype(leaves[path].dtype) for path in bounds}
     return planner.make_plan(bounds, dtypes, where, work_model(orthogonalizer), **options)
 
 
 def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:
-    """How the planner counts an orthogonalizer.
+    """Return how the planner counts an orthogonalizer.
 
-    An object with a method `count`, like `NewtonSchulz`, counts itself; its `rows` and `dtype` are
-    read where it has them. Any other callable is counted as five steps of the plain form. Matrices
-    are split by columns only for an orthogonalizer that says `supports_column_shards = True`.
+    An object with a method `count`, like `NewtonSchulz`, counts its own work; its `rows` and
+    `dtype` are read if it has them. Any other callable is counted as five steps of the
+    plain form. Matrices are split by columns only if its attribute `supports_column_shards` is
+    true.
+
+    Raises:
+        TypeError: `orthogonalizer` is not hashable.
     """
+    if not isinstance(orthogonalizer, Hashable):
+        raise TypeError(
+            f"The orthogonalizer of type {type(orthogonalizer).__name__} is not hashable, and"
+            " compiled programs are cached by it; use @dataclass(frozen=True), or define __hash__."
+        )
     adapted = _adapted(orthogonalizer)
     counts = callable(getattr(adapted, "count", None))
     counted: Any = adapted if counts else NewtonSchulz(form=Plain())
@@ -139,7 +149,7 @@ def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:
 
 
 def _adapted(orthogonalizer: Orthogonalizer) -> Orthogonalizer:
-    """Our two functions, or a `partial` of one, as the object that counts."""
+    """Replace our two functions, or a `partial` of one, by the object that counts."""
     function, options = orthogonalizer, {}
     if isinstance(orthogonalizer, functools.partial) and not orthogonalizer.args:
         function, options = orthogonalizer.func, orthogonalizer.keywords

@@ -162,22 +162,23 @@ TABLE = {
     "two axes": case({"data": 4, "model": 2}, layers(16, (256, 512), P("data", "model"))),
     "stack by rows": case({"fsdp": 8}, {"k": ((24, 512, 2048), P(None, "fsdp", None), STACKED)}),
     "stack by both": case(
-        {"fsdp": 4, "tp": 2}, {"k": ((24, 512, 2048), P(None, "fsdp", "tp"), STACKED)}
+        {"fsdp": 4, "tensor": 2}, {"k": ((24, 512, 2048), P(None, "fsdp", "tensor"), STACKED)}
     ),
     "stack by layer": case({"fsdp": 8}, {"k": ((8, 512, 512), P("fsdp", None, None), STACKED)}),
     "nine": case({"fsdp": 8}, {"k": ((9, 512, 2048), P(None, "fsdp", None), STACKED)}),
     "twelve copies": case({"data": 8}, layers(12, (512, 2048), P())),
     "replicas": case({"replica": 2, "fsdp": 4}, layers(16, (256, 1024), P("fsdp", None))),
     "experts": case(
-        {"expert": 2, "fsdp": 2, "tp": 2},
-        {"k": ((16, 2, 1024, 512), P("expert", None, "fsdp", "tp"), View(2, 3))},
+        {"expert": 2, "fsdp": 2, "tensor": 2},
+        {"k": ((16, 2, 1024, 512), P("expert", None, "fsdp", "tensor"), View(2, 3))},
     ),
     "qkv whole": case(
-        {"fsdp": 4, "tp": 2},
-        {"k": ((512, 8, 16, 32), P("fsdp", None, "tp", None), View(0, (2, 3)))},
+        {"fsdp": 4, "tensor": 2},
+        {"k": ((512, 8, 16, 32), P("fsdp", None, "tensor", None), View(0, (2, 3)))},
     ),
     "qkv per head": case(
-        {"fsdp": 4, "tp": 2}, {"k": ((512, 8, 16, 32), P("fsdp", None, "tp", None), View(0, 3))}
+        {"fsdp": 4, "tensor": 2},
+        {"k": ((512, 8, 16, 32), P("fsdp", None, "tensor", None), View(0, 3))},
     ),
     "three": case({"data": 4, "model": 2}, layers(3, (1024, 4096), P("data", "model"))),
 }

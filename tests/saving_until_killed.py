@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_muon.training.checkpoints import Checkpoints, RetentionPolicy
-from optax_muon.training.loop import State
+from optax_muon.training.state import State
 
 SHAPES = {"up": (64, 96), "down": (96, 64), "scale": (64,)}
 

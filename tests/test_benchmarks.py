@@ -109,7 +109,7 @@ def test_all_contestants_take_the_same_first_step_on_matrices():
         """Every matrix [out, in] on its own."""
         for path, leaf in paths.named_leaves(tree).items():
             for stack in (
-                () if views[path] is None else views[path].on(leaf.shape).to_matrices(leaf)
+                () if views[path] is None else views[path].bind(leaf.shape).to_matrices(leaf)
             ):
                 yield from np.asarray(stack).swapaxes(-1, -2)
 

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "optax_muon"
 
 # Each room, and the rooms of the house that it may look into. `optax_muon` alone is the face.
-GROUND = {"errors", "hlo", "platforms"}
+GROUND = {"errors", "extras", "hlo", "platforms"}
 BELOW = {
     **{room: set() for room in GROUND},
     "polar": {"platforms"},
@@ -22,7 +22,7 @@ BELOW = {
 BELOW["planning"] = {"sharding", "matrices", "polar", "platforms"}
 BELOW["transforms"] = {"planning", *BELOW["planning"]}
 BELOW["muon"] = {"transforms", *BELOW["transforms"]}
-BELOW["checkpoint"] = {"muon", *BELOW["muon"]}
+BELOW["checkpoint"] = {"extras", "muon", *BELOW["muon"]}
 BELOW["compat"] = {"muon", *BELOW["muon"]}
 BELOW["__init__"] = {"checkpoint", "compat", *BELOW["compat"], *GROUND}
 

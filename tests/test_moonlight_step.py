@@ -17,8 +17,8 @@ from optax_muon import hlo
 from optax_muon.models import spec
 from optax_muon.models.moe import experts
 from optax_muon.models.moonlight.model import CONFIGS
-from optax_muon.training import loop
 from optax_muon.training.optimizers import transformation
+from optax_muon.training.state import abstract
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(
@@ -27,7 +27,12 @@ pytestmark = pytest.mark.skipif(
 AXES = {"fsdp": 2, "expert": 4}
 SEQUENCES, PARTS = 16, 2
 CONFIG = dataclasses.replace(
-    CONFIGS["moonlight-tiny"], context=64, query_block=16, vocab=320, depth=2, dense_first=0
+    CONFIGS["moonlight-tiny"],
+    context=64,
+    query_block=16,
+    vocab_size=320,
+    num_hidden_layers=2,
+    first_k_dense_replace=0,
 )
 
 
@@ -39,19 +44,19 @@ def script(monkeypatch):
 
 @functools.cache
 def compiled():
-    """A step's mesh, setup and program."""
+    """A step's mesh, config and program."""
     script = importlib.import_module("moonlight_step")  # a fixture has said where it is
     mesh = jax.make_mesh(tuple(AXES.values()), tuple(AXES), axis_types=(AxisType.Explicit,) * 2)
-    setup = script.setup_of(CONFIG, SEQUENCES)
-    return mesh, setup, script.compile_step(setup, mesh, PARTS)
+    config = script.setup_of(CONFIG, SEQUENCES)
+    return mesh, config, script.compile_step(config, mesh, PARTS)
 
 
 @pytest.mark.slow
 def test_a_device_holds_its_share_of_the_state_and_gives_it_back_in_place(script):
-    mesh, setup, program = compiled()
-    model, tx = spec.model(setup.model), transformation(script.MUON, setup)
+    mesh, config, program = compiled()
+    model, tx = spec.model(config.model), transformation(script.MUON, config)
     with jax.set_mesh(mesh):
-        state = loop.abstract(model, tx, mesh)
+        state = abstract(model, tx, mesh)
     share = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
@@ -72,11 +77,11 @@ def test_tokens_go_to_experts_and_no_device_gathers_a_layers_experts():
     gathered = [
         each
         for each in hlo.collectives(program.as_text())
-        if each.kind == "all-gather" and each.times % (PARTS * CONFIG.moe_depth) == 0
+        if each.kind == "all-gather" and each.times % (PARTS * CONFIG.num_moe_layers) == 0
     ]
     assert gathered
-    stack = CONFIG.experts * CONFIG.width * CONFIG.expert_mlp * 4
-    tokens = AXES["expert"] * SEQUENCES // PARTS // 8 * CONFIG.context * CONFIG.width * 4
+    stack = CONFIG.n_routed_experts * CONFIG.hidden_size * CONFIG.moe_intermediate_size * 4
+    tokens = AXES["expert"] * SEQUENCES // PARTS // 8 * CONFIG.context * CONFIG.hidden_size * 4
     # What a layer gathers is the tokens of a group of four devices, or a quarter of the experts.
     assert max(each.bytes for each in gathered) == max(tokens, stack // AXES["expert"])
 
@@ -87,13 +92,13 @@ def test_nothing_is_exchanged_in_the_loops_inside_a_layer():
     """Over blocks of queries, of which a layer has four, and of rows, of which devices differ."""
     *_, program = compiled()
     found = hlo.collectives(program.as_text())
-    assert max(each.times for each in found) == PARTS * CONFIG.moe_depth
+    assert max(each.times for each in found) == PARTS * CONFIG.num_moe_layers
 
 
 @pytest.mark.slow
 def test_the_table_says_what_the_program_does(script, monkeypatch):
-    mesh, setup, program = compiled()
-    found = script.measures(program, setup, mesh, PARTS)
+    mesh, config, program = compiled()
+    found = script.measures(program, config, mesh, PARTS)
     text = program.as_text()
     kinds = hlo.collective_counts(text)
     assert found["all_gather"] == kinds.pop("all-gather") > 0
@@ -114,10 +119,10 @@ def test_the_table_says_what_the_program_does(script, monkeypatch):
 
 def test_blocks_of_rows_turn_as_often_as_an_even_choice_of_experts_needs(script):
     mesh = jax.sharding.AbstractMesh((16, 16), ("fsdp", "expert"))
-    setup = script.setup_of(CONFIGS["moonlight-16b-a3b"], 2048)
+    config = script.setup_of(CONFIGS["moonlight-16b-a3b"], 2048)
     # A sequence of each device and 6 experts of each token, wherever they are: 49152 rows.
-    assert script.turns(setup, mesh, 8) * experts.BLOCK == 8192 * 6
-    assert script.turns(setup, mesh, 4) * experts.BLOCK == 2 * 8192 * 6
+    assert script.turns(config, mesh, 8) * experts.BLOCK == 8192 * 6
+    assert script.turns(config, mesh, 4) * experts.BLOCK == 2 * 8192 * 6
 
 
 # A product of four pairs of matrices; of all sixteen pairs, summed along diagonals; of rows and

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +114,7 @@ def test_without_views_roles_decide_as_written_out():
     options = {"orthogonalizer": jnp.sign, "scale": keller_scale()}
     by_role = updated(muon(0.02, **options), gradient)
     by_hand = updated(muon(0.02, **options, views=views_of(shapes)), gradient)
-    jax.tree.map(np.testing.assert_array_equal, by_role, by_hand)
+    chex.assert_trees_all_equal(by_role, by_hand)
 
 
 def test_rate_momentum_and_decay_follow_schedules():

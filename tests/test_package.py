@@ -65,8 +65,66 @@ def test_the_wheel_carries_its_license_and_command(wheel):
     assert b"optax-muon = optax_muon.cli.main:main" in wheel.read(f"{info}/entry_points.txt")
 
 
-def test_the_core_does_not_ask_for_what_only_training_needs(wheel):
+def test_the_core_needs_jax_numpy_and_optax_only(wheel):
     metadata = wheel.read(f"optax_muon-{optax_muon.__version__}.dist-info/METADATA").decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     core = {line.split()[1].split(">")[0] for line in required if "extra ==" not in line}
-    assert core == {"flax", "jax", "numpy", "optax", "orbax-checkpoint"}
+    assert core == {"jax", "numpy", "optax"}
+
+
+# A finder in front of all others hides what only the extras install.
+WITHOUT_EXTRAS = """
+import sys
+
+HIDDEN = {"flax", "matplotlib", "orbax", "rich", "safetensors", "tyro"}
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def without_extras(code):
+    """Run the code in a process that has the core packages alone; returns the finished process."""
+    command = [sys.executable, "-c", WITHOUT_EXTRAS + code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_optimizer_runs_with_the_core_packages_alone():
+    done = without_extras("""
+import jax.numpy as jnp
+import optax_muon
+
+params = {"embed": jnp.ones((16, 4)), "up": jnp.ones((4, 8))}
+tx = optax_muon.muon(3e-4)
+updates, state = tx.update(params, tx.init(params), params)
+for name in optax_muon.__all__:
+    getattr(optax_muon, name)
+print(optax_muon.label(params), optax_muon.plan(params))
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "user", "missing", "extra"),
+    [
+        ("import optax_muon.models.llama", "optax_muon.models", "flax, safetensors", "models"),
+        ("import optax_muon.training.loop", "optax_muon.training", "flax, orbax", "train"),
+        (
+            "import optax_muon; optax_muon.checkpoint.save('/nowhere', {})",
+            "Saving and restoring",
+            "orbax.checkpoint",
+            "checkpoint",
+        ),
+        ("from optax_muon.cli.main import main; main(['train'])", "The command", "flax", "train"),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(code, user, missing, extra):
+    done = without_extras(code)
+    assert done.returncode != 0
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"{user} needs {missing}" in line
+    assert line.endswith(f"install optax-muon with its extra {extra!r}: optax-muon[{extra}]")

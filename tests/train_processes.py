@@ -8,38 +8,31 @@ import sys
 
 import jax
 
-from optax_muon.cli import experiments
 from optax_muon.cli.main import main
 from optax_muon.models.moonlight.model import MoonlightConfig
-from optax_muon.training import optimizers
-from optax_muon.training.presets import PRESETS, HyperParams, Preset
+from optax_muon.training.optimizers import HyperParams
+from optax_muon.training.presets import PRESETS, Preset
 
 CONFIG = MoonlightConfig(
-    width=32,
-    depth=2,
-    heads=2,
-    nope_dim=8,
-    rope_dim=8,
-    v_dim=8,
-    kv_rank=16,
-    mlp=32,
-    expert_mlp=16,
-    experts=8,
-    chosen=2,
-    shared=1,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    kv_lora_rank=16,
+    intermediate_size=32,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
     context=16,
 )
 SAME = HyperParams(6e-3, 0.3)
-TOY = Preset(CONFIG, 16, 4, SAME, SAME, "", bias_update_speed=2e-2)
-
-
-def muon_alone(*tunings):
-    """One optimizer: half the programs to compile."""
-    return optimizers.comparison(*tunings)[1:]
+TOY = Preset(CONFIG, 16, 4, {"adamw": SAME, "muon": SAME}, "", bias_update_speed=2e-2)
 
 
 if __name__ == "__main__":
     PRESETS["moonlight-toy"] = TOY
-    experiments.comparison = muon_alone
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
     main(sys.argv[2:])

@@ -15,9 +15,9 @@ import optax_muon
 
 MODEL = {
     "embed/embedding": ((32, 16), P("fsdp", None)),
-    "layers/down_proj/kernel": ((5, 32, 16), P(None, "tp", "fsdp")),
-    "layers/up_proj/kernel": ((5, 16, 32), P(None, "fsdp", "tp")),
-    "q_proj/kernel": ((64, 64), P("fsdp", "tp")),
+    "layers/down_proj/kernel": ((5, 32, 16), P(None, "tensor", "fsdp")),
+    "layers/up_proj/kernel": ((5, 16, 32), P(None, "fsdp", "tensor")),
+    "q_proj/kernel": ((64, 64), P("fsdp", "tensor")),
 }
 STEPS = 3
 
@@ -46,7 +46,7 @@ def main(address, processes, number, result):
     """Train, and write the parameters down."""
     jax.config.update("jax_num_cpu_devices", 8 // processes)
     jax.distributed.initialize(address, processes, number, initialization_timeout=60)
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"))
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
 
     def placed(seed):
         return {
@@ -58,7 +58,7 @@ def main(address, processes, number, result):
 
     with jax.set_mesh(mesh):
         params = train(placed(0), [placed(seed + 1) for seed in range(STEPS)])
-        whole = jax.jit(lambda x: jax.reshard(x, jax.tree.map(lambda _: P(), x)))(params)
+        whole = jax.jit(lambda x: jax.sharding.reshard(x, jax.tree.map(lambda _: P(), x)))(params)
     if number == 0:
         np.savez(result, **{path: np.asarray(x.addressable_data(0)) for path, x in whole.items()})
     jax.distributed.shutdown()

@@ -1,9 +1,9 @@
-"""Checkpoints of a state trained by Muon: where it lies, what it is, and orbax told to look.
+"""Checkpoints of a state trained by Muon: saved with a description, and checked against it.
 
-Orbax restores by names of leaves and lets pass what Muon cannot: a parameter that went from Muon to
-AdamW between saving and restoring gets None for its moments, in silence. So the description of a
-state (`describe`) is saved beside its arrays, in the same step, and compared (`check`) before
-anything is read:
+Orbax restores leaves by name and accepts mismatches that Muon must not: a parameter that moved from
+Muon to AdamW between saving and restoring silently gets None for its moments. So a description of
+the state (`describe`) is saved with its arrays, in the same step, and compared (`check`) before any
+array is read:
 
 >>> import jax.numpy as jnp, optax_muon, pathlib, tempfile
 >>> params = {"embed": jnp.ones((16, 4)), "up": jnp.ones((4, 8)), "head": jnp.ones((4, 16))}
@@ -16,26 +16,26 @@ anything is read:
 Traceback (most recent call last):
   ...
 ValueError: .../state does not fit what is to be restored:
-  head was trained by AdamW and is Muon's here
-  beta is 0.95 there and 0.9 here
+  head was trained by AdamW and is now trained by Muon
+  beta is 0.95 in the checkpoint and 0.9 now
 
-Whoever has an `ocp.CheckpointManager` does the same with it, in the same step of a manager:
+With an `ocp.CheckpointManager` of your own:
 
     manager.save(step, args=checkpoint.save_args(items, settings))
 
     saved = manager.restore(step, args=checkpoint.description_args())["description"]
     checkpoint.check(saved, checkpoint.describe(like, settings))
     found = manager.restore(step, args=checkpoint.restore_args(like))
-    items = checkpoint.restored(found, like)
+    items = checkpoint.restored_items(found, like)
 """
 
-from optax_muon.checkpoint.description import check, describe, plain
+from optax_muon.checkpoint.description import check, describe, to_json
 from optax_muon.checkpoint.orbax import (
     description_args,
-    readable,
+    reading,
     restore,
     restore_args,
-    restored,
+    restored_items,
     save,
     save_args,
 )
@@ -45,13 +45,13 @@ __all__ = [
     "check",
     "describe",
     "description_args",
-    "plain",
-    "readable",
+    "reading",
     "restore",
     "restore_args",
-    "restored",
+    "restored_items",
     "save",
     "save_args",
     "state_shardings",
+    "to_json",
     "zero1_shardings",
 ]

@@ -1,8 +1,9 @@
 """What a state is, as data: its leaves, who trained which parameter, and the settings.
 
-Two descriptions are compared before arrays are read. The optimizer of a parameter is read off the
-structure of the state: the named tuple that holds a moment at the parameter's own path. What the
-structure does not show, the coefficients of Newton-Schulz or beta, comes from the caller.
+Two descriptions are compared before arrays are read. Which optimizer trains a parameter follows
+from the structure of the state: the named tuple that holds a moment at the parameter's own path.
+What the structure does not show, such as beta or the coefficients of Newton-Schulz, comes from the
+caller.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ _TRAINED_BY = {
     "MuonState": "Muon",
     "ScaleByAdamState": "AdamW",
 }
-"""What a state's class says of the optimizer; others are called by the name of the class."""
+"""The optimizer of each state class; any other state goes by the name of its class."""
 
 _SHOWN = 20
-"""Differences that a message lists."""
+"""Differences that a message lists; the rest are counted."""
 
 
 def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Describe a state as data that JSON can hold.
 
     Args:
-      items: what is saved, by name: trees of arrays or `ShapeDtypeStruct`s. Those of `"params"` are
-        the parameters, and moments in the other items are found by their paths.
-      settings: what the arrays do not show and has to be the same to go on: beta, coefficients, the
-        model's config. Numbers, texts, arrays, dtypes, dataclasses, functions (by name) and
-        `functools.partial`s of them, in mappings and sequences.
+        items: What is saved, by name: trees of arrays or `ShapeDtypeStruct`s. Those of `"params"`
+            are the parameters, and moments in the other items are found by their paths.
+        settings: What the arrays do not show and must not change: beta, coefficients, the model's
+            config. Numbers, strings, arrays, dtypes, dataclasses, functions (by name) and
+            `functools.partial`s of them, in mappings and sequences.
 
     Returns:
-      Shape and dtype of every leaf by item and path, who keeps the moments of which parameter, and
-      the settings.
+        Shape and dtype of every leaf by item and path, who keeps the moments of which parameter,
+        and the settings.
 
     Raises:
-      TypeError: a setting that JSON cannot hold.
+        TypeError: a setting that JSON cannot hold.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"up": jnp.ones((4, 8))}
@@ -58,7 +59,7 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
     return {
         "leaves": {name: _leaves(item) for name, item in items.items()},
         "trained_by": _trained_by(items),
-        "settings": None if settings is None else plain(settings),
+        "settings": None if settings is None else to_json(settings),
     }
 
 
@@ -66,19 +67,19 @@ def check(saved: Mapping[str, Any], here: Mapping[str, Any], where: str = "The c
     """Refuse a state that differs from the one that was saved.
 
     Args:
-      saved: the description in the checkpoint.
-      here: the description of what is to be restored. Items that it lacks are not asked for, and
-        settings are compared unless they are None.
-      where: what the checkpoint is called in the message.
+        saved: The description in the checkpoint.
+        here: The description of what is to be restored. Items that it lacks are not compared, nor
+            are settings that are None.
+        where: What the checkpoint is called in the message.
 
     Raises:
-      ValueError: something differs; the message has a line for each.
+        ValueError: something differs; the message has a line for each.
 
     >>> check(describe({}, {"beta": 0.95}), describe({}, {"beta": 0.9}))
     Traceback (most recent call last):
       ...
     ValueError: The checkpoint does not fit what is to be restored:
-      beta is 0.95 there and 0.9 here
+      beta is 0.95 in the checkpoint and 0.9 now
     """
     found = list(_differences(saved, here))
     if found:
@@ -87,8 +88,8 @@ def check(saved: Mapping[str, Any], here: Mapping[str, Any], where: str = "The c
         raise ValueError(f"{where} does not fit what is to be restored:\n  {lines}")
 
 
-def plain(settings: Any) -> Any:
-    """Settings as JSON gives them back."""
+def to_json(settings: Any) -> Any:
+    """Settings as they come back from JSON."""
     return json.loads(json.dumps(settings, default=_plain))
 
 
@@ -126,7 +127,7 @@ def _named_tuples(node: Any) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON lacks, in terms of what it has."""
+    """Express what JSON lacks in terms of what it has."""
     if isinstance(value, functools.partial):
         return {"function": value.func, "arguments": value.args, **value.keywords}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -138,8 +139,8 @@ def _plain(value: Any) -> Any:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(
-        f"settings hold {value!r}, a {type(value).__name__}, which JSON cannot; give numbers,"
-        " texts, arrays, dtypes, dataclasses or functions."
+        f"settings hold {value!r}, a {type(value).__name__}, which JSON cannot hold; give"
+        " numbers, strings, arrays, dtypes, dataclasses or functions."
     )
 
 
@@ -162,7 +163,9 @@ def _moved(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
         before = [name for name in there[path] if name not in here[path]]
         now = [name for name in here[path] if name not in there[path]]
         if before and now:
-            lines[path] = f"{path} was trained by {_title(before)} and is {_title(now)}'s here"
+            lines[path] = (
+                f"{path} was trained by {_title(before)} and is now trained by {_title(now)}"
+            )
     return dict(sorted(lines.items()))
 
 
@@ -178,14 +181,14 @@ def _leaf_differences(
 ) -> Iterator[str]:
     for path in {**there, **here}:
         if item != PARAMS and any(path == p or path.endswith(f"/{p}") for p in moved):
-            continue  # said already
+            continue  # has a line of its own already
         name = f"{item}/{path}" if path else item
         if path not in here:
-            yield f"{name} {_spell(there[path])} is in the checkpoint and not here"
+            yield f"{name} {_spell(there[path])} is in the checkpoint and not in the new state"
         elif path not in there:
             yield f"{name} {_spell(here[path])} is not in the checkpoint"
         elif there[path] != here[path]:
-            yield f"{name} is {_spell(there[path])} there and {_spell(here[path])} here"
+            yield f"{name} is {_spell(there[path])} in the checkpoint and {_spell(here[path])} now"
 
 
 def _spell(leaf: Mapping[str, Any]) -> str:
@@ -197,7 +200,7 @@ def _setting_differences(there: Any, here: Any) -> Iterator[str]:
     for key in there | here:
         before, now = there.get(key, "absent"), here.get(key, "absent")
         if before != now:
-            yield f"{key} is {before} there and {now} here"
+            yield f"{key} is {before} in the checkpoint and {now} now"
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

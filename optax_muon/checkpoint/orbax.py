@@ -1,11 +1,13 @@
-"""The arguments that orbax takes for a described state, and one path written and read with them.
+"""Orbax arguments for a described state, and saving and restoring one path with them.
 
-Orbax is imported by who saves or restores: it brings Pallas along, and most programs need neither.
+Orbax is imported lazily, only by what saves or restores: it imports Pallas, and most programs need
+neither.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from optax_muon.checkpoint.description import check, describe
+from optax_muon.extras import require_extra
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -21,20 +24,30 @@ DESCRIPTION = "description"
 """The item that holds the description; no item of a state may have this name."""
 
 
+def _import_orbax() -> Any:
+    """The module `orbax.checkpoint`.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
+    require_extra("checkpoint", "Saving and restoring")
+    return importlib.import_module("orbax.checkpoint")
+
+
 def save(
     path: str | Path, items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Save a state and its description, all of it or nothing.
+    """Save a state and its description, completely or not at all.
 
     Args:
-      path: a folder that does not exist.
-      items: what is saved, by name, as `describe` takes it.
-      settings: what has to be the same to go on, as `describe` takes it.
+        path: A folder that does not exist.
+        items: What is saved, by name, as `describe` takes it.
+        settings: What must not change, as `describe` takes it.
 
     Raises:
-      ValueError: the folder exists, or an item is called `"description"`.
+        ValueError: the folder exists, or an item is called `"description"`.
     """
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(Path(path).absolute(), args=save_args(items, settings))
@@ -43,41 +56,50 @@ def save(
 def restore(
     path: str | Path, like: Mapping[str, Any], settings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Read a state that `save` wrote, on whatever mesh.
+    """Restore a state that `save` wrote, on any mesh.
 
     Args:
-      path: the folder.
-      like: what to read, by name: arrays or `ShapeDtypeStruct`s of the same shapes and dtypes, with
-        the shardings that the result is to have. A leaf without one goes to the first device.
-      settings: as they were saved; None does not ask.
+        path: The folder.
+        like: What to read, by name: arrays or `ShapeDtypeStruct`s of the same shapes and dtypes,
+            with the shardings that the result is to have. A leaf without one goes to the first
+            device.
+        settings: As they were saved; None does not compare them.
 
     Returns:
-      The items of `like`, with the arrays of the checkpoint, bit for bit.
+        The items of `like`, with the arrays of the checkpoint, bit for bit.
 
     Raises:
-      ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
+        ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
     """
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     where = Path(path).absolute()
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        with readable(where):
+        with reading(where):
             saved = checkpointer.restore(where, args=description_args())[DESCRIPTION]
         check(saved, describe(like, settings), str(where))
-        with readable(where):
-            return restored(checkpointer.restore(where, args=restore_args(like)), like)
+        with reading(where):
+            return restored_items(checkpointer.restore(where, args=restore_args(like)), like)
 
 
 def save_args(
     items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
 ) -> ocp.args.Composite:
-    """What to give `ocp.CheckpointManager.save` as `args`.
+    """The `args` of `ocp.CheckpointManager.save`.
+
+    Args:
+        items: What is saved, by name, as `describe` takes it.
+        settings: What must not change, as `describe` takes it.
+
+    Raises:
+        ValueError: an item is called `"description"`.
+        ImportError: orbax is not installed.
 
     >>> import jax.numpy as jnp
     >>> sorted(save_args({"params": {"up": jnp.ones((4, 8))}}, {"beta": 0.95}).keys())
     ['description', 'params']
     """
-    import orbax.checkpoint as ocp
+    ocp = _import_orbax()
 
     if DESCRIPTION in items:
         raise ValueError(f"An item is called {DESCRIPTION!r}, as the description is; rename it.")
@@ -87,15 +109,15 @@ def save_args(
 
 
 def description_args() -> ocp.args.Composite:
-    """What to give `restore` of a manager to read the description alone, as item `description`."""
-    import orbax.checkpoint as ocp
+    """The `args` of `ocp.CheckpointManager.restore` that read the item `description` alone."""
+    ocp = _import_orbax()
 
     return ocp.args.Composite(**{DESCRIPTION: ocp.args.JsonRestore()})
 
 
 def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
-    """What to give `ocp.CheckpointManager.restore` as `args`, after `check`."""
-    import orbax.checkpoint as ocp
+    """The `args` of `ocp.CheckpointManager.restore` that read all of `like`, after `check`."""
+    ocp = _import_orbax()
 
     trees = jax.tree.map(_abstract, _trees(like))
     return ocp.args.Composite(
@@ -103,21 +125,21 @@ def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
     )
 
 
-def restored(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The items as they were given to `save_args`, of what orbax restored with `restore_args`."""
+def restored_items(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """What orbax restored with `restore_args`, as the items that `save_args` was given."""
 
     def item(name: str) -> Any:
         tree = like[name]
         if not jax.tree.leaves(tree):
-            return tree  # nothing of it was saved
+            return tree  # it has no arrays, so nothing was saved
         return found[name][0] if _is_lone(tree) else found[name]
 
     return {name: item(name) for name in like}
 
 
 @contextlib.contextmanager
-def readable(where: Path) -> Iterator[None]:
-    """Turn whatever orbax says of files that are missing or damaged into one error."""
+def reading(where: Path) -> Iterator[None]:
+    """Raise one ValueError for every way in which orbax reports missing or damaged files."""
     try:
         yield
     except Exception as error:  # orbax raises OSError, ValueError, KeyError and bare Exception
@@ -137,14 +159,14 @@ def _trees(items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_lone(item: Any) -> bool:
-    """Whether an item is an array and no tree."""
+    """Whether an item is a single array rather than a tree."""
     return jax.tree.leaves(item)[0] is item
 
 
 def _abstract(leaf: Any) -> Any:
     """A leaf as orbax is to restore it; without a sharding of its own, on the first device."""
     if not hasattr(leaf, "shape"):
-        return leaf  # a number of Python's
+        return leaf  # a Python number
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding = getattr(leaf, "sharding", None) or alone
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,6 +1,6 @@
-"""`optax-muon import-hf` and `export-hf`: checkpoints of Hugging Face to and from a run's folder.
+"""`optax-muon import-hf` and `export-hf`: Hugging Face checkpoints to and from a run's folder.
 
-The work is done in `models/huggingface.py`, and for training runs in `models/training/export.py`.
+The work is done in `models/huggingface`, and for training runs in `training/export.py`.
 """
 
 from __future__ import annotations
@@ -14,57 +14,60 @@ from rich.console import Console
 from rich.progress import track
 
 from optax_muon.errors import UsageError
-from optax_muon.models.huggingface.convert import (
+from optax_muon.models.huggingface import (
     Tensor,
     export_checkpoint,
     import_checkpoint,
     read_config,
 )
-from optax_muon.models.moonlight.model import MoonlightConfig, count
+from optax_muon.models.moonlight import MoonlightConfig, count
 from optax_muon.training.export import as_imported
+from optax_muon.training.run_folder import usage_errors
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportHF:
-    """Make a run of a Hugging Face checkpoint in the DeepSeek-V3 layout, such as Moonlight's.
+    """Convert a Hugging Face checkpoint in the DeepSeek-V3 layout, such as Moonlight's, to a run.
 
     Reads config.json and the safetensors files, one tensor at a time; nothing is written unless all
-    tensors are there and fit.
+    tensors are present and fit.
     """
 
     directory: tyro.conf.Positional[Path]
     """Folder of the checkpoint."""
     out: Path
-    """Folder of the run to make."""
+    """Folder of the new run."""
 
     def __call__(self) -> None:
         """Copy, then say what it is."""
-        config = import_checkpoint(self.directory, self.out, _shown)
+        with usage_errors():
+            config = import_checkpoint(self.directory, self.out, _shown)
         Console(stderr=True).out(f"{self.out}: {_describe(config)}", highlight=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportHF:
-    """Make a Hugging Face checkpoint of a run, which `transformers` loads as DeepseekV3ForCausalLM.
+    """Convert a run to a Hugging Face checkpoint that transformers loads as DeepseekV3ForCausalLM.
 
-    Dtypes stay as they are. The tokenizer's files are not part of a run: copy them beside. Of a
-    training run the parameters are first laid out in a temporary folder beside the new one.
+    Dtypes stay as they are. The tokenizer's files are not part of a run; copy them into the folder.
+    The parameters of a training run are first written to a temporary folder beside the new one.
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run: of import-hf, or of a training run."""
+    """Folder of the run, made by import-hf, train or finetune."""
     out: Path
-    """Folder of the checkpoint to make."""
+    """Folder of the new checkpoint."""
     trial: str | None = None
-    """Whose parameters, of a training run; by default the last optimizer that has any."""
+    """Optimizer of a training run whose parameters to export; by default the last one that has a
+    checkpoint."""
     step: int | None = None
-    """After how many steps, of a training run; by default the newest checkpoint."""
+    """Step of a training run whose parameters to export; by default the newest checkpoint."""
 
     def __call__(self) -> None:
         """Copy, then say what it is."""
         if self.out.exists():  # before anything is read
             raise UsageError(f"{self.out} exists; give a folder that does not")
-        with as_imported(self.run, self.out, self.trial, self.step) as run:
+        with usage_errors(), as_imported(self.run, self.out, self.trial, self.step) as run:
             export_checkpoint(run, self.out, _shown)
             config, _ = read_config(run)
         Console(stderr=True).out(f"{self.out}: {_describe(config)}", highlight=False)
@@ -77,6 +80,6 @@ def _shown(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
 def _describe(config: MoonlightConfig) -> str:
     total, active = count(config)
     return (
-        f"{config.depth} layers, {config.experts} experts, {total:,} parameters "
-        f"and {active:,} active ones, embeddings not counted"
+        f"{config.num_hidden_layers} layers, {config.n_routed_experts} experts, {total:,} "
+        f"parameters and {active:,} active ones, embeddings not counted"
     )

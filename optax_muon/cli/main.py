@@ -1,21 +1,22 @@
-"""The console script `optax-muon`: reads a command, runs it, and answers trouble with one line.
+"""The console script `optax-muon`: runs a command, and prints an error on one line.
 
-Exit codes: 0 done, 1 a loss diverged or who read the output has gone (`| head`), 2 what was asked
-for cannot be done, 130 stopped by Ctrl-C (after saving). The commands themselves are in `table.py`.
+Exit codes: 0 done; 1 a loss diverged, or the reader of the output has closed it (`| head`); 2 the
+request cannot be carried out; 130 stopped by Ctrl-C (after saving). The commands are listed in
+`commands.py`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from optax_muon.errors import CommandError, Interrupted, UsageError
+from optax_muon.errors import CommandError, Diverged, Interrupted, UsageError
+from optax_muon.extras import MissingExtraError, require_extra
 
-EXTRA = ("matplotlib", "rich", "safetensors", "tyro")
-"""What the extra `train` installs and the library itself does not need."""
+EXIT_CODES = {Diverged: 1, MissingExtraError: 2, UsageError: 2, Interrupted: 130}
+"""By the kind of error; 130 is the shell's own for SIGINT, 128 + 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,45 +25,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _run(list(sys.argv[1:] if arguments is None else arguments))
         finally:
-            sys.stdout.flush()  # here, where it may fail
+            sys.stdout.flush()  # here, where a failure is caught
     except BrokenPipeError:
-        # As rich does it. Python flushes once more when it ends, which must not fail as well.
+        # As rich does it: Python flushes once more when it exits, which must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _run(arguments: list[str]) -> None:
     try:
-        _require_extra()
+        require_extra("train", "The command")
         _command(arguments)()
-    except CommandError as stop:
-        sys.stderr.write(f"optax-muon: {stop}{_way_on(stop, arguments)}\n")
-        sys.exit(stop.exit_code)
+    except (CommandError, UsageError, MissingExtraError) as error:
+        sys.stderr.write(f"optax-muon: {error}{_resume_hint(error, arguments)}\n")
+        sys.exit(EXIT_CODES[type(error)])
     except KeyboardInterrupt:
         sys.stderr.write("optax-muon: interrupted\n")
-        sys.exit(Interrupted.exit_code)
-
-
-def _require_extra() -> None:
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} not found; pip install 'optax-muon[train]'")
+        sys.exit(EXIT_CODES[Interrupted])
 
 
 def _command(arguments: list[str]) -> Callable[[], None]:
     """The command of these arguments; imported here because it needs the extra."""
     import tyro
 
-    from optax_muon.cli.reports.tables import COMMANDS
+    from optax_muon.cli.commands import COMMANDS
 
     command: Callable[[], None] = tyro.cli(COMMANDS, prog="optax-muon", args=arguments)
     return command
 
 
-def _way_on(stop: CommandError, arguments: list[str]) -> str:
-    """How to go on after Ctrl-C."""
-    if not isinstance(stop, Interrupted):
+def _resume_hint(error: Exception, arguments: list[str]) -> str:
+    """How to resume after Ctrl-C."""
+    if not isinstance(error, Interrupted):
         return ""
     kept = [word for word in arguments if word not in ("--overwrite", "--resume")]
     resume = ["--resume"] if kept[:1] in (["train"], ["finetune"]) else []
-    return f"; go on with: {shlex.join(['optax-muon', *kept, *resume])}"
+    return f"; resume with: {shlex.join(['optax-muon', *kept, *resume])}"

@@ -1,12 +1,19 @@
-"""What several commands refuse alike."""
+"""Options and checks that several commands share."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
 from optax_muon.errors import UsageError
+from optax_muon.models.spec import Model
+from optax_muon.training import distributed
+from optax_muon.training.devices import Devices, parse_mesh
 
 
 def at_least(least: float, name: str, value: float | None) -> None:
-    """Refuse an option that is too small; None is an option that is absent.
+    """Check that an option is not too small; None is an option that is not given.
 
     Raises:
         UsageError: with the option as it is typed.
@@ -18,11 +25,104 @@ def at_least(least: float, name: str, value: float | None) -> None:
         raise UsageError(f"--{option} is {value}, it must be at least {least}")
 
 
-def not_both(*, resume: bool, overwrite: bool) -> None:
-    """Refuse to go on with a run and to delete it.
+def assignments(words: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]:
+    """The hyper-parameters of `--set`, by optimizer and name.
 
     Raises:
-        UsageError: when both are asked for.
+        UsageError: when a word is not `OPTIMIZER.HYPERPARAMETER=NUMBER[,NUMBER...]`.
+
+    >>> assignments(["muon.lr=1e-3,2e-3", "muon.weight_decay=0.1"])
+    {'muon': {'lr': (0.001, 0.002), 'weight_decay': (0.1,)}}
     """
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    for word in words:
+        target, _, numbers = word.partition("=")
+        optimizer, _, name = target.rpartition(".")
+        try:
+            values = tuple(map(float, numbers.split(",")))
+        except ValueError:
+            values = ()
+        if not (optimizer and name and values):
+            raise UsageError(
+                f"--set {word} is not OPTIMIZER.HYPERPARAMETER=NUMBER, such as muon.lr=1.2e-2"
+            )
+        found.setdefault(optimizer, {})[name] = values
+    return found
+
+
+def single_values(words: Sequence[str]) -> dict[str, dict[str, float]]:
+    """As `assignments`, one number each.
+
+    Raises:
+        UsageError: as `assignments`, or when there are several numbers.
+
+    >>> single_values(["muon.lr=1e-3"])
+    {'muon': {'lr': 0.001}}
+    """
+    found = assignments(words)
+    for optimizer, named in found.items():
+        for name, values in named.items():
+            if len(values) > 1:
+                raise UsageError(
+                    f"--set {optimizer}.{name} has {len(values)} numbers; only sweep takes several"
+                )
+    return {
+        optimizer: {name: values[0] for name, values in named.items()}
+        for optimizer, named in found.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Where steps are computed."""
+
+    mesh: str | None = None
+    """Device mesh, as axes and sizes: data=2,fsdp=2,expert=2. data replicates the parameters, fsdp
+    shards them, expert shards the experts, tensor shards heads and hidden units. The product of the
+    sizes is the number of devices. One device by default."""
+    accumulate: int = 1
+    """Number of micro-batches that the batch of a step is split into, to save memory; the result is
+    the same."""
+
+    def devices(self, model: Model, batch: int) -> Devices:
+        """The devices; initializes them, so call it after `distributed.start`.
+
+        Raises:
+            UsageError: when the mesh does not fit the devices, or something does not divide.
+        """
+        at_least(1, "accumulate", self.accumulate)
+        devices = Devices(None if self.mesh is None else parse_mesh(self.mesh), self.accumulate)
+        devices.check(model, batch)
+        return devices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(DeviceOptions):
+    """Where a run is written, and how it starts."""
+
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    distributed: bool = False
+    """Start as one of several processes that train together. The environment describes them (TPU
+    pods, SLURM, Open MPI, Kubernetes). Needs --mesh."""
+    resume: bool = False
+    """Resume the run in the folder, bit for bit as if it had never stopped; with another --mesh or
+    --accumulate, up to rounding."""
+    overwrite: bool = False
+    """Delete the run in the folder and start again."""
+
+    def check_run(self) -> None:
+        """Check that the options do not contradict each other.
+
+        Raises:
+            UsageError: when they do.
+        """
+        if self.resume and self.overwrite:
+            raise UsageError("--resume and --overwrite exclude each other")
+        if self.distributed and self.mesh is None:
+            raise UsageError("--distributed needs --mesh, which says how devices share the work")
+
+    def start(self) -> None:
+        """Connect to the other processes, if there are any."""
+        if self.distributed:
+            distributed.start()

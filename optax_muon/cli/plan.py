@@ -1,7 +1,7 @@
 """`optax-muon plan`: which devices of a mesh would work on a model's matrices. Needs no device.
 
-The models are those of `models/abstract.py`; the table is `print(plan)`, the picture that of
-`reports/plan.py`.
+The models are those of `optax-muon train` and of `models.spec.named_configs`, with trees derived
+from their modules. The table is `print(plan)`, the picture that of `reports/plan.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from rich.console import Console
 import optax_muon
 from optax_muon.cli.reports.plan import png
 from optax_muon.errors import UsageError
-from optax_muon.models import abstract
+from optax_muon.models import abstract, spec
 from optax_muon.platforms import PLATFORMS
+from optax_muon.training.presets import PRESETS
 
 REPLICAS = "data"
 """Name of the mesh axis over which parameters are replicated."""
@@ -28,19 +29,31 @@ LAYOUTS = ("home", "gather")
 """The layouts that can be asked for."""
 MAX_DEVICES = 2**16
 
+CONFIGS = {name: preset.model for name, preset in PRESETS.items()} | spec.named_configs()
+UNROLLED = {f"{name}-unrolled": name for name in ("llama3-8b",)}
+MODELS = (*CONFIGS, *UNROLLED)
+"""The models by name; unrolled ones have a parameter per layer instead of a stack."""
+
+
+def tree(name: str) -> abstract.Tree:
+    """The parameters that `optax-muon train --model NAME` trains, as shapes and mesh axes."""
+    params = spec.model(CONFIGS[UNROLLED.get(name, name)]).abstract_params
+    return abstract.unstacked(params, "layers") if name in UNROLLED else params
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanModel:
     """Print which devices of a mesh work on a model's matrices, what moves, and what it costs.
 
-    The models are llama3-1b, llama3-8b, llama3-8b-unrolled and moonlight-16b-a3b. Nothing is
-    allocated, and no accelerator is needed.
+    The models are those of train, such as tiny, small and moonlight-16b-a3b, and llama3-1b,
+    llama3-8b and llama3-8b-unrolled, with a parameter per layer. Nothing is allocated, and no
+    accelerator is needed.
     """
 
     model: str = "llama3-8b"
     """Name of the model."""
-    mesh: str = "fsdp=16,tp=4"
-    """Axes and sizes of the mesh, major first: fsdp and tp, or expert and fsdp; data replicates."""
+    mesh: str = "fsdp=16,tensor=4"
+    """Axes and sizes of the mesh, major first: data, fsdp, expert, tensor."""
     layout: str | None = None
     """`home` or `gather` for all matrices; by default the cheapest for each."""
     platform: str = "tpu"
@@ -65,7 +78,7 @@ class PlanModel:
 
     def _check(self) -> None:
         """Check the options before any file is written."""
-        _one_of("model", self.model, tuple(abstract.MODELS))
+        _one_of("model", self.model, MODELS)
         _one_of("platform", self.platform, tuple(PLATFORMS))
         if self.layout is not None:
             _one_of("layout", self.layout, LAYOUTS)
@@ -76,17 +89,18 @@ class PlanModel:
             raise UsageError(f"--png and --json are both {self.png}; give each its own file")
 
     def _plan(self) -> optax_muon.Plan:
-        tree = abstract.MODELS[self.model]()
+        params = tree(self.model)
         sizes = _sizes(self.mesh)
-        known = (*abstract.axes(tree), REPLICAS)
+        known = (*abstract.mesh_axes(params), REPLICAS)
         for axis in sizes:
             if axis not in known:
                 raise UsageError(
                     f"--mesh {self.mesh} has the axis {axis!r}; {self.model} has {', '.join(known)}"
                 )
-        _check_divides(tree, sizes)
-        params = abstract.leaves_on(tree, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
-        return optax_muon.plan(params, layout=self.layout, platform=self.platform)
+        _check_divides(params, sizes)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        on_mesh = abstract.on_mesh(params, mesh)
+        return optax_muon.plan(on_mesh, layout=self.layout, platform=self.platform)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -95,15 +109,17 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _sizes(text: str) -> dict[str, int]:
-    """Axes and sizes of `fsdp=16,tp=4`.
+    """Axes and sizes of `fsdp=16,tensor=4`.
 
-    >>> _sizes("fsdp=16,tp=4")
-    {'fsdp': 16, 'tp': 4}
+    >>> _sizes("fsdp=16,tensor=4")
+    {'fsdp': 16, 'tensor': 4}
     """
     found = [re.fullmatch(r"\s*([A-Za-z_]\w*)=([1-9][0-9]{0,6})\s*", p) for p in text.split(",")]
     sizes = {match[1]: int(match[2]) for match in found if match}
     if len(sizes) < len(found):
-        raise UsageError(f"--mesh is {text!r}; write different axes and sizes, as in fsdp=16,tp=4")
+        raise UsageError(
+            f"--mesh is {text!r}; write different axes and sizes, as in fsdp=16,tensor=4"
+        )
     if math.prod(sizes.values()) > MAX_DEVICES:
         raise UsageError(f"--mesh {text} has more than {MAX_DEVICES} devices")
     return sizes
@@ -111,9 +127,9 @@ def _sizes(text: str) -> dict[str, int]:
 
 def _check_divides(tree: abstract.Tree, sizes: dict[str, int]) -> None:
     """Check that every sharded length divides over its mesh axes, as JAX requires."""
-    leaves: dict[str, abstract.Leaf] = optax_muon.named_leaves(tree)
-    for path, leaf in leaves.items():
-        for length, over in zip(leaf.shape, leaf.over, strict=False):
+    params: dict[str, abstract.AbstractParam] = optax_muon.named_leaves(tree)
+    for path, param in params.items():
+        for length, over in zip(param.shape, param.mesh_axes, strict=False):
             ways = math.prod(sizes.get(axis, 1) for axis in over)
             if length % ways:
                 raise UsageError(

@@ -1,6 +1,6 @@
 """`optax-muon spectra`: how evenly a run's matrices spread their energy, as a table and pictures.
 
-The work is done in `training/spectra.py`, the pictures are drawn by `spectra.py`.
+The work is done in `training/spectra.py`, the pictures are drawn by `reports/spectra.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
-from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from optax_muon.cli.reports import spectra as figures
+from optax_muon.cli.reports.tables import terminal_table
 from optax_muon.training.spectra import Row, SpectraTrial, rows, sources, spectra
 
 
@@ -26,13 +26,13 @@ class Spectra:
 
     Writes spectra.csv, the SVD entropies by group and step; spectra.png, their curves; and
     singular_values.png, the singular values of the first and last checkpoint. Prints how many
-    matrices have a higher entropy with Muon than with AdamW at the same step.
+    matrices have a higher entropy than with the run's first optimizer at the same step.
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run; one that import-hf made has one checkpoint."""
+    """Folder of the run; one made by import-hf has a single checkpoint."""
     out: Path | None = None
-    """Folder of the result; the run's own if absent."""
+    """Folder of the result; the run's own by default."""
 
     def __call__(self) -> None:
         """Decompose, then write, draw and print."""
@@ -57,7 +57,7 @@ class Spectra:
 
 
 def write(path: Path, lines: Sequence[Row]) -> None:
-    """Save the lines as CSV, numbers to six digits; what is None is empty."""
+    """Save the lines as CSV, numbers to six digits; None becomes an empty cell."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
@@ -67,22 +67,20 @@ def write(path: Path, lines: Sequence[Row]) -> None:
 
 
 def table(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Table:
-    """Mean entropies by group at the last step, and how many matrices are above AdamW's."""
+    """Mean entropies by group at the last step, and how many matrices are above the baseline's."""
     step = _last_common(lines)
     last = {(line.group, line.trial): line for line in lines if line.step == step}
-    there = {line.trial for line in last.values()}
-    shown = [trial for trial in trials if trial.name in there]
-    made = Table(title=f"SVD entropy after step {step}", box=box.SIMPLE, collapse_padding=True)
-    for heading in ("group", "matrices", *(trial.title for trial in shown)):
-        made.add_column(heading, justify="left" if heading == "group" else "right")
+    present = {line.trial for line in last.values()}
+    shown = [trial for trial in trials if trial.name in present]
+    cells = [["group", "matrices", *(trial.title for trial in shown)]]
     for group in dict.fromkeys(group for group, _ in last):
-        cells = [last[group, trial.name] for trial in shown]
-        made.add_row(group, str(cells[0].matrices), *map(_cell, cells))
-    return made
+        found = [last[group, trial.name] for trial in shown]
+        cells.append([group, str(found[0].matrices), *map(_cell, found)])
+    return terminal_table(f"SVD entropy after step {step}", cells)
 
 
 def comparison(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Iterator[str]:
-    """A sentence for every trial that can be compared with AdamW."""
+    """A sentence for every trial that can be compared with the baseline, the first one."""
     for trial in trials:
         compared = [r for r in lines if r.trial == trial.name and r.higher is not None]
         if compared:
@@ -91,8 +89,9 @@ def comparison(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> Iterator
             steps = len({line.step for line in compared})
             yield (
                 f"{trial.title}: {above} of {matrices} matrices ({above / matrices:.1%}) have a "
-                f"higher SVD entropy than with AdamW at the same step, in {steps} "
-                f"{'checkpoint' if steps == 1 else 'checkpoints'}. The paper's: over 90%."
+                f"higher SVD entropy than with {trials[0].title} at the same step, in {steps} "
+                f"{'checkpoint' if steps == 1 else 'checkpoints'}. The paper, Muon against AdamW: "
+                "over 90%."
             )
 
 

@@ -1,12 +1,13 @@
-"""Coming from another Muon: `optax.contrib.muon` on this engine, and the states of others.
+"""Moving over from another Muon: `optax.contrib.muon` on this engine, and states of others.
 
 `muon` and `scale_by_muon` (`contrib.py`) are drop-in for optax's: only the import changes.
-`from_optax` (`loading.py`) turns a state of either into a state of `optax_muon.muon`, `from_torch`
-(`torch_state.py`) one of `torch.optim.Muon`, of Keller Jordan's Muon or of Moonlight's toy_train.
+`from_optax` (`optax_state.py`) converts a state of either into a state of `optax_muon.muon`,
+`from_torch` (`torch_state.py`) one of `torch.optim.Muon`, of Keller Jordan's Muon or of
+Moonlight's toy_train.
 """
 
 from optax_muon.compat.contrib import muon, scale_by_muon
 from optax_muon.compat.optax_state import from_optax
-from optax_muon.compat.torch_state import Average, Sum, from_torch
+from optax_muon.compat.torch_state import MomentumForm, from_torch
 
-__all__ = ["Average", "Sum", "from_optax", "from_torch", "muon", "scale_by_muon"]
+__all__ = ["MomentumForm", "from_optax", "from_torch", "muon", "scale_by_muon"]

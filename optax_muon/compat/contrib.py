@@ -68,37 +68,38 @@ def muon(
     A state of either continues under the other.
 
     Args:
-      learning_rate: a number or a schedule, in units of the scaled update.
-      ns_coeffs: one row `(a, b, c)` for all steps, an array `[steps, 3]`, or the name of a preset:
-        `"standard"` (Keller Jordan's row) or `"dion"` (five rows).
-      ns_steps: how many Newton-Schulz steps one row makes. Rows of their own count themselves, and
-        must not be more.
-      beta: decay of the momentum, in [0, 1).
-      eps: added to the norm of each matrix, and Adam's epsilon as well.
-      weight_decay: decoupled decay of the matrices, multiplied by the learning rate.
-      weight_decay_mask: a tree of booleans, a prefix of it, or a function of the parameters that
-        gives one.
-      mu_dtype: dtype of the momentum, of Adam's too; None keeps the parameters'.
-      nesterov: look one step ahead; for Adam as well, which makes it NAdam.
-      adaptive: multiply each update by its inner product with the momentum, over the whole leaf.
-      preconditioning: how matrices are scaled before the iteration, see
-        `optax_muon.compat.preconditioning`.
-      adam_b1: decay of Adam's first moment.
-      adam_b2: decay of Adam's second moment.
-      adam_eps_root: epsilon under Adam's square root.
-      adam_weight_decay: decoupled decay of the leaves that Adam updates.
-      adam_learning_rate: Adam's own learning rate; None takes `learning_rate`.
-      muon_weight_dimension_numbers: an `optax.contrib.MuonDimensionNumbers` for each matrix and
-        None for each leaf of Adam's: a tree, a prefix of it, or a function of the parameters that
-        gives one. Views of this package are understood too. None: every 2-D leaf is a matrix.
-      consistent_rms: scale by `consistent_rms sqrt(max(fan_in, fan_out))`, the paper's rule with
-        0.2; None scales by `sqrt(max(1, fan_out / fan_in))`.
+        learning_rate: A number or a schedule, in units of the scaled update.
+        ns_coeffs: One row `(a, b, c)` for all steps, an array `[steps, 3]`, or the name of a
+            preset: `"standard"` (Keller Jordan's row) or `"dion"` (five rows).
+        ns_steps: How many Newton-Schulz steps one row makes. Rows of their own count themselves,
+            and must not be more.
+        beta: Decay of the momentum, in [0, 1).
+        eps: Added to the norm of each matrix, and Adam's epsilon as well.
+        weight_decay: Decoupled decay of the matrices, multiplied by the learning rate.
+        weight_decay_mask: A tree of booleans, a prefix of it, or a function of the parameters that
+            gives one.
+        mu_dtype: Dtype of the momentum, of Adam's too; None keeps the parameters'.
+        nesterov: Look one step ahead; for Adam as well, which makes it NAdam.
+        adaptive: Multiply each update by its inner product with the momentum, over the whole leaf.
+        preconditioning: How matrices are scaled before the iteration, see
+            `optax_muon.compat.preconditioning`.
+        adam_b1: Decay of Adam's first moment.
+        adam_b2: Decay of Adam's second moment.
+        adam_eps_root: Epsilon under Adam's square root.
+        adam_weight_decay: Decoupled decay of the leaves that Adam updates.
+        adam_learning_rate: Adam's own learning rate; None takes `learning_rate`.
+        muon_weight_dimension_numbers: An `optax.contrib.MuonDimensionNumbers` for each matrix and
+            None for each leaf of Adam's: a tree, a prefix of it, or a function of the parameters
+            that gives one. Views of this package are understood too. None: every 2-D leaf is a
+            matrix.
+        consistent_rms: Scale by `consistent_rms sqrt(max(fan_in, fan_out))`, the paper's rule with
+            0.2; None scales by `sqrt(max(1, fan_out / fan_in))`.
 
     Returns:
-      The transformation; its state has optax's own types.
+        The transformation; its state has optax's own types.
 
     Raises:
-      ValueError: an unknown preset or preconditioning, or coefficients that do not fit.
+        ValueError: an unknown preset or preconditioning, or coefficients that do not fit.
 
     >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}
     >>> state = optax.contrib.muon(0.1).init(params)
@@ -168,22 +169,23 @@ def scale_by_muon(
     """Replace gradients by their orthogonalized momentum: the first link of `compat.muon`.
 
     Args:
-      ns_coeffs: one row `(a, b, c)` for all steps, or an array `[steps, 3]`.
-      ns_steps: how many steps one row makes; an upper bound on the rows of an array.
-      beta: decay of the momentum, in [0, 1).
-      eps: added to the norm of each matrix.
-      mu_dtype: dtype of the momentum; None keeps the parameters'.
-      nesterov: look one step ahead.
-      adaptive: multiply each update by its inner product with the momentum, over the whole leaf.
-      preconditioning: how matrices are scaled before the iteration.
-      weight_dimension_numbers: as `muon_weight_dimension_numbers` of `muon`; None: every leaf is a
-        2-D matrix.
+        ns_coeffs: One row `(a, b, c)` for all steps, or an array `[steps, 3]`.
+        ns_steps: How many steps one row makes; an upper bound on the rows of an array.
+        beta: Decay of the momentum, in [0, 1).
+        eps: Added to the norm of each matrix.
+        mu_dtype: Dtype of the momentum; None keeps the parameters'.
+        nesterov: Look one step ahead.
+        adaptive: Multiply each update by its inner product with the momentum, over the whole leaf.
+        preconditioning: How matrices are scaled before the iteration.
+        weight_dimension_numbers: As `muon_weight_dimension_numbers` of `muon`; None: every leaf is
+            a 2-D matrix.
 
     Returns:
-      The transformation; its state is an `optax.contrib.MuonState`.
+        The transformation; its state is an `optax.contrib.MuonState`.
 
     Raises:
-      ValueError: an unknown preconditioning, or (in `init`) coefficients or steps that do not fit.
+        ValueError: an unknown preconditioning, or (in `init`) coefficients or steps that do not
+            fit.
 
     >>> tx = scale_by_muon(ns_steps=8)
     >>> grads = {"kernel": jnp.ones((1, 4))}

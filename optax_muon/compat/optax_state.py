@@ -1,8 +1,8 @@
-"""Continue a run of `optax.contrib.muon` as one of `optax_muon.muon`: its state, moved over.
+"""Convert a state of `optax.contrib.muon` into a state of `optax_muon.muon`.
 
 Optax keeps the average `(1 - beta) sum_k beta^k g_{t-k}`, this package the paper's sum without the
-factor, so momenta are divided by `1 - beta`. Adam's moments and all counts are taken as they are;
-the coefficients in optax's state are left behind: here they are an option of the orthogonalizer.
+factor, so momenta are divided by `1 - beta`. Adam's moments and all counts are taken as they are.
+The coefficients in optax's state are dropped: here they are an option of the orthogonalizer.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ def from_optax(
     *,
     beta: float = 0.95,
 ) -> optax.OptState:
-    """Turn a state of `optax.contrib.muon` (or `compat.muon`) into a state of `tx`.
+    """Convert a state of `optax.contrib.muon` (or `compat.muon`) into a state of `tx`.
 
     Args:
-      state: the state to continue from.
-      tx: the `optax_muon.muon(...)` that continues. It must send the same leaves to Muon: pass
-        `views=` what `muon_weight_dimension_numbers` was, or, where that was left out,
-        `views=lambda params: jax.tree.map(lambda p: View(0, 1) if p.ndim == 2 else None, params)`.
-      params: the parameters.
-      beta: the momentum of the run that made `state`; the default is optax's.
+        state: The state to continue from.
+        tx: The `optax_muon.muon(...)` that continues. It must send the same leaves to Muon: pass
+            the `muon_weight_dimension_numbers` of that run as `views=`, or, if it had none,
+            `views=lambda params: jax.tree.map(lambda p: View(0, 1) if p.ndim == 2 else None,
+            params)`.
+        params: The parameters.
+        beta: The momentum of the run that made `state`; the default is optax's.
 
     Returns:
-      The state `tx.init(params)` would have, with momenta, Adam's moments and counts of `state`, in
-      its own dtypes. What optax does not keep (such as NorMuon's second moment) starts afresh.
+        The state `tx.init(params)` would have, with momenta, Adam's moments and counts of `state`,
+        in its own dtypes. What optax does not keep (such as NorMuon's second moment) starts from
+        zero.
 
     Raises:
-      ValueError: `state` has no momentum for a leaf that `tx` keeps one for.
+        ValueError: `state` has no momentum for a leaf that `tx` keeps one for.
 
     >>> import jax.numpy as jnp
     >>> from optax_muon.muon import muon
@@ -61,8 +63,8 @@ def from_optax(
     def take(path: str, kind: str, group: str) -> jax.Array:
         if path not in sources[kind]:
             raise ValueError(
-                f"{path} is in the {group} group here and was not in optax's;"
-                " pass muon(views=...) the dimension numbers of that run."
+                f"{path} is in the {group} group and was not in optax's;"
+                " pass the dimension numbers of that run as muon(views=...)."
             )
         return sources[kind][path]
 
@@ -82,9 +84,9 @@ def filled(
     """A state of `optax_muon.muon` with its momenta replaced, in its own dtypes.
 
     Args:
-      state: a fresh one.
-      momentum: `(path, leaf) -> momentum` of a parameter of Muon's, in the sum form.
-      moment: `("mu" or "nu", path, leaf) -> moment` of one of Adam's.
+        state: A fresh one.
+        momentum: `(path, leaf) -> momentum` of a parameter of Muon's, in the sum form.
+        moment: `("mu" or "nu", path, leaf) -> moment` of one of Adam's.
     """
 
     def fill(take: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:

@@ -40,13 +40,13 @@ def newton_schulz(
     """Drive every singular value towards one.
 
     Args:
-      x: `[..., m, n]` with `m <= n`, real or complex.
-      rows: `[steps, 3]`, one `(a, b, c)` per step, at least one.
-      precondition: one of `PRECONDITIONERS`.
-      eps: added to the norm by frobenius and spectral, in units of the norm of `x`.
+        x: `[..., m, n]` with `m <= n`, real or complex.
+        rows: `[steps, 3]`, one `(a, b, c)` per step, at least one.
+        precondition: One of `PRECONDITIONERS`.
+        eps: Added to the norm by frobenius and spectral, in units of the norm of `x`.
 
     Returns:
-      `[..., m, n]` in the dtype of `x`.
+        `[..., m, n]` in the dtype of `x`.
 
     >>> x = newton_schulz(jnp.eye(2, 3), jnp.array([[2.0, -1.5, 0.5]] * 9), frobenius)
     >>> print(x.round(4) + 0.0)

@@ -1,13 +1,13 @@
-"""Continue a run of a torch Muon as one of `optax_muon.muon`: its state, moved over.
+"""Convert the state of a torch Muon into a state of `optax_muon.muon`.
 
-Three programs, one name in the state, two meanings of it:
+Three programs use one name for the momentum, with two meanings:
 
     torch.optim.Muon        momentum_buffer.lerp_(grad, 1 - momentum)      an average
     Keller Jordan's Muon    momentum.lerp_(grad, 1 - beta)                 an average
     Moonlight's toy_train   buf.mul_(momentum).add_(g)                     a sum
 
 This package keeps the paper's sum, so an average is divided by `1 - beta`. The direction is the
-same in both; what differs is how much the next gradient weighs. Torch stores matrices `[out, in]`.
+same in both; the weight of the next gradient differs. Torch stores matrices `[out, in]`.
 """
 
 from __future__ import annotations
@@ -31,30 +31,35 @@ MOMENTS = {"mu": ("exp_avg", "moment1"), "nu": ("exp_avg_sq", "moment2")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Average:
-    """Momentum as `torch.optim.Muon` and Keller Jordan keep it: `M <- beta M + (1 - beta) g`."""
+class MomentumForm:
+    """What a momentum buffer of another package means.
 
-    beta: float = 0.95
-    """The momentum of the run that made the state."""
+    >>> MomentumForm.average(0.75).factor, MomentumForm.sum().factor
+    (4.0, 1.0)
+    """
 
-    @property
-    def factor(self) -> float:
-        """What makes a sum of it."""
-        return 1 / (1 - self.beta)
+    factor: float
+    """What turns the buffer into the paper's sum."""
+
+    @classmethod
+    def average(cls, beta: float = 0.95) -> MomentumForm:
+        """`M <- beta M + (1 - beta) g`, as in `torch.optim.Muon` and Keller Jordan's Muon.
+
+        Args:
+            beta: The momentum of the run that made the state.
+        """
+        return cls(1 / (1 - beta))
+
+    @classmethod
+    def sum(cls) -> MomentumForm:
+        """`M <- beta M + g`, as in the paper and in Moonlight's `toy_train.py`."""
+        return cls(1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sum:
-    """Momentum as the paper and Moonlight's `toy_train.py` keep it: `M <- beta M + g`."""
-
-    factor = 1.0
-    """What makes a sum of it."""
-
-
-def turned(path: str, array: np.ndarray) -> np.ndarray:
+def to_in_out(path: str, array: np.ndarray) -> np.ndarray:
     """From torch's `[out, in]` to flax's `[in, out]`; an embedding is `[vocab, width]` in both.
 
-    >>> turned("mlp/up_proj/kernel", np.ones((8, 4))).shape
+    >>> to_in_out("mlp/up_proj/kernel", np.ones((8, 4))).shape
     (4, 8)
     """
     return array if array.ndim < 2 or path.split("/")[-1] == "embedding" else array.mT
@@ -65,30 +70,30 @@ def from_torch(
     tx: optax.GradientTransformation,
     params: optax.Params,
     *,
-    form: Average | Sum,
+    form: MomentumForm,
     count: int,
-    turn: Callable[[str, np.ndarray], np.ndarray] = turned,
+    transpose: Callable[[str, np.ndarray], np.ndarray] = to_in_out,
 ) -> optax.OptState:
-    """Turn the state of a torch Muon, and of the AdamW beside it, into a state of `tx`.
+    """Convert the state of a torch Muon, and of the AdamW used with it, into a state of `tx`.
 
     Args:
-      state: what torch keeps, by parameter: `{path: optimizer.state[parameter]}`, of both
-        optimizers, with our paths (`optax_muon.label(params)` prints them); arrays, or tensors on
-        the CPU in a dtype that numpy has.
-      tx: the `optax_muon.muon(...)` that continues, sending the same parameters to Muon.
-      params: the parameters.
-      form: what `momentum_buffer` means: `Average(0.95)` of `torch.optim.Muon` and Keller Jordan's
-        Muon, `Sum()` of Moonlight's `toy_train.py`.
-      count: steps done.
-      turn: `(path, torch's array) -> ours`, for every buffer; the default transposes all matrices
-        but embeddings.
+        state: What torch keeps, by parameter: `{path: optimizer.state[parameter]}`, of both
+            optimizers, with our paths (`optax_muon.label(params)` prints them); arrays, or tensors
+            on the CPU in a dtype that numpy has.
+        tx: The `optax_muon.muon(...)` that continues, sending the same parameters to Muon.
+        params: The parameters.
+        form: What `momentum_buffer` means: `MomentumForm.average(0.95)` of `torch.optim.Muon` and
+            Keller Jordan's Muon, `MomentumForm.sum()` of Moonlight's `toy_train.py`.
+        count: Steps done so far.
+        transpose: `(path, torch's array) -> ours`, for every buffer; the default transposes all
+            matrices but embeddings.
 
     Returns:
-      The state `tx.init(params)` would have, with torch's momenta, Adam's moments and the count.
+        The state `tx.init(params)` would have, with torch's momenta, Adam's moments and step count.
 
     Raises:
-      ValueError: a buffer that is missing, misshapen or left over, or another count in it; the
-        message names the parameter.
+        ValueError: a buffer that is missing, misshapen or left over, or another count in it; the
+            message names the parameter.
 
     >>> from optax_muon.muon import muon
     >>> params = {"embedding": jnp.ones((16, 4)), "up": {"kernel": jnp.ones((4, 8))}}
@@ -96,7 +101,7 @@ def from_torch(
     ...     "embedding": {"exp_avg": np.ones((16, 4)), "exp_avg_sq": np.ones((16, 4)), "step": 7},
     ...     "up/kernel": {"momentum_buffer": np.full((8, 4), 0.05)},
     ... }
-    >>> state = from_torch(buffers, muon(1e-3), params, form=Average(0.95), count=7)
+    >>> state = from_torch(buffers, muon(1e-3), params, form=MomentumForm.average(0.95), count=7)
     >>> print(optax.tree.get(state, "MomentumState").mu["up"]["kernel"][0, :3])
     [1. 1. 1.]
 
@@ -110,16 +115,16 @@ def from_torch(
         buffers = state.get(path, {})
         name = next((name for name in names if name in buffers), None)
         if name is None:
-            there = ", ".join(buffers) or "nothing"
+            found = ", ".join(buffers) or "nothing"
             raise ValueError(
-                f"{path} is in the {group} group here and torch's state has {there} for it, not"
-                f" {names[0]}; pass muon(views=...) that sends it where it was."
+                f"{path} is in the {group} group and torch's state has {found} for it, not"
+                f" {names[0]}; pass muon(views=...) that assigns it as torch did."
             )
-        array = turn(path, np.asarray(buffers[name]))
+        array = transpose(path, np.asarray(buffers[name]))
         if array.shape != leaf.shape:
             raise ValueError(
-                f"{path}: {name} is {list(array.shape)} after turning and must be"
-                f" {list(leaf.shape)}; pass turn= a function that brings it there."
+                f"{path}: {name} is {list(array.shape)} after transposing and must be"
+                f" {list(leaf.shape)}; pass transpose= a function that gives this shape."
             )
         if int(buffers.get("step", count)) != count:
             raise ValueError(

@@ -1,84 +1,131 @@
-"""Which parameters are Muon's, and how each is read: what `views` says, else the table by role.
+"""Which parameters are Muon's, and how each is read as matrices.
 
-Everything is decided per leaf, from its path, its shape and `views`, never from its siblings: the
-links of a chain see the tree with other optimizers' leaves masked, and must decide alike.
-The report is in `labels.py`, the table in `table.py`, the meaning of a view in `views.py`.
+Evidence is asked in this order, and what decided is the printed reason:
+
+1. `views`: what the user says;
+2. the names of axes that parameters carry, or that `views` holds (`axis_names.py`);
+3. the tree: stacks, widths, vocabulary, attention that must fit together (`evidence.py`,
+`heads.py`); 4. names (`default_rules.py`);
+5. otherwise an error that lists every ambiguous parameter and the ways to read it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from optax_muon.matrices.default_rules import DEFAULT_RULES, judge
-from optax_muon.matrices.paths import is_masked, named_leaves
-from optax_muon.matrices.rules import Leaf, Rule, Verdict, as_view
-from optax_muon.matrices.summary import Labels, Row
-from optax_muon.matrices.views import View
+from optax_muon.matrices.axis_names import AxisRoles, Names, as_names, axis_names, read_view
+from optax_muon.matrices.default_rules import DEFAULT_RULES, classify
+from optax_muon.matrices.evidence import Tree
+from optax_muon.matrices.heads import find_heads
+from optax_muon.matrices.paths import is_masked, longest_prefix, named_leaves
+from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, as_view
+from optax_muon.matrices.summary import Labels, Row, ambiguity, listed
+from optax_muon.matrices.views import Axes, View
 
-__all__ = ["DEFAULT_RULES", "Rule", "assign", "label"]
+__all__ = ["DEFAULT_RULES", "MATRICES", "Rule", "Stacked", "assign", "label"]
 
-_LISTED = 8
 _GLOB = re.compile(r"[*?[]")
+
+MATRICES = "matrices"
+"""As `views=`, or as an entry of it: parameters of two axes are matrices, whatever their names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """As an entry of `views`: along which axes the layers of a module are stacked.
+
+    The tree still decides everything else. Use it where the tree does not show the stack:
+    `views={"decoder/layers": Stacked(1)}`. `Stacked()` says that nothing is stacked.
+    """
+
+    axes: Axes
+
+    def __init__(self, *axes: int) -> None:
+        object.__setattr__(self, "axes", tuple(axes))
+
+    def on(self, path: str, shape: tuple[int, ...]) -> Axes:
+        """The axes of a parameter, counted from the front.
+
+        Raises:
+            ValueError: the parameter does not have such an axis.
+        """
+        for axis in self.axes:
+            if not -len(shape) <= axis < len(shape):
+                raise ValueError(f"{path}: {self} names axis {axis}; its shape is {shape}.")
+        return tuple(sorted(axis % len(shape) for axis in self.axes))
+
+
+Entry = View | None | Stacked | Names | str
+"""What `views` may hold for a path."""
 
 
 def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
     """Decide for every parameter how it is read as matrices, or that the fallback has it.
 
     Args:
-      tree: parameters, gradients or `jax.ShapeDtypeStruct`s: linen (boxed or plain), nnx, equinox,
-        haiku or any other tree. Leaves masked by optax are left out.
-      views: what to decide by hand; the default, None, decides all by role.
+        tree: parameters, gradients or `jax.ShapeDtypeStruct`s: linen (boxed or plain), nnx,
+            equinox, haiku or any other tree. Leaves masked by optax are left out, and then nothing
+            is concluded from what is missing: pass `views=label(params).views` to a link that sees
+            a masked tree.
+        views: what to decide by hand; None decides everything by the evidence.
 
-        - A pytree of views, a prefix of one, or a dict from paths to views. A view is a `View`, an
-          `optax.contrib.MuonDimensionNumbers`, or None for the fallback. An entry holds for the
-          parameter at its path, for all below it, and for those that it matches as a glob
-          (`*/mixer/w`); where several fit, the longest decides, and the exact path before all.
-        - A list of `Rule`s, tried in order.
-        - A function from the tree to any of these.
-
-        What none of them covers is decided by role, by `DEFAULT_RULES`.
+            - A pytree, a prefix of one, or a dict from paths. Its entries are a `View`, dimension
+              numbers (any object with `reduction_axis` and `output_axis`), None for the fallback,
+              `Stacked(axis)`, `"matrices"`, or the logical names of a parameter's axes (a tuple or
+              a `PartitionSpec`). An entry holds for the parameter at its path, for all below it,
+              and for those that it matches as a glob (`*/mixer/w`); where several fit, the longest
+              decides, and the exact path before all.
+            - A list of `Rule`s, tried in order.
+            - A function from the tree to any of these.
+            - `"matrices"`: parameters of two axes without a telling name are matrices.
 
     Returns:
-      Path to view, None for the fallback, for every leaf in the tree's order.
+        Path to view, None for the fallback, for every leaf in the tree's order.
 
     Raises:
-      ValueError: a leaf is ambiguous; an entry or rule fits no parameter; a view does not fit its
-        shape.
-      TypeError: `views` holds something else than views.
+        ValueError: a parameter is ambiguous; an entry or rule fits no parameter; a view does not
+            fit its shape.
+        TypeError: `views` holds something else.
 
     >>> up = {"kernel": jnp.zeros((8, 32)), "bias": jnp.zeros(32)}
     >>> assign({"embed": jnp.zeros((64, 8)), "up": up})
     {'embed': None, 'up/bias': None, 'up/kernel': View(rows=(-2,), cols=(-1,), split=None)}
-    >>> assign({"mixer": {"w": jnp.zeros((4, 8, 16))}})
+    >>> assign({"codebook": jnp.zeros((4, 8))})
     Traceback (most recent call last):
-    ValueError: mixer/w of shape (4, 8, 16) may be 4 matrices of 8 x 16 or none; pass one of
-      views={'mixer/w': View(rows=1, cols=2)}
-      views={'mixer/w': None}
+    ValueError: codebook of shape (4, 8) may be one matrix of 4 x 8 or no matrix.
+    1 ambiguous parameter: name without a role
+      'codebook' (4, 8)
+    Pass views with one line for each group, or write your own:
+    views={
+        'codebook': View(rows=0, cols=1),  # one matrix of 4 x 8
+        # 'codebook': None,  # no matrix
+    }
     """
-    return {path: verdict.view for path, verdict in _decide(tree, views).items()}
+    return {path: decision.view for path, decision in _settled(tree, views).items()}
 
 
-def label(params: Any, views: Any = None) -> Labels:
+def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
     """Show which parameters go to Muon, as what matrices, and why: `print(label(params))`.
 
     Args:
-      params: parameters or `jax.ShapeDtypeStruct`s, as for `assign`.
-      views: as for `assign` and `muon`.
+        params: parameters or `jax.ShapeDtypeStruct`s, as for `assign`.
+        views: as for `assign` and `muon`.
+        strict: raise if a parameter is ambiguous; False prints it as an open row.
 
     Returns:
-      The table: printable, and as data in `.rows`.
+        The table: printable, as data in `.rows`, and as views in `.views`.
 
     Raises:
-      ValueError: as `assign` does.
+        ValueError: as `assign` does.
 
     >>> params = {"layers": {"norm": jnp.zeros((12, 8)), "up_proj": jnp.zeros((12, 8, 32))}}
     >>> print(label(params))
@@ -91,111 +138,193 @@ def label(params: Any, views: Any = None) -> Labels:
     adamw      1       96          3.0%
     """
     leaves = named_leaves(params, is_leaf=is_masked)
-    return Labels(
-        tuple(_row(path, leaves[path], verdict) for path, verdict in _decide(params, views).items())
+    decisions = _settled(params, views) if strict else _decide(params, views)
+    return Labels(tuple(_row(path, leaves[path], decision) for path, decision in decisions.items()))
+
+
+def _settled(tree: Any, views: Any) -> dict[str, Decision]:
+    decisions = _decide(tree, views)
+    if any(decision.interpretations for decision in decisions.values()):
+        leaves = named_leaves(tree, is_leaf=is_masked)
+        raise ValueError(ambiguity(decisions, {path: _shape(leaves[path]) for path in decisions}))
+    return decisions
+
+
+def _decide(tree: Any, views: Any) -> dict[str, Decision]:
+    positions = named_leaves(tree, is_leaf=_is_position)
+    hidden = [path for path, leaf in positions.items() if is_masked(leaf)]
+    leaves = {p: leaf for p, leaf in positions.items() if leaf is not None and not is_masked(leaf)}
+    user = _user_decision(tree, positions, views)
+    shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
+    floating = {path for path, leaf in leaves.items() if jnp.issubdtype(_dtype(leaf), jnp.inexact)}
+    said = {path: user(ParamInfo.of(path, shape)) for path, shape in shapes.items()}
+    decisions: dict[str, Decision] = {}
+    for path, entry in said.items():
+        if isinstance(entry, Decision):
+            decisions[path] = _checked(path, shapes[path], entry, _dtype(leaves[path]), floating)
+    carried = axis_names(tree)
+    names = {path: _names_of(path, shapes[path], said[path], carried) for path in floating}
+    stacks = {
+        path: entry.on(path, shapes[path])
+        for path, entry in said.items()
+        if isinstance(entry, Stacked)
+    }
+    stacks |= {p: n.stack for p, n in names.items() if n is not None and (n.stack or n.known)}
+    evidence = Tree(
+        {p: shapes[p] for p in shapes if p in floating}, partial=bool(hidden), stacks=stacks
     )
+    found = {p: _classified(p, names[p], said[p], evidence) for p in shapes if p in floating}
+    found = _agreeing(find_heads(found, evidence), evidence)
+    found = {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
+    integers = dict.fromkeys(shapes, Decision(None, "not floating point"))
+    return {path: (integers | found | decisions)[path] for path in shapes}
 
 
-def _decide(tree: Any, views: Any) -> dict[str, Verdict]:
-    named = named_leaves(tree, is_leaf=is_masked)
-    leaves = {path: leaf for path, leaf in named.items() if not is_masked(leaf)}
-    said = _said(tree, views)
-    verdicts = {path: _verdict(path, leaf, said) for path, leaf in leaves.items()}
-    unclear = {path: verdict for path, verdict in verdicts.items() if verdict.readings}
-    if unclear:
-        raise ValueError(_ambiguity(unclear, {path: np.shape(leaves[path]) for path in unclear}))
-    return verdicts
+def _classified(path: str, names: AxisRoles | None, said: Any, tree: Tree) -> Decision:
+    if names is not None:
+        view = read_view(names, tree.plain[path].out_first)
+        if not isinstance(view, str):
+            return Decision(view, "axis names")
+    return classify(path, tree)
 
 
-def _verdict(path: str, leaf: Any, said: Callable[[Leaf], Verdict | None]) -> Verdict:
-    shape = tuple(np.shape(leaf)) if hasattr(leaf, "dtype") else ()
-    verdict = said(Leaf.of(path, shape))
-    if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
-        if verdict is not None and verdict.view is not None:
-            raise ValueError(
-                f"{path} is {_dtype(leaf)}, which has no gradient; its view must be None."
-            )
-        return Verdict(None, "not floating point")
-    if verdict is None:
-        return judge(path, shape)
-    if verdict.view is not None:
-        _on(path, shape, verdict.view)
-    return verdict
+def _two_axes(decision: Decision, shape: tuple[int, ...]) -> Decision:
+    views = {i.view for i in decision.interpretations}
+    if len(views) == 2 and len(shape) == 2:
+        return Decision(View(-2, -1), "views say that it is a matrix")
+    return decision
 
 
-def _said(tree: Any, views: Any) -> Callable[[Leaf], Verdict | None]:
-    """What `views` says of a leaf: a function that gives None where it says nothing."""
+def _agreeing(decisions: dict[str, Decision], tree: Tree) -> dict[str, Decision]:
+    """Repeated blocks must be read alike; where they are not, all of them are ambiguous."""
+    groups: dict[Any, list[str]] = {}
+    for path in decisions:
+        info = tree.plain[path]
+        if info.indexed:
+            groups.setdefault((info.role, info.shape), []).append(path)
+    changed: dict[str, Decision] = {}
+    for paths in groups.values():
+        ways = dict.fromkeys(decisions[path].view for path in paths)
+        if len(ways) > 1:
+            shape = tree.shapes[paths[0]]
+            offered = tuple(Interpretation.of(view, shape) for view in ways)
+            changed |= dict.fromkeys(paths, Decision(None, "blocks disagree", offered))
+    return decisions | changed
+
+
+def _checked(
+    path: str, shape: tuple[int, ...], decision: Decision, dtype: Any, floating: set[str]
+) -> Decision:
+    """What the user decided, if the parameter allows for it."""
+    if path not in floating:
+        if decision.view is not None:
+            raise ValueError(f"{path} is {dtype}, which has no gradient; its view must be None.")
+        return Decision(None, "not floating point")
+    if decision.view is not None:
+        _blocks(path, shape, decision.view)
+    return decision
+
+
+def _names_of(
+    path: str, shape: tuple[int, ...], said: Any, carried: Mapping[str, Names]
+) -> AxisRoles | None:
+    """The roles of a parameter's axes, if names of them are known and fit its shape."""
+    names = (
+        said
+        if isinstance(said, tuple)
+        else carried.get(path) or carried.get(path.rpartition("/")[0])
+    )
+    return AxisRoles.of(names) if names is not None and len(names) == len(shape) else None
+
+
+# ---- what the user says --------------------------------------------------------------------------
+
+_UserDecision = Callable[[ParamInfo], Any]
+"""From a parameter to a `Decision`, a hint (`Stacked`, names, MATRICES), or None for nothing."""
+
+
+def _user_decision(tree: Any, positions: Mapping[str, Any], views: Any) -> _UserDecision:
     if views is None:
-        return lambda leaf: None
+        return lambda info: None
+    if isinstance(views, str):
+        return _by_entries(positions, {"": _entry("", views)})
     if isinstance(views, Rule):
         views = [views]
     if isinstance(views, list | tuple) and views and all(isinstance(rule, Rule) for rule in views):
-        return _by_rules(tree, tuple(views))
-    entries = named_leaves(views, is_leaf=_is_view)
-    if callable(views) and not any(map(_is_view, entries.values())):
-        return _said(tree, views(tree))
-    return _by_entries(tree, {path: _entry(path, view) for path, view in entries.items()})
+        return _by_rules(positions, tuple(views))
+    entries = named_leaves(views, is_leaf=_is_entry)
+    if callable(views) and not any(map(_is_entry, entries.values())):
+        return _user_decision(tree, positions, views(tree))
+    return _by_entries(positions, {path: _entry(path, view) for path, view in entries.items()})
 
 
-def _by_rules(tree: Any, rules: tuple[Rule, ...]) -> Callable[[Leaf], Verdict | None]:
-    known = _known(tree)
-    leaves = [
-        Leaf.of(path, np.shape(leaf)) for path, leaf in known.items() if hasattr(leaf, "dtype")
+def _by_rules(positions: Mapping[str, Any], rules: tuple[Rule, ...]) -> _UserDecision:
+    # The default rules among them say: decide the rest by the table.
+    own = tuple(itertools.takewhile(lambda rule: rule not in DEFAULT_RULES, rules))
+    infos = [
+        ParamInfo.of(path, np.shape(leaf))
+        for path, leaf in positions.items()
+        if hasattr(leaf, "dtype")
     ]
-    hidden = any(map(is_masked, known.values()))
-    for rule in rules:
-        if not hidden and rule not in DEFAULT_RULES and not any(map(rule.fits, leaves)):
-            paths = _list(leaf.role for leaf in leaves)
+    hidden = any(map(is_masked, positions.values()))
+    for rule in own:
+        if not hidden and not any(map(rule.fits, infos)):
             raise ValueError(
-                f"The rule {rule.pattern!r} ({rule.reason}) fits no parameter of {paths}."
+                f"The rule {rule.pattern!r} ({rule.reason}) fits no parameter of"
+                f" {listed(info.role for info in infos)}."
             )
 
-    def said(leaf: Leaf) -> Verdict | None:
-        rule = next((rule for rule in rules if rule.fits(leaf)), None)
-        return None if rule is None else rule.verdict(leaf)
+    def decide(info: ParamInfo) -> Decision | None:
+        rule = next((rule for rule in own if rule.fits(info)), None)
+        return None if rule is None else Decision(rule.view, rule.reason)
 
-    return said
+    return decide
 
 
-def _by_entries(tree: Any, entries: Mapping[str, View | None]) -> Callable[[Leaf], Verdict | None]:
-    known = _known(tree)
-    fitting = {path: _fitting(entries, path) for path in known}
-    hidden = [path for path, leaf in known.items() if is_masked(leaf)]
+def _by_entries(positions: Mapping[str, Any], entries: Mapping[str, Entry]) -> _UserDecision:
+    globs = [
+        (entry, re.compile(fnmatch.translate(entry))) for entry in entries if _GLOB.search(entry)
+    ]
+    fitting = {path: _fitting(entries, globs, path) for path in positions}
+    hidden = [path for path, leaf in positions.items() if is_masked(leaf)]
     used = set(itertools.chain(*fitting.values()))
     for entry in entries:
         if entry not in used and not any(_may_hide(path, entry) for path in hidden):
-            close = difflib.get_close_matches(entry, known, n=3, cutoff=0.4)
+            close = difflib.get_close_matches(entry, positions, n=3, cutoff=0.4)
             raise ValueError(
-                f"views[{entry!r}] fits no parameter; there are {_list(close or known)}."
+                f"views[{entry!r}] fits no parameter; there are {listed(close or positions)}."
             )
 
-    def said(leaf: Leaf) -> Verdict | None:
-        if not fitting[leaf.path]:
+    def decide(info: ParamInfo) -> Any:
+        fits = fitting[info.path]
+        if not fits:
             return None
-        best = leaf.path if leaf.path in entries else max(fitting[leaf.path], key=len)
-        equals = [entry for entry in fitting[leaf.path] if len(entry) == len(best)]
-        if best != leaf.path and any(entries[entry] != entries[best] for entry in equals):
+        best = info.path if info.path in entries else max(fits, key=len)
+        equals = [entry for entry in fits if len(entry) == len(best)]
+        if best != info.path and any(entries[entry] != entries[best] for entry in equals):
             raise ValueError(
-                f"{leaf.path} fits {_list(equals)} of views, which disagree; name it in full."
+                f"{info.path} fits {listed(equals)} of views, which disagree; name it in full."
             )
-        return Verdict(entries[best], f"views[{best!r}]" if best else "views")
+        value = entries[best]
+        if value is None or isinstance(value, View):
+            return Decision(value, f"views[{best!r}]" if best else "views")
+        return value
 
-    return said
-
-
-def _known(tree: Any) -> dict[str, Any]:
-    """Every position an entry may name: leaves, masked leaves, an equinox module's Nones."""
-    return named_leaves(tree, is_leaf=lambda node: node is None or is_masked(node))
+    return decide
 
 
-def _fitting(entries: Mapping[str, View | None], path: str) -> list[str]:
-    """The entries for a path: its own, those of the modules above it, and globs."""
-    above = itertools.accumulate(path.split("/"), "{}/{}".format)
-    named = dict.fromkeys(("", *above))
-    globs = (entry for entry in entries if _GLOB.search(entry) and entry not in named)
+def _fitting(
+    entries: Mapping[str, Entry], globs: list[tuple[str, re.Pattern[str]]], path: str
+) -> list[str]:
+    """The entries for a path: the longest of its own and the modules above it, and globs."""
+    above = longest_prefix(entries, path)
+    named = [] if above is None else [above]
+    while above:
+        above = longest_prefix(entries, above.rpartition("/")[0]) if above else None
+        named += [] if above is None else [above]
     return [
-        *(name for name in named if name in entries),
-        *(entry for entry in globs if fnmatch.fnmatchcase(path, entry)),
+        *named,
+        *(entry for entry, pattern in globs if pattern.match(path) and entry not in named),
     ]
 
 
@@ -204,47 +333,59 @@ def _may_hide(masked: str, entry: str) -> bool:
     return masked == "" or entry.startswith(f"{masked}/") or bool(_GLOB.search(entry))
 
 
-def _is_view(node: Any) -> bool:
-    return node is None or isinstance(node, View | optax.contrib.MuonDimensionNumbers)
+def _is_entry(node: Any) -> bool:
+    return (
+        node is None
+        or isinstance(node, View | Stacked)
+        or hasattr(node, "reduction_axis")
+        or as_names(node) is not None
+    )
 
 
-def _entry(path: str, view: Any) -> View | None:
+def _is_position(node: Any) -> bool:
+    """Every position an entry may name: leaves, masked leaves, an equinox module's Nones."""
+    return node is None or is_masked(node)
+
+
+def _entry(path: str, value: Any) -> Entry:
+    if isinstance(value, Stacked) or value == MATRICES:
+        return value
+    names = as_names(value)
+    if names is not None:
+        return names
     try:
-        return as_view(view)
+        return as_view(value)
     except TypeError as error:
         raise TypeError(f"views[{path!r}]: {error}") from None
 
 
-def _on(path: str, shape: tuple[int, ...], view: View) -> tuple[Any, ...]:
+# ---- leaves --------------------------------------------------------------------------------------
+
+
+def _blocks(path: str, shape: tuple[int, ...], view: View) -> tuple[Any, ...]:
     try:
-        return view.on(shape).blocks
+        return view.bind(shape).blocks
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _row(path: str, leaf: Any, verdict: Verdict) -> Row:
-    shape = tuple(np.shape(leaf)) if hasattr(leaf, "dtype") else ()
-    blocks = () if verdict.view is None else _on(path, shape, verdict.view)
-    return Row(path, shape, str(_dtype(leaf)), blocks, verdict.reason)
+def _row(path: str, leaf: Any, decision: Decision) -> Row:
+    shape = _shape(leaf)
+    blocks = () if decision.view is None else _blocks(path, shape, decision.view)
+    return Row(
+        path,
+        shape,
+        str(_dtype(leaf)),
+        blocks,
+        decision.reason,
+        decision.view,
+        decision.interpretations,
+    )
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(np.shape(leaf)) if hasattr(leaf, "dtype") else ()
 
 
 def _dtype(leaf: Any) -> Any:
     return getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
-
-
-def _ambiguity(unclear: Mapping[str, Verdict], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    path, verdict = next(iter(unclear.items()))
-    one, other = verdict.readings
-    lines = [
-        f"{path} of shape {shapes[path]} may be {one.words} or {other.words}; pass one of",
-        *(f"  views={{{path!r}: {reading.code}}}" for reading in verdict.readings),
-    ]
-    if len(unclear) > 1:
-        lines.append(f"As ambiguous: {_list(list(unclear)[1:])}.")
-    return "\n".join(lines)
-
-
-def _list(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more

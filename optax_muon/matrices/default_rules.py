@@ -1,286 +1,236 @@
-"""The default table: which parameters are matrices, by the names that JAX libraries give them.
+"""The default table: what parameters are, by the names that JAX libraries give them.
 
-Read from the top, the first row that fits decides. Which matrices are Muon's follows Jordan (2024)
-and Moonlight, arXiv 2502.16982, section 2: embeddings, the output head, norms, biases, routers and
-whatever is no matrix stay with AdamW. The last rows fit anything; those with a rival that always
-stands only say what their leaf may be, for the error. A row is described in `roles.py`.
+Read from the top; the first row that fits decides. Moonlight (arXiv 2502.16982, section 2.2) uses
+AdamW "for RMSNorm, LM head, and embedding parameters" and Muon for the matrices; its Fig. 4 and 9
+show routers under Muon, so they are matrices here too (`views={"*router*": None}` gives them to
+AdamW). Biases, depthwise convolutions and whatever else is no matrix go to AdamW as well.
+
+A row of `TABLE` says what a parameter is. Where the name alone does not tell the axes, the row
+names a reader (`readers.py`), which asks the tree and gives every reading that the evidence allows.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
 
-from optax_muon.matrices.rules import Leaf, Reading, Rule, Verdict
-from optax_muon.matrices.views import Axes, BoundView, View
-
-# Sides of a matrix that is taken for granted differ by no more: keys of one head are 8192 x 128.
-_ELONGATED = 128
-# No gate of an MLP narrows its input so far; every router does: 512 experts at a width of 2048.
-_ROUTER_NARROWS = 4
-# Layers are stacked in fewer numbers than they are wide, but for toys: 12 layers of width 8.
-_LONG_STACK = 2
+from optax_muon.matrices import readers
+from optax_muon.matrices.evidence import Tree, is_norm
+from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, readings
+from optax_muon.matrices.views import View
 
 # ---- names ---------------------------------------------------------------------------------------
 
-_BIAS = r"(\w+_)?bias(_\w+)?"
-_NORM = r"\w*norm\w*|rms\w*|ln\d*|ln_\w+|\w+_ln"
-_SCALE = r"(\w+_)?scales?|scale_\w+|gamma\w*|beta|offset|alpha|temperature"
-_HEAD = r"lm_?head|logits\w*|unembed\w*|output_layer|^((params|model)/)?(\w*head|output|classifier)"
-_EMBEDDING = (
-    r"\w*embed\w*|(\w+_)?emb(_\w+)?|wte|wpe|(\w+_)?pos(ition\w*)?|(\w+_)?(cls|tokens?)"
-    r"|relative_\w*(bias|table)"
+_BIAS = r"(\w+_)?bias(_\w+)?|b\d*"
+_SCALE = (
+    r"(\w+_)?scales?|scale_\w+|(\w+_)?gamma(_\w+)?|beta|offset|shift|alpha|temperature|gain"
+    r"|(\w+_)?layer_?scale\w*(/\w+)?|ls\d*(/\w+)?|lambda\d*"
 )
-_STATE = r"a_log|dt|\w*decay\w*|(\w+_)?sinks?|time_(mix|first|maa)\w*"
+_HEAD = (
+    r"lm_?head|logits?(_?\w+)?|(?!pre)\w*logits|unembed\w*|output_layer|readout|decode_head"
+    r"|^((params|model)/)?(\w*head|output|classifier)|(\w+_)?classifier_head"
+)
+_TABLE_NAMES = (
+    r"\w*embed(ding|dings|der)?s?(_table)?|\w*embedding_table|(\w+_)?emb|wte|wpe|(\w+_)?pos(ition\w*)?"
+    r"|(\w+_)?(cls|tokens?)|rel(pos|ative)\w*_?(bias|table|embedding)|\w*_embed(ding)?s?_\w+"
+    r"|input_embedding|embed\w*"
+)
+_STATE = r"a_log|dt|\w*decay\w*|(\w+_)?sinks?|time_(mix|first|maa)\w*|x_\w|probe|register\w*"
 _STATE_SPACE = r"\w*(mamba|ssm|ssd|delta_?net|linear_att(n|ention))\w*"
 _DEPTHWISE = r"dw|dw_?conv\w*|\w*depthwise\w*|\w*short_conv\w*"
 _CONV = r"\w*conv\w*"
-_CONV_ANY = rf"{_CONV}(/(kernel|w|weight))?"
-_MOE = r"\w*(moe|mixture)\w*(?<!layers)(?<!blocks)"
-_EXPERTS = r"\w*experts?\w*"
-_GATE = r"gate|gating"
-_MLP = r"\w*(mlp|ffn|ffw|feed_?forward)\w*"
-_IN_MLP = (
-    r"wi|w\d|fc\d*|c_fc|linear\d*|dense\d*|(gate|up|down|gate_up)(_proj)?|gating|intermediate\w*"
-    rf"|{_MLP}(/\w+){{0,2}}"
-)
-_ATTENTION = r"\w*att(n|ention)\w*"
-_TO_HEADS = r"(query|key|value|wq_b|wkv_b)/(kernel|w)"
-_MAYBE_TO_HEADS = r"[qkv]|kv|w([qkv]|kv)(_b)?|([qkv]|kv)_proj|to_[qkv]|(query|key|value)(_proj)?"
-_FROM_HEADS = rf"{_ATTENTION}/out/(kernel|w)"
-_MAYBE_FROM_HEADS = rf"o_proj|{_ATTENTION}/(o|wo|out|output|proj|(out|output|c)_proj|to_out)"
-_FUSED = r"\w*qkv(_proj)?|c_attn|query_key_value|gate_up(_proj)?"
-_DENSE = (
-    r"\w*proj|w\d|w[a-z]{1,3}(_[ab])?|fc\d*|c_(attn|fc)|(linear|dense)\w*|up|down|query|key|value"
+_PROJECTIONS = (
+    r"\w*(kernel|proj\w*|projection\w*|dense\w*|linear\w*|einsum\w*)|fc\d*|c_(attn|fc|proj)"
+    r"|(w|wi|wo)\d*|w[a-z]{1,3}(_[ab])?|w[esh]?_\w+|\w*_w|(up|down|gate|query|key|value|out|gating)(_\w+)?"
+    r"|[qkvo]|qkv|kv|[qkv]{2,3}_\w+|(q|k|v|o)_\w+|to_\w+|weight_\w+|\w*_weights?"
+    r"|\w*_kernel|\w*kernel\w*|u_\w+|w\w?_?\d"
 )
 
 
-def _of(names: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table: what parameters of this name are, and how their axes are found."""
+
+    rule: Rule
+    """Which parameters."""
+    reader: readers.Reader | None = None
+    """What the tree says of their axes; None for AdamW, or where the rule's view holds."""
+
+
+def _kernel(names: str) -> str:
     """A parameter called so, or the kernel of a module called so."""
-    return rf"({names})(/(kernel|w))?"
-
-
-# ---- views, their axes counted from the end: whatever is stacked in front is batch ---------------
-
-_MATRIX = View(-2, -1)
-_OUT_FIRST = View(-1, -2)
-_INTO_HEADS = View(-3, (-2, -1))
-_OUT_OF_HEADS = View((-3, -2), -1)
-
-
-def _hwio(spatial: int) -> View:
-    return View(range(-2 - spatial, -1), -1)
-
-
-def _oihw(spatial: int) -> View:
-    return View(range(-1 - spatial, 0), -2 - spatial)
-
-
-_AT_MOST_2, _AT_LEAST_2, _AT_LEAST_3 = range(3), range(2, 99), range(3, 99)
+    return rf"({names})(/(kernel|w|weight))?"
 
 
 # ---- conditions ----------------------------------------------------------------------------------
 
 
-def _is_vector(leaf: Leaf) -> bool:
-    return sum(size > 1 for size in leaf.own) < 2
+def _is_vector(info: ParamInfo) -> bool:
+    return len(info.long_axes) < 2
 
 
-def _widens(leaf: Leaf) -> bool:
-    fan_in, fan_out = leaf.fans
-    return fan_out >= fan_in
+def _is_matrix(info: ParamInfo) -> bool:
+    return len(info.long_axes) == 2
 
 
-def _narrows_like_a_router(leaf: Leaf) -> bool:
-    fan_in, fan_out = leaf.fans
-    return fan_in >= _ROUTER_NARROWS * fan_out
+def _is_higher(info: ParamInfo) -> bool:
+    return len(info.long_axes) > 2
 
 
-def _has_one_input_channel(leaf: Leaf) -> bool:
-    return leaf.own[1 if leaf.out_first else -2] == 1
+def _has_one_input_channel(info: ParamInfo) -> bool:
+    """A convolution of one input channel: depthwise, or of an image without colours."""
+    own = info.own
+    spatial = own[2:] if info.out_first else own[:-2]
+    return len(own) > 2 and own[1 if info.out_first else -2] == 1 and max(spatial) <= 31
 
 
-def _has_three_parts(leaf: Leaf) -> bool:
-    return leaf.shape[-3] == 3
-
-
-# ---- rivals --------------------------------------------------------------------------------------
-
-
-def _stacked_elsewhere(leaf: Leaf, bound: BoundView) -> Reading | None:
-    """A stack longer than its matrices are wide is more likely stacked along the second axis."""
-    block = bound.blocks[0]
-    longest = max((leaf.shape[axis] for axis in bound.batch_axes), default=0)
-    if longest <= _LONG_STACK * min(block.rows, block.cols):
-        return None
-    if 1 in bound.batch_axes:
-        return Reading("none", None)
-    rows, cols = (_renumber(axes, {1: 0}) for axes in (bound.row_axes, bound.col_axes))
-    return Reading.of(View(rows, cols), leaf.shape)
-
-
-def _too_elongated(leaf: Leaf, bound: BoundView) -> Reading | None:
-    block = bound.blocks[0]
-    short, long = sorted((block.rows, block.cols))
-    return Reading("too elongated for Muon", None) if long > _ELONGATED * short else None
-
-
-def _stack_without_heads(leaf: Leaf, bound: BoundView) -> Reading | None:
-    """Heads are narrower than the model; where these are not, the first axis counts layers."""
-    width_axes, head_axes = sorted((bound.row_axes, bound.col_axes), key=len)
-    width, heads, head_dim = (leaf.shape[axis] for axis in (*width_axes, *head_axes))
-    plausible = head_dim < width or heads == 1
-    return None if plausible else Reading.of(_MATRIX, leaf.shape)
-
-
-def _unnamed_stack(leaf: Leaf, bound: BoundView) -> Reading | None:
-    """Where the path shows no layer, the first axis may count layers that were stacked unnamed."""
-    return None if leaf.stack or leaf.indexed else Reading.of(_MATRIX, leaf.shape)
-
-
-def _other_spatial_axes(leaf: Leaf, bound: BoundView) -> Reading | None:
-    """A stack has the rank of one convolution with a spatial axis more; most are square."""
-    view = _oihw if leaf.out_first else _hwio
-    unstacked = leaf.shape[2:] if leaf.out_first else leaf.shape[:-2]
-    square = len(set(unstacked)) == 1 or 1 in unstacked
-    if leaf.stack:
-        return Reading.of(view(len(unstacked)), leaf.shape) if square else None
-    decided = leaf.indexed or len(unstacked) == 1 or (len(unstacked) == 2 and square)
-    named = f"conv{len(unstacked)}" in leaf.role
-    return None if decided or named else Reading.of(view(len(unstacked) - 1), leaf.shape)
-
-
-def _depthwise(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading("a depthwise convolution", None)
-
-
-def _router(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading("a router", None)
-
-
-def _vectors(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading(f"{math.prod(leaf.shape[:-1])} vectors of {leaf.shape[-1]}", None)
-
-
-def _no_matrices(leaf: Leaf, bound: BoundView) -> Reading | None:
-    return Reading("none", None)
-
-
-def _one_matrix(leaf: Leaf, bound: BoundView) -> Reading | None:
-    first, *others = range(leaf.stack, len(leaf.shape))
-    return Reading.of(View(first, others), leaf.shape)
-
-
-def _renumber(axes: Axes, numbers: dict[int, int]) -> Axes:
-    return tuple(numbers.get(axis, axis) for axis in axes)
-
-
-_DOUBTS = (_stacked_elsewhere, _too_elongated)
-_HEAD_DOUBTS = (_stacked_elsewhere, _stack_without_heads, _too_elongated)
-_UNNAMED_DOUBTS = (_unnamed_stack, *_HEAD_DOUBTS)
+def _is_spatial(info: ParamInfo) -> bool:
+    return len(info.own) > 2
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-_NO_MATRICES = (
-    Rule(_BIAS, None, "bias"),
-    Rule(r"b\d*", None, "bias", range(2)),
-    Rule(rf"({_NORM})(/(?!\w*kernel)\w+)?", None, "norm"),
-    Rule(_SCALE, None, "scale"),
-    Rule(rf"({_HEAD})(/\w+){{0,2}}", None, "output head"),
-    Rule(rf"({_EMBEDDING})(/\w+){{0,2}}", None, "embedding"),
-    Rule(r"(\w*router\w*|\w*expert_gate)(/\w+)?", None, "router"),
-    Rule(rf"{_MOE}/({_GATE})(/\w+)?", None, "router", _AT_MOST_2),
-    Rule(_STATE, None, "state, decay or sink"),
-    Rule(r"d", None, "skip of a state space", range(2)),
-    Rule(rf"{_STATE_SPACE}/in_proj\w*(/\w+)?", None, "fused input of a state space"),
-    Rule(r"\w*", None, "vector or scalar", when=_is_vector),
-)
-
-# Flax and Haiku store H W I O, equinox O I H W.
-_CONVOLUTIONS = (
-    Rule(rf"({_DEPTHWISE})(/\w+)?", None, "depthwise convolution"),
-    Rule(_CONV_ANY, None, "depthwise convolution", _AT_LEAST_3, when=_has_one_input_channel),
-    *(
-        Rule(names, view(axes - 2), "convolution", (axes,), (_other_spatial_axes,))
-        for axes in (3, 4, 5)
-        for names, view in ((rf"{_CONV}/?weight", _oihw), (_of(_CONV), _hwio))
+TABLE: tuple[Row, ...] = (
+    Row(Rule(r".*", None, "vector or scalar", when=_is_vector)),
+    Row(
+        Rule(
+            r"\w*lora_?[ab]\w*(/(kernel|w|weight))?|\w*lora\w*/[ab](/\w+)?",
+            None,
+            "low-rank adapter",
+        ),
+        readers.adapter,
     ),
-    Rule(_CONV_ANY, _MATRIX, "convolution", _AT_MOST_2, (_depthwise,)),
+    Row(Rule(r".*", None, "norm", when=lambda info: is_norm(info.role))),
+    Row(Rule(_BIAS, None, "bias")),
+    Row(Rule(_SCALE, None, "scale")),
+    Row(
+        Rule(
+            rf"({_HEAD})(/(\w*kernel|w|weight|\w*head|decoder|dense|linear|out\w*))*",
+            None,
+            "output head",
+        ),
+        readers.head,
+    ),
+    Row(
+        Rule(
+            rf"({_TABLE_NAMES})(/(embeddings?|weight|table|value|{_TABLE_NAMES}))*",
+            None,
+            "embedding",
+        )
+    ),
+    Row(
+        Rule(
+            r"(\w*patch\w*|\w*embed\w*)(/(proj\w*|conv\w*))?/(kernel|w|weight)",
+            None,
+            "patch embedding",
+            when=_is_higher,
+        )
+    ),
+    Row(Rule(_STATE, None, "state, decay or token")),
+    Row(Rule(rf"{_STATE_SPACE}/in_proj\w*(/\w+)?", None, "fused input of a state space")),
+    Row(Rule(rf"({_DEPTHWISE})(/\w+)?", None, "depthwise convolution")),
+    Row(
+        Rule(rf"{_CONV}(/\w+)?", None, "depthwise convolution", when=_has_one_input_channel),
+    ),
+    Row(
+        Rule(
+            rf"{_CONV}(/(kernel|w|weight|\w*kernel))?|{_CONV}/conv\w*/\w+",
+            None,
+            "convolution",
+            when=_is_spatial,
+        ),
+        readers.convolution,
+    ),
+    Row(Rule(r"(\w*router\w*|(moe\w*/)?\w*expert_gate)(/\w+)?", None, "router"), readers.router),
+    Row(Rule(r".*", None, "attention", when=_is_higher), readers.attention),
+    Row(Rule(r".*", None, "parts of a fused kernel", when=_is_higher), readers.fused_parts),
+    Row(Rule(r".*", None, "expert", when=_is_higher), readers.experts),
+    Row(Rule(r".*", None, "convolution", when=_is_spatial), readers.unnamed_convolution),
+    Row(
+        Rule(
+            _kernel(r"\w*qkv(_proj)?|c_attn|query_key_value|gate_up(_proj)?"),
+            None,
+            "fused matrices, taken whole",
+            when=_is_matrix,
+        ),
+        readers.matrix,
+    ),
+    Row(
+        Rule(rf"(\w+/)?({_PROJECTIONS})|\w+/w(eight)?|.*kernel", None, "matrix", when=_is_matrix),
+        readers.matrix,
+    ),
 )
+"""Every row, in the order in which they are tried."""
 
-# Each expert is a matrix of its own, and there may be more of them than they are wide.
-_EXPERT_RULES = (
-    Rule(_of(rf"{_MOE}/({_GATE})"), _MATRIX, "expert", _AT_LEAST_3, (_router,)),
-    Rule(rf"{_EXPERTS}(/\w+)*/weight", _OUT_FIRST, "expert", _AT_LEAST_2, (_too_elongated,)),
-    Rule(rf"{_EXPERTS}(/\w+)+", _MATRIX, "expert", _AT_LEAST_2, (_too_elongated,)),
-    Rule(_of(rf"{_MOE}/\w+"), _MATRIX, "expert", _AT_LEAST_3, (_too_elongated,)),
-)
-
-# `mlp/gate` is half of a gated MLP, or a router where the mixture of experts is called `mlp`.
-_GATES = (
-    Rule(_of(_GATE), _MATRIX, "gate of an MLP", _AT_MOST_2, _DOUBTS, _widens),
-    Rule(rf"({_GATE})/weight", _OUT_FIRST, "gate of an MLP", _AT_MOST_2, _DOUBTS, _widens),
-    Rule(rf"({_GATE})(/\w+)?", None, "router", _AT_MOST_2, when=_narrows_like_a_router),
-    Rule(rf"({_GATE})(/\w+)?", _MATRIX, "gate of an MLP", _AT_MOST_2, (_router,)),
-)
-
-# Heads as an axis: [d, h, k] and [h, k, d] of Flax, [h, d, k] of Gemma.
-_HEAD_RULES = (
-    Rule(_TO_HEADS, _INTO_HEADS, "into heads", _AT_LEAST_3, _HEAD_DOUBTS),
-    Rule(_FROM_HEADS, _OUT_OF_HEADS, "out of heads", _AT_LEAST_3, _HEAD_DOUBTS),
-    Rule(_of(_MAYBE_TO_HEADS), _INTO_HEADS, "into heads", _AT_LEAST_3, _UNNAMED_DOUBTS),
-    Rule(_of(_MAYBE_FROM_HEADS), _OUT_OF_HEADS, "out of heads", _AT_LEAST_3, _UNNAMED_DOUBTS),
-    Rule(_of(r"\w*qkv"), View(-4, (-2, -1)), "q, k, v into heads", (4,), _DOUBTS, _has_three_parts),
-    Rule(_of(r"q_einsum"), View(-2, (-3, -1)), "into heads", (3,), _DOUBTS),
-    Rule(_of(r"q?kv_einsum"), View(-2, (-3, -1)), "into heads", (4,), _DOUBTS),
-    Rule(_of(r"attn_vec_einsum"), _OUT_OF_HEADS, "out of heads", (3,), _DOUBTS),
-    Rule(_of(r"gating_einsum"), _MATRIX, "gate and up", (3,), _DOUBTS),
-)
-
-_MATRICES = (
-    Rule(rf"({_IN_MLP})/weight", _OUT_FIRST, "matrix", _AT_LEAST_3, _DOUBTS),
-    Rule(_of(_IN_MLP), _MATRIX, "matrix", _AT_LEAST_3, _DOUBTS),
-    Rule(_of(_FUSED), _MATRIX, "fused matrices, taken whole", _AT_MOST_2, _DOUBTS),
-    Rule(rf"({_FUSED})/weight", _OUT_FIRST, "fused matrices, taken whole", _AT_MOST_2, _DOUBTS),
-    # A kernel of two axes is a matrix however long: two coordinates into a width of 512.
-    Rule(rf"\w*kernel|({_DENSE})(/w)?", _MATRIX, "matrix", _AT_MOST_2, (_stacked_elsewhere,)),
-    Rule(rf"({_DENSE})/weight", _OUT_FIRST, "matrix", _AT_MOST_2, (_stacked_elsewhere,)),
-    Rule(r"\w*weight|weight_\w+", _OUT_FIRST, "matrix", (2,), _DOUBTS),
-    Rule(r"w", _MATRIX, "matrix", (2,), _DOUBTS),
-)
-
-_UNKNOWN = (
-    Rule(r"b\d*", _MATRIX, "", _AT_MOST_2, (_vectors,)),
-    Rule(_of(r"\w*general|\w*einsum|[qkv]{2,3}"), _MATRIX, "", _AT_LEAST_3, (_one_matrix,)),
-    Rule(r".*", _MATRIX, "two axes and no other role in its name", (2,), _DOUBTS),
-    Rule(r".*weight", _OUT_FIRST, "", _AT_MOST_2, (_vectors,)),
-    Rule(r".*weight", _OUT_FIRST, "", rivals=(_no_matrices,)),
-    Rule(r".*", _MATRIX, "", _AT_MOST_2, (_vectors,)),
-    Rule(r".*", _MATRIX, "", rivals=(_no_matrices,)),
-)
-
-DEFAULT_RULES: tuple[Rule, ...] = (
-    Rule(_of(r"\w*lora_?[ab]\w*|\w*lora\w*/[ab]"), _MATRIX, "low-rank adapter", _AT_LEAST_2),
-    *_NO_MATRICES,
-    *_CONVOLUTIONS,
-    *_EXPERT_RULES,
-    *_GATES,
-    *_HEAD_RULES,
-    *_MATRICES,
-    *_UNKNOWN,
-)
-"""Every rule by role, in the order in which they are tried."""
+DEFAULT_RULES: tuple[Rule, ...] = tuple(row.rule for row in TABLE)
+"""The rules of the table. Among your own rules they mean: decide the rest by the table."""
 
 
-@functools.lru_cache(maxsize=8192)
-def judge(path: str, shape: tuple[int, ...]) -> Verdict:
-    """Look a parameter up in the default table.
+def classify(path: str, tree: Tree) -> Decision:
+    """Decide a parameter by the table and the evidence of its tree.
 
-    >>> judge("layers/attn_norm/scale", (12, 512))
-    Verdict(view=None, reason='norm', readings=())
-    >>> judge("layers/attn/q_proj/kernel", (12, 512, 512)).view
+    >>> tree = Tree({"layers/attn_norm/scale": (12, 512), "layers/q_proj/kernel": (12, 512, 512)})
+    >>> classify("layers/attn_norm/scale", tree)
+    Decision(view=None, reason='norm', interpretations=())
+    >>> classify("layers/q_proj/kernel", tree).view
     View(rows=(-2,), cols=(-1,), split=None)
     """
-    leaf = Leaf.of(path, shape)
-    return next(rule for rule in DEFAULT_RULES if rule.fits(leaf)).verdict(leaf)
+    decisions = [_classify(info, tree) for info in tree.infos(path)]
+    shape = tree.shapes[path]
+    ways = {_sides(decision.view, shape) for decision in decisions}
+    if len(ways) == 1 and not any(decision.interpretations for decision in decisions):
+        return decisions[0]
+    offered = [
+        i for d in decisions for i in d.interpretations or (Interpretation.of(d.view, shape),)
+    ]
+    return _ambiguous(offered, decisions[0].reason)
+
+
+def refuse(path: str, tree: Tree, likely: list[View | None], reason: str) -> Decision:
+    """Refuse a parameter, with every way to read it, the likelier first."""
+    shape, info = tree.shapes[path], tree.info(path)
+    plain = dataclasses.replace(info, stack=())
+    every: list[View | None] = [*likely, *readings(info), *readings(plain), None]
+    return _ambiguous([Interpretation.of(view, shape) for view in every], reason)
+
+
+def _classify(info: ParamInfo, tree: Tree) -> Decision:
+    for row in TABLE:
+        if not row.rule.fits(info):
+            continue
+        if row.reader is None:
+            return Decision(None, row.rule.reason)
+        found = row.reader(info, tree)
+        if found.views is None:
+            continue
+        reason = found.reason or row.rule.reason
+        if len({_sides(view, info.shape) for view in found.views}) == 1:
+            return Decision(_from_end(found.views[0], info.shape), reason)
+        return refuse(info.path, tree, list(found.views), reason)
+    return refuse(info.path, tree, [], "name without a role")
+
+
+def _ambiguous(offered: list[Interpretation], reason: str) -> Decision:
+    unique: dict[object, Interpretation] = {}
+    for one in offered:
+        unique.setdefault(
+            (one.view and (frozenset(map(frozenset, (one.view.rows, one.view.cols))))), one
+        )
+    return Decision(None, reason, tuple(unique.values()))
+
+
+def _sides(view: View | None, shape: tuple[int, ...]) -> object:
+    """What two views must share to cut a parameter into the same matrices."""
+    if view is None:
+        return None
+    bound = view.bind(shape)
+    sides = (bound.row_axes, bound.col_axes)
+    return frozenset(frozenset(a for a in axes if shape[a] > 1) for axes in sides)
+
+
+def _from_end(view: View | None, shape: tuple[int, ...]) -> View | None:
+    """The view with its axes counted from the end, as a stack in front leaves them."""
+    if view is None:
+        return None
+    bound, rank = view.bind(shape), len(shape)
+    rows, cols = (tuple(a - rank for a in axes) for axes in (bound.row_axes, bound.col_axes))
+    return View(rows, cols)

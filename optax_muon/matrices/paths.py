@@ -7,7 +7,7 @@ path to view needs none of the gymnastics that masked trees ask for: the leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
     """Flatten a tree into `{path: leaf}`, in the tree's own order.
 
     Raises:
-      ValueError: two leaves have one path, as in `{"a/b": x, "a": {"b": y}}`.
+        ValueError: two leaves have one path, as in `{"a/b": x, "a": {"b": y}}`.
     """
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
@@ -50,13 +50,19 @@ def is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def covering(entries: Iterable[str], name: str) -> str | None:
+def longest_prefix(entries: Container[str], name: str) -> str | None:
     """The longest entry that is the path itself or lies above it; None if there is none.
 
-    >>> covering(["layers", "layers/0", "head"], "layers/0/kernel")
+    Pass a set or a mapping: every prefix of the path is looked up once.
+
+    >>> longest_prefix(["layers", "layers/0", "head"], "layers/0/kernel")
     'layers/0'
-    >>> covering([""], "anything")          # the root covers all
+    >>> longest_prefix([""], "anything")          # the root covers all
     ''
     """
-    above = [entry for entry in entries if entry in ("", name) or name.startswith(f"{entry}/")]
-    return max(above, key=len, default=None)
+    prefix = name
+    while prefix not in entries:
+        if not prefix:
+            return None
+        prefix = prefix.rpartition("/")[0]
+    return prefix

@@ -1,37 +1,29 @@
-"""A parameter's role: what its path says of it, and the rules that read a role as matrices.
-
-A rule decides by what a parameter is called and by how many axes of its own it has, never by its
-rank alone: `[12, 512]` is twelve norm scales below `layers/norm` and one matrix below `q_proj`.
-A shape cannot give a role, but it may speak against one: `[4096, 32, 14336]` is hardly 4096 layers.
-So a rule lists what else its leaf may be, its rivals; a leaf for which one stands is ambiguous, and
-`rules.py` raises instead of guessing. The default table is in `table.py`.
-"""
+"""What is known of one parameter, how it may be read, and the rules that decide by its name."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Container
 from typing import Any
 
-import optax
-
-from optax_muon.matrices.views import BoundView, View
+from optax_muon.matrices.views import Axes, View
 
 # A layer that keeps its own arrays: `layers/3`, `block_3`, `EncoderLayer_3`, `h0_attn`.
 _INDEXED = re.compile(r"(\w*(layers?|blocks?|stages?)|h)_?\d+(_\w+)?")
-# Modules whose arrays are stacked along a leading axis unless an index follows. `nn.scan` and
-# `nn.vmap` write their name before the module's, linen a numeral that is no layer: `ScanBlock_0`.
+# Modules whose arrays are stacked unless an index follows. `nn.scan` and `nn.vmap` write their name
+# before the module's; linen adds a numeral that is no layer: `ScanBlock_0`.
 _TRANSFORMED = re.compile(r"(scan|vmap)_\w+")
 _STACKED = re.compile(
-    rf"{_TRANSFORMED.pattern}|(?!shared)\w*(layers|blocks|stages|experts)|h|\w*(scan|vmap|stack)(_[a-z_]+)?"
+    rf"{_TRANSFORMED.pattern}|(?!shared)\w*(layers|blocks|stages)|h|\w*(scan|vmap|stack)(ed)?(_[a-z_]+)?"
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
-    """What is known of a parameter: its path and shape, and nothing of its siblings."""
+class ParamInfo:
+    """What is known of a parameter when its rule is looked up."""
 
     path: str
     """Name in the tree: `Decoder_0/layers/MlpBlock_0/wi_0/kernel`."""
@@ -39,56 +31,44 @@ class Leaf:
     """Shape of the parameter."""
     role: str
     """The path in lower snake case without indices: `decoder/layers/mlp_block/wi/kernel`."""
-    stack: int
-    """How many leading axes the path shows to be stacked layers or experts."""
-    indexed: bool
+    indexed: bool = False
     """Whether the path holds the index of a layer."""
+    stack: Axes = ()
+    """Axes (from the front) along which layers are stacked."""
 
     @classmethod
-    def of(cls, path: str, shape: tuple[int, ...]) -> Leaf:
+    def of(cls, path: str, shape: tuple[int, ...], stack: Axes = ()) -> ParamInfo:
         """Read a path.
 
-        >>> Leaf.of("ScanBlock_0/LayerNorm_1/scale", (12, 512))
-        Leaf(path='ScanBlock_0/LayerNorm_1/scale', shape=(12, 512),
-             role='scan_block/layer_norm/scale', stack=1, indexed=False)
+        >>> ParamInfo.of("ScanBlock_0/LayerNorm_1/scale", (12, 512)).role
+        'scan_block/layer_norm/scale'
         """
-        names = [_snake(name) for name in re.split(r"[/.]", path) if name not in ("", "~")]
-        modules = list(itertools.pairwise(names))
-        stack = sum(
-            bool(_STACKED.fullmatch(name)) and not after.isdigit() for name, after in modules
-        )
-        indexed = any(
-            _INDEXED.fullmatch(f"{name}_{after}" if after.isdigit() else name)
-            and not _TRANSFORMED.fullmatch(name)
-            for name, after in modules
-        )
-        kept = (re.sub(r"_\d+$", "", name) for name in names if not name.isdigit())
-        return cls(path, shape, "/".join(kept), stack, indexed)
+        role, indexed = _read(path)
+        return cls(path, shape, role, indexed, stack)
 
     @property
-    def axes(self) -> int:
-        """Axes of one layer's parameter: the rank less the stacked axes."""
-        return max(0, len(self.shape) - self.stack)
+    def own_axes(self) -> Axes:
+        """Axes of one layer's parameter."""
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.stack)
 
     @property
     def own(self) -> tuple[int, ...]:
-        """Shape of one layer's parameter; the whole shape if that leaves less than two axes."""
-        return self.shape[self.stack :] if self.axes > 1 else self.shape
+        """Shape of one layer's parameter."""
+        return tuple(self.shape[axis] for axis in self.own_axes)
+
+    @property
+    def long_axes(self) -> Axes:
+        """The axes of one layer's parameter that are longer than 1."""
+        return tuple(axis for axis in self.own_axes if self.shape[axis] > 1)
 
     @property
     def out_first(self) -> bool:
         """Whether it is stored (out, in), as torch and equinox do, who call it `weight`."""
         return self.role.endswith("weight")
 
-    @property
-    def fans(self) -> tuple[int, int]:
-        """Fan in and fan out, read as a matrix by its last two axes."""
-        first, last = self.shape[-2:]
-        return (last, first) if self.out_first else (first, last)
-
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Interpretation:
     """One way to read a parameter."""
 
     words: str
@@ -97,17 +77,19 @@ class Reading:
     """As a view, its axes counted from the front; None for AdamW."""
 
     @classmethod
-    def of(cls, view: View, shape: tuple[int, ...]) -> Reading:
+    def of(cls, view: View | None, shape: tuple[int, ...], words: str = "") -> Interpretation:
         """Describe a view of a shape.
 
-        >>> Reading.of(View(-2, -1), (12, 512, 2048)).words
+        >>> Interpretation.of(View(-2, -1), (12, 512, 2048)).words
         '12 matrices of 512 x 2048'
         """
-        bound = view.on(shape)
+        if view is None:
+            return cls(words or "no matrix", None)
+        bound = view.bind(shape)
         block = bound.blocks[0]
         count = "one matrix" if block.batch == 1 else f"{block.batch} matrices"
-        words = f"{count} of {block.rows} x {block.cols}"
-        return cls(words, View(bound.row_axes, bound.col_axes, bound.split))
+        described = f"{count} of {block.rows} x {block.cols}"
+        return cls(words or described, View(bound.row_axes, bound.col_axes, bound.split))
 
     @property
     def code(self) -> str:
@@ -121,33 +103,20 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What a rule says of a leaf."""
+class Decision:
+    """How a parameter is read, and why."""
 
     view: View | None
     """How it is read, or None for the fallback optimizer."""
     reason: str
     """Why."""
-    readings: tuple[Reading, ...] = ()
-    """If it is ambiguous, the two readings."""
+    interpretations: tuple[Interpretation, ...] = ()
+    """If it is ambiguous, every way to read it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row of a table: parameters whose name and axes fit are read by this view.
-
-    Args:
-      pattern: regular expression for the end of the path, whole names at a time, in lower snake
-        case and without indices: `mixer/w` fits `Block_3/Mixer_0/w` and `blocks/3/mixer/w`. Start
-        it with `^` to fit the path from its beginning.
-      view: how to read them, or None for the fallback optimizer. An
-        `optax.contrib.MuonDimensionNumbers` is taken as well.
-      reason: what they are, in a few words, for the report.
-      axes: how many axes one layer's parameter may have, stacked layers and experts not counted;
-        any by default.
-      rivals: what else it may be: each gives another reading if the leaf allows for one, and the
-        leaf is then ambiguous. Your own rules need none.
-      when: a further condition on the leaf.
+    """One row of a table: parameters whose name and number of axes fit are read by this view.
 
     >>> import jax
     >>> from optax_muon.matrices.assign import assign
@@ -157,56 +126,102 @@ class Rule:
     """
 
     pattern: str
+    """Regular expression for the end of the path, whole names at a time, in lower snake case and
+    without indices: `mixer/w` fits `Block_3/Mixer_0/w` and `blocks/3/mixer/w`. A pattern that
+    starts with `^` must fit the whole path."""
     view: View | None
+    """How to read them, or None for the fallback optimizer. An object with `reduction_axis` and
+    `output_axis`, such as `optax.contrib.MuonDimensionNumbers`, is taken as well."""
     reason: str
+    """What they are, in a few words, for the report."""
     axes: Container[int] | None = None
-    rivals: tuple[Callable[[Leaf, BoundView], Reading | None], ...] = ()
-    when: Callable[[Leaf], bool] | None = None
+    """How many axes one layer's parameter may have, stacked layers not counted; None for any."""
+    when: Callable[[ParamInfo], bool] | None = None
+    """A further condition on the parameter."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "view", as_view(self.view))
 
-    def fits(self, leaf: Leaf) -> bool:
-        """Whether the rule decides this leaf."""
+    def fits(self, info: ParamInfo) -> bool:
+        """Whether the rule decides this parameter."""
         return (
-            (self.axes is None or leaf.axes in self.axes)
-            and re.fullmatch(rf"(?:.*/)?(?:{self.pattern})", leaf.role) is not None
-            and (self.when is None or self.when(leaf))
+            _matches(self.pattern, info.role)
+            and (self.axes is None or len(info.own_axes) in self.axes)
+            and (self.when is None or self.when(info))
         )
-
-    def verdict(self, leaf: Leaf) -> Verdict:
-        """What the rule says of a leaf that fits it."""
-        if self.view is None or not self.rivals:
-            return Verdict(self.view, self.reason)
-        bound = self.view.on(leaf.shape)
-        found = (rival(leaf, bound) for rival in self.rivals)
-        rival = next((reading for reading in found if reading is not None), None)
-        readings = () if rival is None else (Reading.of(self.view, leaf.shape), rival)
-        return Verdict(self.view, self.reason, readings)
 
 
 def as_view(view: Any) -> View | None:
-    """A view, whoever wrote it.
+    """Read a view, whichever package wrote it.
 
     Args:
-      view: a `View`, an `optax.contrib.MuonDimensionNumbers`, or None.
+        view: a `View`, None, or an object with `reduction_axis` and `output_axis`.
 
     Raises:
-      TypeError: it is none of these.
+        TypeError: it is none of these.
 
     >>> as_view(optax.contrib.MuonDimensionNumbers(0, (1, 2)))
     View(rows=(0,), cols=(1, 2), split=None)
     """
-    if isinstance(view, optax.contrib.MuonDimensionNumbers):
-        return View(view.reduction_axis, view.output_axis)
     if view is None or isinstance(view, View):
         return view
-    raise TypeError(f"Expected a View, a MuonDimensionNumbers or None, got {view!r}.")
+    if hasattr(view, "reduction_axis") and hasattr(view, "output_axis"):
+        return View(view.reduction_axis, view.output_axis)
+    raise TypeError(
+        f"Expected a View, dimension numbers (reduction_axis, output_axis) or None, got {view!r}."
+    )
 
 
-def _snake(name: str) -> str:
+def is_stacked_name(name: str) -> bool:
+    """Whether a module of this name stacks its layers, if no index follows."""
+    return _STACKED.fullmatch(snake(name)) is not None
+
+
+@functools.lru_cache(maxsize=65536)
+def snake(name: str) -> str:
     """`RMSNorm_0` to `rms_norm_0`; `MoE`, one word of three cases, to `moe`."""
     parted = re.sub(
         r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.replace("MoE", "Moe")
     )
-    return re.sub(r"\W+", "_", parted).lower()
+    return re.sub(r"\W+", "_", parted).lower().strip("_")
+
+
+def readings(info: ParamInfo) -> list[View]:
+    """Every usual way to read a parameter as matrices, the likelier first.
+
+    One layer's axes are parted into rows and columns where they stand; one axis, or two, may count
+    matrices instead; a leading axis may be layers that no name shows.
+    """
+    axes = info.long_axes
+    found: list[View] = []
+    for count in range(max(0, len(axes) - 1)):
+        for batch in itertools.combinations(axes, count):
+            kept = tuple(axis for axis in axes if axis not in batch)
+            found += _parted(kept, info.out_first)
+    return found
+
+
+def _parted(axes: Axes, out_first: bool) -> list[View]:
+    """The ways to part axes into two groups: a single axis against the rest, or a cut."""
+    singles = [(tuple(a for a in axes if a != axis), (axis,)) for axis in axes]
+    cuts = [(axes[:cut], axes[cut:]) for cut in range(2, len(axes) - 1)]
+    pairs = dict.fromkeys(tuple(sorted(pair)) for pair in (*singles, *cuts))
+    return [View(b, a) if out_first else View(a, b) for a, b in pairs]
+
+
+@functools.lru_cache(maxsize=65536)
+def _matches(pattern: str, role: str) -> bool:
+    return re.fullmatch(rf"(?:.*/)?(?:{pattern})", role) is not None
+
+
+@functools.lru_cache(maxsize=65536)
+def _read(path: str) -> tuple[str, bool]:
+    """The role of a path, and whether it holds the index of a layer."""
+    names = [snake(name) for name in re.split(r"[/.]", path) if name not in ("", "~")]
+    indexed = any(
+        _INDEXED.fullmatch(f"{name}_{after}" if after.isdigit() else name)
+        and not _TRANSFORMED.fullmatch(name)
+        for name, after in itertools.pairwise(names)
+    )
+    kept = (re.sub(r"_\d+$", "", name) for name in names if not name.isdigit())
+    return "/".join(kept), indexed

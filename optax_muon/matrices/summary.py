@@ -1,15 +1,18 @@
-"""The report of `label`: every parameter, its matrices, its optimizer and why, with totals."""
+"""The report of `label`, and the error that lists what is ambiguous."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
-from optax_muon.matrices.views import Block
+from optax_muon.matrices.rules import Decision, Interpretation
+from optax_muon.matrices.views import Block, View
 
 _HEADINGS = ("path", "shape", "matrices", "optimizer", "reason")
 _TOTALS = ("optimizer", "leaves", "parameters", "share")
+_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,16 @@ class Row:
     """The stacks of matrices it is read as; none with AdamW."""
     reason: str
     """Why."""
+    view: View | None = None
+    """How it is read; None with AdamW."""
+    interpretations: tuple[Interpretation, ...] = ()
+    """If it is ambiguous, every way to read it."""
 
     @property
     def optimizer(self) -> str:
-        """`muon` or `adamw` (the fallback, whichever it is)."""
+        """`muon`, `adamw` (the fallback, whichever it is), or `open` if it is ambiguous."""
+        if self.interpretations:
+            return "open"
         return "muon" if self.blocks else "adamw"
 
     @property
@@ -41,6 +50,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row as it is printed."""
         matrices = " + ".join(map(_spell, self.blocks)) or "-"
+        if self.interpretations:
+            matrices = f"{self.interpretations[0].words}?"
         return self.path, str(list(self.shape)), matrices, self.optimizer, self.reason
 
 
@@ -51,21 +62,85 @@ class Labels:
     rows: tuple[Row, ...]
     """One row per parameter, in the tree's order."""
 
+    @property
+    def views(self) -> dict[str, View | None]:
+        """The decision as data, to be passed back as `views=`; open rows are left out."""
+        return {row.path: row.view for row in self.rows if not row.interpretations}
+
     def total(self, optimizer: str) -> tuple[int, int]:
-        """Leaves and parameters of `muon` or `adamw`."""
+        """Leaves and parameters of `muon`, `adamw` or `open`."""
         sizes = [row.size for row in self.rows if row.optimizer == optimizer]
         return len(sizes), sum(sizes)
 
     def __str__(self) -> str:
         """The table and its totals."""
         table = _align([_HEADINGS, *(row.cells for row in self.rows)])
-        totals = _align([_TOTALS, *map(self._summary, ("muon", "adamw"))])
+        groups = ("muon", "adamw", *(("open",) if self.total("open")[0] else ()))
+        totals = _align([_TOTALS, *map(self._summary, groups)])
         return "\n".join([*table, "", *totals])
 
     def _summary(self, optimizer: str) -> tuple[str, ...]:
         leaves, size = self.total(optimizer)
         share = size / max(1, sum(row.size for row in self.rows))
         return optimizer, f"{leaves:,}", f"{size:,}", f"{share:.1%}"
+
+
+def ambiguity(decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The error for a tree: every ambiguous parameter by group, and lines that settle each group.
+
+    Args:
+        decisions: path to decision.
+        shapes: path to shape.
+    """
+    open_paths = [path for path, decision in decisions.items() if decision.interpretations]
+    groups: dict[tuple[str, int, tuple[str, ...]], list[str]] = {}
+    for path in open_paths:
+        codes = tuple(one.code for one in decisions[path].interpretations)
+        groups.setdefault((_pattern(path), len(shapes[path]), codes), []).append(path)
+    first = decisions[open_paths[0]].interpretations
+    lines = [
+        f"{open_paths[0]} of shape {shapes[open_paths[0]]} may be {first[0].words} or"
+        f" {first[1].words}."
+    ]
+    block: list[str] = []
+    for paths in groups.values():
+        decision = decisions[paths[0]]
+        counted = (
+            "1 ambiguous parameter" if len(paths) == 1 else f"{len(paths)} ambiguous parameters"
+        )
+        lines.append(f"{counted}: {decision.reason}")
+        lines += [f"  {path!r} {shapes[path]}" for path in paths]
+        keys = _keys(paths, decisions)
+        for number, one in enumerate(decision.interpretations):
+            mark = "# " if number else ""
+            block += [f"    {mark}{key!r}: {one.code},  # {one.words}" for key in keys]
+    settle = "Pass views with one line for each group, or write your own:"
+    return "\n".join([*lines, settle, "views={", *block, "}"])
+
+
+def listed(names: Iterable[str]) -> str:
+    """Quote some names, the first eight of them."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(repr, names[:_LISTED])) + more
+
+
+def _pattern(path: str) -> str:
+    """The path with a star for every number."""
+    return re.sub(r"\d+", "*", path)
+
+
+def _keys(paths: Sequence[str], decisions: Mapping[str, Decision]) -> list[str]:
+    """A glob that fits just these paths, or the paths themselves."""
+    if len(paths) == 1:
+        return [paths[0]]
+    pattern = _pattern(paths[0])
+    shape = re.compile(re.escape(pattern).replace(r"\*", ".*"))
+    return (
+        [pattern]
+        if sum(bool(shape.fullmatch(path)) for path in decisions) == len(paths)
+        else list(paths)
+    )
 
 
 def _spell(block: Block) -> str:

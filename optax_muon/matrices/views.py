@@ -10,8 +10,8 @@ A leaf of any rank becomes one or more stacks `[b, m, n]` and comes back:
 Rows are the axes that the layer contracts (its fan in), columns those that it produces (its fan
 out); whatever is left is batch. Merging axes may permute rows or columns, and that is harmless:
 the polar factor obeys `f(PXQ) = P f(X) Q` for every orthogonal, so every permutation, `P` and `Q`.
-Nothing here computes: views are bound to a shape once, in Python. Which leaf gets which view is
-decided in `rules.py`.
+Views are bound to a shape once, in Python, before anything is traced. `assign.py` decides which
+parameter gets which view.
 """
 
 from __future__ import annotations
@@ -33,18 +33,9 @@ Axes = tuple[int, ...]
 class Split:
     """The parts of a fused axis, each an independent matrix (or several).
 
-    Args:
-      axis: the fused axis of the parameter; one of the view's rows or columns.
-      sizes: length of each part along the axis, in order. They add up to the axis (over `groups`).
-      heads: how many equal matrices each part holds side by side; default one each. With `heads` a
-        head of a part becomes a batch entry of that part.
-      groups: how often the whole pattern repeats along the axis: 1 for `q..q k..k v..v`, the
-        number of query groups for the interleaved layout `(q k v)(q k v)...` of Megatron. The
-        groups of a part make one matrix.
-
     Raises:
-      ValueError: a size is not positive, a part is not divisible by its heads, or the lengths of
-        `sizes` and `heads` differ.
+        ValueError: a size is not positive, a part is not divisible by its heads, or the lengths of
+          `sizes` and `heads` differ.
 
     >>> Split(1, sizes=(64, 16, 16))                     # GQA: four query heads to a key head
     Split(axis=1, sizes=(64, 16, 16), heads=(1, 1, 1), groups=1)
@@ -53,12 +44,19 @@ class Split:
     """
 
     axis: int
+    """The fused axis of the parameter; one of the view's rows or columns."""
     sizes: tuple[int, ...]
-    heads: tuple[int, ...] | None = None
+    """Length of each part along the axis, in order. They add up to the axis (over `groups`)."""
+    heads: tuple[int, ...] = ()
+    """How many equal matrices each part holds side by side; empty means one each. Every head of a
+    part becomes a batch entry of that part."""
     groups: int = 1
+    """How often the whole pattern repeats along the axis: 1 for `q..q k..k v..v`, the number of
+    query groups for Megatron's interleaved layout `(q k v)(q k v)...`. All groups of a part make
+    one matrix."""
 
     def __post_init__(self) -> None:
-        heads = (1,) * len(self.sizes) if self.heads is None else tuple(self.heads)
+        heads = tuple(self.heads) or (1,) * len(self.sizes)
         object.__setattr__(self, "sizes", tuple(self.sizes))
         object.__setattr__(self, "heads", heads)
         if len(heads) != len(self.sizes):
@@ -76,7 +74,6 @@ class Split:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Length along the axis of one matrix of each part."""
-        assert self.heads is not None
         parts = zip(self.sizes, self.heads, strict=True)
         return tuple(size * self.groups // count for size, count in parts)
 
@@ -102,7 +99,7 @@ class Split:
         """
         counts = (heads, kv_heads or heads, kv_heads or heads)
         sizes = tuple(count * head_dim for count in counts)
-        return cls(axis, sizes, heads=counts if per_head else None)
+        return cls(axis, sizes, heads=counts if per_head else ())
 
     @classmethod
     def equal(cls, axis: int, size: int, *, parts: int) -> Split:
@@ -118,24 +115,23 @@ class Split:
 class View:
     """Which axes of a parameter are the rows and the columns of its matrices; the others are batch.
 
-    Args:
-      rows: axes that the layer contracts, the fan in. One axis or several; negative axes count from
-        the end.
-      cols: axes that the layer produces, the fan out.
-      split: the parts of a fused axis, if one is fused.
+    One axis may be given as an integer; negative axes count from the end.
 
     Raises:
-      ValueError: rows or columns are empty.
+        ValueError: rows or columns are empty.
 
-    >>> View(rows=1, cols=2).on((12, 512, 2048)).blocks        # twelve scanned layers
+    >>> View(rows=1, cols=2).bind((12, 512, 2048)).blocks        # twelve scanned layers
     (Block(batch=12, rows=512, cols=2048),)
-    >>> View((0, 1, 2), 3).on((3, 3, 64, 128)).blocks          # a convolution, HWIO
+    >>> View((0, 1, 2), 3).bind((3, 3, 64, 128)).blocks          # a convolution, HWIO
     (Block(batch=1, rows=576, cols=128),)
     """
 
     rows: Axes
+    """Axes that the layer contracts, its fan in."""
     cols: Axes
+    """Axes that the layer produces, its fan out."""
     split: Split | None = None
+    """The parts of a fused axis, if one is fused."""
 
     def __init__(
         self, rows: int | Sequence[int], cols: int | Sequence[int], split: Split | None = None
@@ -148,12 +144,12 @@ class View:
                 f"A view needs at least one axis for rows and one for columns, got {self}."
             )
 
-    def on(self, shape: Sequence[int]) -> BoundView:
+    def bind(self, shape: Sequence[int]) -> BoundView:
         """Bind the view to a shape.
 
         Raises:
-          ValueError: an axis does not exist or is used twice, or the split does not add up to its
-            axis.
+            ValueError: an axis does not exist or is used twice, or the split does not add up to its
+              axis.
         """
         return _bind(self, tuple(shape))
 
@@ -166,7 +162,7 @@ or a function of the parameters that returns any of these."""
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A stack of equal matrices found in one parameter."""
+    """A stack of matrices of one shape, found in one parameter."""
 
     batch: int
     """How many matrices."""
@@ -183,7 +179,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class BoundView:
-    """A view bound to a shape: what goes where. Made by `View.on`."""
+    """A view with its axes checked against a shape. Made by `View.bind`."""
 
     shape: tuple[int, ...]
     """Shape of the parameter."""
@@ -216,7 +212,6 @@ class BoundView:
         if self.split is None:
             return (x[None],)
         split, axis = self.split, self.split.axis
-        assert split.heads is not None
         cuts = np.cumsum(split.sizes)[:-1].tolist()
         grouped = jnp.split(_cut(x, axis, split.groups), cuts, axis + 1)
         merged = [part.reshape(self._with_length(-1)) for part in grouped]
@@ -271,7 +266,6 @@ class BoundView:
         """Shape `[heads, ...]` of every part."""
         if self.split is None:
             return [(1, *self.shape)]
-        assert self.split.heads is not None
         parts = zip(self.split.heads, self.split.lengths, strict=True)
         return [(heads, *self._with_length(length)) for heads, length in parts]
 

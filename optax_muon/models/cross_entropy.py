@@ -1,8 +1,8 @@
-"""The loss of a large vocabulary, without its logits in memory.
+"""Cross-entropy of a large vocabulary, without its logits in memory.
 
-Of 8192 tokens and Moonlight's vocabulary of 163840 the logits alone are 5 GiB in float32, their
-gradient as much again. `cross_entropy` makes them for `BLOCK` tokens at a time, and again in the
-backward pass, from the features and the head that would have made them:
+For 8192 tokens and Moonlight's vocabulary of 163840 the logits alone are 5 GiB in float32, and
+their gradient as much again. `cross_entropy` computes them for `BLOCK` tokens at a time, and again
+in the backward pass, from the features and the output head:
 
     loss_i = log sum_v exp(z_iv) - z_i[target_i],     z = x W
     dz_iv  = (exp(z_iv - log sum_v exp(z_iv)) - [v = target_i]) dloss_i,   dx = dz W^T,  dW = x^T dz
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.models.layers import BATCH, WHOLE, there, varying
+from optax_muon.models.mesh import BATCH, FSDP_AXES, mark_varying, present_axes
 
 BLOCK = 1024
 """Tokens of a device whose logits are in memory at once: 640 MiB of float32 for Moonlight."""
@@ -29,15 +29,16 @@ def cross_entropy(
     """Cross-entropy of every token under the logits `x @ kernel`, in nats.
 
     Args:
-        x: features, `[b, t, width]`; on a mesh over `layers.BATCH`.
-        kernel: of the head, `[width, vocab]` in the dtype of `x`; on a mesh its rows lie over
-            `layers.WHOLE`, its columns over `tensor`.
+        x: features, `[b, t, hidden_size]`; on a mesh sharded over `mesh.BATCH`.
+        kernel: of the head, `[hidden_size, vocab_size]` in the dtype of `x`; on a mesh its rows are
+            sharded over `mesh.FSDP_AXES`, its columns over `tensor`.
         targets: tokens, `[b, t]` int32.
-        block: tokens of a device whose logits, `[block, vocab]` in float32, are in memory at once.
+        block: tokens of a device whose logits, `[block, vocab_size]` float32, are in memory
+            at once.
 
     Returns:
-        `[b, t]` float32, laid out as `targets`. Logits are float32, and so is the sum over tokens
-        of the kernel's gradient on a device.
+        `[b, t]` float32, sharded as `targets`. Logits are float32, and so is the kernel's gradient
+        while it is summed over the tokens of a device.
 
     >>> x, kernel, targets = jnp.ones([1, 3, 2]), jnp.zeros([2, 8]), jnp.array([[1, 7, 0]])
     >>> cross_entropy(x, kernel, targets) / jnp.log(8)
@@ -45,17 +46,17 @@ def cross_entropy(
     """
     apply = functools.partial(_on_a_device, block=block)
     if not jax.sharding.get_abstract_mesh().empty:
-        tokens = P(there(BATCH))
-        head = P(there(WHOLE), there("tensor"))
+        tokens = P(present_axes(BATCH))
+        head = P(present_axes(FSDP_AXES), present_axes("tensor"))
         apply = jax.shard_map(apply, in_specs=(tokens, head, tokens), out_specs=tokens)
     return apply(x, kernel, targets)
 
 
 def _on_a_device(x: jax.Array, kernel: jax.Array, targets: jax.Array, *, block: int) -> jax.Array:
-    """The losses of a device's tokens; its gradient of the kernel is summed once, after all."""
-    if rows := there(WHOLE):
+    """The losses of a device's tokens; the kernel's gradient is summed over devices once."""
+    if rows := present_axes(FSDP_AXES):
         kernel = jax.lax.all_gather(kernel, rows, axis=0, tiled=True)
-    kernel, x = varying(kernel, "data"), varying(x, "tensor")
+    kernel, x = mark_varying(kernel, "data"), mark_varying(x, "tensor")
     block = min(block, targets.size)
     parts = -(-targets.size // block)
 
@@ -73,7 +74,7 @@ Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 @jax.custom_vjp
 def _losses(x: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
-    """Losses `[parts, block]` of `x`, `[parts, block, width]`."""
+    """Losses `[parts, block]` of `x`, `[parts, block, hidden_size]`."""
     return _forward(x, kernel, targets)[0]
 
 
@@ -112,11 +113,11 @@ _losses.defvjp(_forward, _backward)
 
 
 def _logits(x: jax.Array, targets: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits `[block, vocab]`, of a device's part of the vocabulary, and which are the targets'."""
+    """Logits of a device's part of the vocabulary, and a mask of the targets' own logits."""
     z = jnp.einsum("nd,dv->nv", x, kernel, preferred_element_type=jnp.float32)
-    first = jax.lax.axis_index("tensor") * z.shape[-1] if there("tensor") else 0
+    first = jax.lax.axis_index("tensor") * z.shape[-1] if present_axes("tensor") else 0
     return z, (targets - first)[:, None] == jnp.arange(z.shape[-1])[None]
 
 
 def _over_tensor(reduce: Callable[[jax.Array, str], jax.Array], x: jax.Array) -> jax.Array:
-    return reduce(x, "tensor") if there("tensor") else x
+    return reduce(x, "tensor") if present_axes("tensor") else x

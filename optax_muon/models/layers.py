@@ -1,70 +1,47 @@
-"""Layers that the models share: matrices, norms, SwiGLU, rotary positions; and a mesh's axes.
-
-A model says in mesh axes where an array of its computation lies, `place(x, BATCH, None, "tensor")`,
-and runs anywhere: axes that the ambient mesh of `jax.set_mesh` lacks are left out, and without a
-mesh nothing happens. The axes are
-
-    data     sequences; parameters lie there in copies
-    fsdp     sequences, and parameters that are gathered where they are used
-    expert   as `fsdp`, but that experts lie over it and their tokens come to them
-    tensor   heads and hidden units
-"""
+"""Layers that the models share: linear, embedding, RMSNorm, SwiGLU, rotary position embedding."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+
+from optax_muon.models.mesh import Axes, constrain
 
 Rotations = tuple[jax.Array, jax.Array]
 """Cosines and sines of the rotary angles, `[1, t, 1, dim / 2]` each."""
 
-Axes = str | tuple[str, ...] | None
-"""Mesh axes that one axis of an array is cut over, major first."""
-
-BATCH = ("data", "fsdp", "expert")
-"""The mesh axes that sequences lie over."""
-
-WHOLE = ("fsdp", "expert")
-"""The mesh axes that a matrix, or a row of experts, is cut over where it is stored."""
-
 
 class Linear(nn.Module):
-    """`x @ kernel`, no bias.
-
-    Args:
-        features: columns of the kernel.
-        dtype: of the product.
-        rows: mesh axes that the kernel's rows lie over while it is used.
-        cols: the same for its columns.
-    """
+    """`x @ kernel`, without a bias."""
 
     features: int
+    """Columns of the kernel."""
     dtype: str
+    """Dtype of the product."""
     rows: Axes = None
+    """Mesh axes that the kernel's rows are sharded over while it is used."""
     cols: Axes = None
+    """Mesh axes that the kernel's columns are sharded over while it is used."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to `x`, `[.., rows]`."""
+        """Apply to `x`, `[.., rows]`: `[.., features]`."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        # Cast before it is gathered: half the bytes in bfloat16.
-        return x.astype(self.dtype) @ place(kernel.astype(self.dtype), self.rows, self.cols)
+        # Cast before the all-gather: in bfloat16 it moves half the bytes.
+        return x.astype(self.dtype) @ constrain(kernel.astype(self.dtype), self.rows, self.cols)
 
 
 class RMSNorm(nn.Module):
-    """`scale * x / sqrt(mean(x^2) + eps)`, in float32."""
+    """`scale * x / sqrt(mean(x^2) + eps)`, in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
 
     eps: float
+    """Added to the mean square under the root."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to the last axis of `x`."""
+        """Normalize the last axis of `x`; the result is float32."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         x = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
@@ -72,47 +49,44 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of a table, by token.
+    """Token embeddings."""
 
-    Args:
-        vocab: rows.
-        features: columns.
-        dtype: of what is looked up.
-    """
-
-    vocab: int
+    vocab_size: int
+    """Rows of the table."""
     features: int
+    """Columns of the table."""
     dtype: str
+    """Dtype of the embeddings that are looked up."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Look up `tokens`, `[b, t]`: `[b, t, features]`."""
+        """Embed `tokens`, `[b, t]`: `[b, t, features]`."""
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
-        table = self.param("embedding", normal, (self.vocab, self.features))
-        return place(table.astype(self.dtype), None, None)[tokens]
+        table = self.param("embedding", normal, (self.vocab_size, self.features))
+        return constrain(table.astype(self.dtype), None, None)[tokens]
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202, Eq. 6).
-
-    Args:
-        hidden: features of gate and up.
-        dtype: of the products.
-    """
+    """`down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202, Eq. 6)."""
 
     hidden: int
+    """Features of gate and up."""
     dtype: str
+    """Dtype of the products."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to `x`, `[b, t, width]`."""
+        """Apply to `x`, `[b, t, hidden_size]`."""
         gate = Linear(self.hidden, self.dtype, cols="tensor", name="gate_proj")(x)
         up = Linear(self.hidden, self.dtype, cols="tensor", name="up_proj")(x)
         return Linear(x.shape[-1], self.dtype, rows="tensor", name="down_proj")(nn.silu(gate) * up)
 
 
 def rotations(dim: int, theta: float, length: int, dtype: str) -> Rotations:
-    """Cosines and sines `[1, length, 1, dim / 2]` of `position * theta ** (-2 i / dim)`."""
+    """Cosines and sines of `position * theta ** (-2 i / dim)`, `[1, length, 1, dim / 2]` each.
+
+    (Su et al., RoFormer, arXiv 2104.09864, section 3.2.2.)
+    """
     exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), theta**-exponents)
     angles = angles[None, :, None, :]
@@ -120,47 +94,16 @@ def rotations(dim: int, theta: float, length: int, dtype: str) -> Rotations:
 
 
 def rotate(x: jax.Array, rotations: Rotations) -> jax.Array:
-    """Turn feature pairs `(i, i + h/2)` of `x`, `[b, t, heads, h]`, by their position's angles."""
+    """Rotate the feature pairs `(i, i + h/2)` of `x`, `[b, t, heads, h]`, by their angles."""
     cos, sin = rotations
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def deinterleave(x: jax.Array) -> jax.Array:
-    """Bring the pairs `(2 i, 2 i + 1)` of the last axis to `(i, i + h/2)`, as `rotate` wants them.
+    """Move the pairs `(2 i, 2 i + 1)` of the last axis to `(i, i + h/2)`, as `rotate` needs them.
 
     >>> deinterleave(jnp.arange(6)).tolist()
     [0, 2, 4, 1, 3, 5]
     """
     return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
-
-
-def place(x: jax.Array, *axes: Axes) -> jax.Array:
-    """Say where `x` lies on the ambient mesh, one entry for each of its axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*(there(entry) for entry in axes)))
-
-
-def there(axes: Axes) -> tuple[str, ...] | None:
-    """Of these mesh axes, those that the ambient mesh has; None if it has none of them."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in names if name in mesh.axis_names) or None
-
-
-def varying(x: jax.Array, axes: Axes) -> jax.Array:
-    """Inside `shard_map`: an `x` that is equal along these mesh axes, as if it differed.
-
-    Its gradient is summed over them here, once, and not wherever `x` is used, such as in a loop.
-    """
-    names = there(axes)
-    return jax.lax.pcast(x, names, to="varying") if names else x
-
-
-def automatic(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
-    """The function with Explicit mesh axes Auto inside, its results on the specs `out`."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.sharding.auto_axes(function, out_sharding=out)

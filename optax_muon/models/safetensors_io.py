@@ -1,9 +1,9 @@
 """Parameters in one safetensors file, written and read in pieces.
 
 A leaf of a scanned model stacks what a checkpoint keeps in hundreds of tensors, up to ten gigabytes
-of them. So the file is laid out first, from shapes alone, and each piece is written where it
-belongs; and whoever reads it takes the slices that its devices hold. The format is that of the
-library `safetensors`: eight bytes for the length of a JSON header, the header, the arrays.
+of them. So the file is laid out first, from shapes alone, and each piece is written to its place; a
+reader takes only the slices that its devices hold. The format is that of the `safetensors` library:
+eight bytes for the length of a JSON header, the header, the arrays.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-
-from optax_muon.errors import UsageError
 
 DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
@@ -35,7 +32,7 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """What a header says of an array."""
+    """An array as the header describes it."""
 
     shape: tuple[int, ...]
     """Its shape."""
@@ -57,7 +54,7 @@ class Writer:
             start, end = end, end + entry.nbytes
             header[name] = {**entry._asdict(), "data_offsets": [start, end]}
         text = json.dumps(header)
-        text += " " * (-len(text) % 8)  # the format wants its arrays aligned
+        text += " " * (-len(text) % 8)  # aligns the arrays, as the format asks
         self._entries = dict(entries)
         self._starts = {
             name: 8 + len(text) + row["data_offsets"][0] for name, row in header.items()
@@ -66,19 +63,14 @@ class Writer:
         self._file.write(len(text).to_bytes(8, "little") + text.encode())
         self._file.truncate(8 + len(text) + end)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def write(self, name: str, index: tuple[int, ...], array: np.ndarray) -> None:
-        """Write what lies at `index`, along the leading axes, of an array."""
+        """Write the part of an array at `index` along its leading axes."""
         entry, axes = self._entries[name], len(index)
         assert (array.shape, array.dtype) == (entry.shape[axes:], DTYPES[entry.dtype]), name
         place = int(np.ravel_multi_index(index, entry.shape[:axes])) if index else 0
@@ -101,11 +93,11 @@ def load(path: Path, shardings: Any = None) -> dict[str, Any]:
 
     Args:
         path: the file.
-        shardings: a tree of shardings of the same structure; each device's slice alone is read.
-            None puts everything on the first device.
+        shardings: a tree of shardings of the same structure; only the slices of this process's
+            devices are read. None puts everything on the first device.
 
     Raises:
-        UsageError: when there is no such file or it is no safetensors file.
+        ValueError: the file is missing or not a safetensors file.
     """
     tree: dict[str, Any] = {}
     with _opened(path) as file:
@@ -121,18 +113,18 @@ def load(path: Path, shardings: Any = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def folder_at_once(target: Path) -> Iterator[Path]:
-    """A new folder to write into, which becomes `target` at the end, or disappears on an error.
+    """A temporary folder to write into: renamed to `target` at the end, deleted on an error.
 
     Raises:
-        UsageError: when `target` exists.
+        ValueError: `target` exists.
     """
     if target.exists():
-        raise UsageError(f"{target} exists; give a folder that does not")
+        raise ValueError(f"{target} exists; give a folder that does not")
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield draft
-        draft.chmod(0o755)  # mkdtemp lets nobody else in
+        draft.chmod(0o755)  # mkdtemp allows the owner only
         draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -142,7 +134,7 @@ def _opened(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="np")
     except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+        raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def _array(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -1,60 +1,105 @@
-"""A model as training sees it: one small hashable object for a Llama or a Moonlight of some sizes.
+"""What a model offers to training, and the registry of models.
 
-The loop, the checkpoints and the commands know nothing else of a model. `model` makes the object
-of a config, `model_of` of a run's `config.json`. On a mesh all of it runs under `jax.set_mesh`,
-parameters lying as `shardings` says:
+The training loop, the checkpoints and the commands know a model through `Model` alone: a small
+hashable object made of a config. A new model is one class that satisfies `Model` and one
+`ModelSpec` passed to `register`. On a mesh all of it runs under `jax.set_mesh`, parameters sharded
+as `shardings` says:
 
-    whole matrices     rows over `fsdp` and `expert` together; heads and hidden units over `tensor`
-    experts            over `expert`, their rows over `fsdp`
-    tokens             sequences over `data`, `fsdp` and `expert`; axes that the mesh lacks left out
+    matrices    rows over `fsdp` and `expert` together; heads and hidden features over `tensor`
+    experts     over `expert`, their rows over `fsdp`
+    tokens      sequences over `data`, `fsdp` and `expert`; axes that the mesh lacks are dropped
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import optax_muon
-from optax_muon.errors import UsageError
-from optax_muon.models import llama, moonlight
-from optax_muon.models.abstract import laid_out
-from optax_muon.models.layers import BATCH, WHOLE, Axes, automatic, place, there
-from optax_muon.models.llama import Llama, LlamaConfig
-from optax_muon.models.moonlight.model import ForwardStats, Moonlight, MoonlightConfig
+from optax_muon.models.abstract import Tree
 
-Config = LlamaConfig | MoonlightConfig
-"""The sizes of a model; which of the two it is says which model."""
+
+class Config(Protocol):
+    """The sizes of a model: a frozen dataclass with at least these fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of the residual stream."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder blocks."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of one training sequence."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; 256 when they are bytes."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the matrix products."""
+
+
+class ForwardStats(NamedTuple):
+    """Statistics of a forward pass; XLA removes those that are not used."""
+
+    max_logits: jax.Array
+    """Largest attention logit of each head, `[num_hidden_layers, num_attention_heads]` float32."""
+    high_logits: jax.Array
+    """Share of each head's unmasked logits above `moonlight.HIGH_LOGIT`, the same shape."""
+    load: jax.Array
+    """Number of tokens routed to each expert, `[num_moe_layers, n_routed_experts]` int32."""
+    entropy: jax.Array
+    """Mean entropy of the router's normalized scores, in nats, `[num_moe_layers]` float32."""
 
 
 class Model(Protocol):
-    """What training asks of a model; equal configs make equal models, so a step compiles once."""
+    """A model as training sees it; models of equal configs are equal, so a step compiles once."""
 
     @property
-    def config(self) -> Config:
-        """The sizes."""
+    def config(self) -> Any:
+        """The sizes, a `Config`."""
 
     @property
     def kind(self) -> str:
         """Its name for people: Llama, Moonlight."""
 
+    @property
+    def has_router(self) -> bool:
+        """Whether tokens are routed to experts, and `zero_bias` is an array of their biases."""
+
+    @property
+    def reports_logits(self) -> bool:
+        """Whether its `ForwardStats` hold attention logits, as `optax_muon.qk_clip` needs them."""
+
+    @property
+    def huggingface_type(self) -> str | None:
+        """`model_type` of the Hugging Face checkpoints it can be stored as; None if of none."""
+
     def init(self, key: jax.Array) -> optax.Params:
-        """Parameters before training, float32."""
+        """Initial parameters, float32."""
 
     def zero_bias(self) -> jax.Array | None:
-        """Router biases before training, `[moe_depth, experts]` float32; None without a router."""
+        """Initial router biases, `[num_moe_layers, n_routed_experts]` float32, or None."""
 
     def forward(
         self, params: optax.Params, tokens: jax.Array, bias: jax.Array | None = None
     ) -> tuple[jax.Array, ForwardStats | None]:
-        """Logits `[b, t, vocab]` float32 of tokens `[b, t]`, and the report of a model with one."""
+        """Logits `[b, t, vocab_size]` float32 of tokens `[b, t]`, and the statistics, if any."""
 
     def losses(
         self,
@@ -63,22 +108,29 @@ class Model(Protocol):
         targets: jax.Array,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, ForwardStats | None]:
-        """Cross-entropy of targets `[b, t]` under the logits, `[b, t]` nats, and the report."""
+        """Cross-entropy of targets `[b, t]` under the logits, `[b, t]` nats, and the statistics."""
+
+    def metrics(self, stats: Any) -> dict[str, jax.Array]:
+        """What a training log records of the statistics, by name; empty if there are none."""
+
+    @property
+    def abstract_params(self) -> Tree:
+        """Shape and mesh axes of every parameter."""
 
     def shardings(self, mesh: Mesh) -> optax.Params:
         """A `NamedSharding` for every parameter."""
 
     @property
     def per_head_views(self) -> dict[str, optax_muon.View]:
-        """Views that give Muon a matrix per head, where role alone gives it one per layer."""
+        """Views that give Muon one matrix per head, where the default is one per layer."""
 
     @property
     def attentions(self) -> tuple[optax_muon.MHA | optax_muon.MLA, ...]:
-        """Where the heads lie, for `qk_clip`; in the order of the rows of `max_logits`."""
+        """Where the heads are, for `qk_clip`; in the order of the rows of `max_logits`."""
 
     @property
     def active(self) -> int:
-        """Parameters that a token is multiplied with: the embedding and idle experts left out."""
+        """Parameters that multiply a token: the embedding and the experts not chosen left out."""
 
     @property
     def attended(self) -> int:
@@ -86,199 +138,78 @@ class Model(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaModel:
-    """The Llama of these sizes.
+class ModelSpec:
+    """A row of the registry: one kind of model."""
 
-    >>> model = LlamaModel(LlamaConfig(width=16, depth=2, heads=2, kv_heads=1, mlp=32, context=8))
-    >>> logits, report = model.forward(model.init(jax.random.key(0)), jnp.zeros([1, 8], jnp.int32))
-    >>> logits.shape, report, model.zero_bias()
-    ((1, 8, 256), None, None)
+    name: str
+    """Its key in `REGISTRY`."""
+    config: type[Any]
+    """Its config, a frozen dataclass that satisfies `Config`."""
+    build: Callable[[Any], Model]
+    """Makes the model of a config."""
+    configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Published and small sizes by name; names are unique in the whole registry."""
+
+
+REGISTRY: dict[str, ModelSpec] = {}
+"""The models by name."""
+
+
+def register(row: ModelSpec) -> None:
+    """Add a kind of model.
+
+    Raises:
+        ValueError: its name or one of its configs' names is taken.
     """
-
-    config: LlamaConfig
-    """The sizes."""
-    kind = "Llama"
-
-    def init(self, key: jax.Array) -> optax.Params:
-        """See `Model`."""
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return self._initial(key)
-        specs = jax.tree.map(lambda leaf: leaf.on(mesh).sharding.spec, self._leaves)
-        return automatic(self._initial, specs)(key)
-
-    def zero_bias(self) -> None:
-        """See `Model`."""
-        return None
-
-    def forward(
-        self, params: optax.Params, tokens: jax.Array, bias: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
-        """See `Model`."""
-        del bias
-
-        def apply(params: optax.Params, tokens: jax.Array) -> jax.Array:
-            tokens = place(tokens, BATCH, None)
-            return place(llama.logits(Llama(self.config), params, tokens), BATCH, None, None)
-
-        return automatic(apply, P(there(BATCH)))(params, tokens), None
-
-    def losses(
-        self,
-        params: optax.Params,
-        tokens: jax.Array,
-        targets: jax.Array,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
-        """See `Model`."""
-        scores, _ = self.forward(params, tokens)
-        entropy = optax.softmax_cross_entropy_with_integer_labels
-        return automatic(entropy, P(there(BATCH)))(scores, targets), None
-
-    def shardings(self, mesh: Mesh) -> optax.Params:
-        """See `Model`."""
-        return jax.tree.map(lambda leaf: leaf.on(mesh).sharding, self._leaves)
-
-    @property
-    def per_head_views(self) -> dict[str, optax_muon.View]:
-        """See `Model`."""
-        heads = self.config.heads, self.config.kv_heads, self.config.kv_heads
-        return {
-            f"*/{name}/kernel": optax_muon.View(
-                -2, -1, optax_muon.Split.equal(-1, count * self.config.head_dim, parts=count)
-            )
-            for name, count in zip(("q_proj", "k_proj", "v_proj"), heads, strict=True)
-        }
-
-    @property
-    def attentions(self) -> tuple[optax_muon.MHA]:
-        """See `Model`."""
-        return (llama.attentions(self.config),)
-
-    @property
-    def active(self) -> int:
-        """See `Model`."""
-        config = self.config
-        lookups = 0 if config.tie else config.vocab * config.width
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._leaves)) - lookups
-
-    @property
-    def attended(self) -> int:
-        """See `Model`."""
-        return self.config.depth * 2 * self.config.width
-
-    def _initial(self, key: jax.Array) -> optax.Params:
-        return Llama(self.config).init(key, jnp.zeros([1, 1], jnp.int32))["params"]
-
-    @property
-    def _leaves(self) -> Any:
-        """Every parameter's shape and spec."""
-        shapes = jax.eval_shape(automatic(self._initial, P()), jax.eval_shape(jax.random.key, 0))
-        return laid_out(shapes, _LLAMA_SPECS)
+    taken = {row.name} & REGISTRY.keys() or row.configs.keys() & named_configs().keys()
+    if taken:
+        raise ValueError(f"{', '.join(sorted(taken))} is registered already; choose another name")
+    REGISTRY[row.name] = row
 
 
-@dataclasses.dataclass(frozen=True)
-class MoonlightModel:
-    """The Moonlight of these sizes.
+def named_configs() -> dict[str, Any]:
+    """Every registered size by name.
 
-    >>> model = MoonlightModel(moonlight.CONFIGS["moonlight-tiny"])
-    >>> model.zero_bias().shape
-    (3, 8)
+    >>> named_configs()["llama3-8b"].hidden_size
+    4096
     """
-
-    config: MoonlightConfig
-    """The sizes."""
-    kind = "Moonlight"
-
-    def init(self, key: jax.Array) -> optax.Params:
-        """See `Model`."""
-        return moonlight.init(Moonlight(self.config), key)
-
-    def zero_bias(self) -> jax.Array:
-        """See `Model`."""
-        return moonlight.zero_bias(self.config)
-
-    def forward(
-        self, params: optax.Params, tokens: jax.Array, bias: jax.Array | None = None
-    ) -> tuple[jax.Array, ForwardStats]:
-        """See `Model`."""
-        return moonlight.forward(Moonlight(self.config), params, tokens, bias)
-
-    def losses(
-        self,
-        params: optax.Params,
-        tokens: jax.Array,
-        targets: jax.Array,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, ForwardStats]:
-        """See `Model`."""
-        return moonlight.losses(Moonlight(self.config), params, tokens, targets, bias)
-
-    def shardings(self, mesh: Mesh) -> optax.Params:
-        """See `Model`."""
-        return moonlight.shardings(self.config, mesh)
-
-    @property
-    def per_head_views(self) -> dict[str, optax_muon.View]:
-        """See `Model`."""
-        return moonlight.per_head_views(self.config)
-
-    @property
-    def attentions(self) -> tuple[optax_muon.MLA, ...]:
-        """See `Model`."""
-        return moonlight.attentions(self.config)
-
-    @property
-    def active(self) -> int:
-        """See `Model`."""
-        head = self.config.vocab * self.config.width
-        return moonlight.count(self.config).active + head
-
-    @property
-    def attended(self) -> int:
-        """See `Model`."""
-        config = self.config
-        return config.depth * config.heads * (config.qk_dim + config.v_dim)
+    return {name: config for row in REGISTRY.values() for name, config in row.configs.items()}
 
 
 def model(config: Config) -> Model:
-    """The model of these sizes.
+    """The model of a config.
 
-    >>> model(moonlight.CONFIGS["moonlight-tiny"]).kind
+    Raises:
+        TypeError: the config is of no registered model.
+
+    >>> model(named_configs()["moonlight-tiny"]).kind
     'Moonlight'
     """
-    if isinstance(config, LlamaConfig):
-        return LlamaModel(config)
-    return MoonlightModel(config)
+    for row in REGISTRY.values():
+        if type(config) is row.config:
+            return row.build(config)
+    accepted = ", ".join(row.config.__name__ for row in REGISTRY.values())
+    raise TypeError(f"{type(config).__name__} is no model's config; accepted are {accepted}")
 
 
 def model_of(config: Mapping[str, Any]) -> Model:
-    """The model of a run's `config.json`.
+    """The model of a `config.json`.
 
     Args:
         config: `{"setup": {"model": sizes}}` of a training run, or `{"model": sizes}` of a folder
             that `import-hf` has made.
 
     Raises:
-        UsageError: when the sizes are no model's.
+        ValueError: the sizes have the keys of no registered model.
 
-    >>> sizes = dataclasses.asdict(moonlight.CONFIGS["moonlight-tiny"])
+    >>> sizes = dataclasses.asdict(named_configs()["moonlight-tiny"])
     >>> model_of({"setup": {"model": sizes}}) == model_of({"model": sizes, "huggingface": {}})
     True
     """
     sizes = config.get("setup", config).get("model")
-    for kind in (LlamaConfig, MoonlightConfig):
-        names = {field.name for field in dataclasses.fields(kind)}
+    for row in REGISTRY.values():
+        names = {field.name for field in dataclasses.fields(row.config)}
         if isinstance(sizes, Mapping) and sizes.keys() == names:
-            return model(kind(**sizes))
-    raise UsageError("the config holds the sizes of neither a Llama nor a Moonlight")
-
-
-_LLAMA_SPECS: dict[str, tuple[Axes, ...]] = {
-    "embedding": ("tensor", WHOLE),
-    "o_proj/kernel": ("tensor", WHOLE),
-    "down_proj/kernel": ("tensor", WHOLE),
-    "kernel": (WHOLE, "tensor"),
-    "scale": (None,),
-}
-"""Mesh axes of a parameter's own axes, by the end of its path; the first that fits decides."""
+            return row.build(row.config(**sizes))
+    kinds = ", ".join(REGISTRY)
+    raise ValueError(f"the config's sizes have the keys of none of these models: {kinds}")

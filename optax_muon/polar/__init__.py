@@ -1,8 +1,8 @@
-"""Pure mathematics on matrices [..., m, n]: the orthogonal factor, and what measures it.
+"""Pure mathematics on matrices [..., m, n]: the orthogonal polar factor and its measures.
 
 `newton_schulz` is the iteration of Muon, `gram_newton_schulz` the same polynomial for elongated
-matrices, `polar_svd` the truth. Tables of coefficients are data with their sources. Nothing in
-this room knows of parameters, meshes or optimizers.
+matrices, `polar_svd` the exact factor. Tables of coefficients are data with their sources. Nothing
+in this room knows of parameters, meshes or optimizers.
 """
 
 from optax_muon.polar.coefficients import (

@@ -1,8 +1,8 @@
-r"""The exact polar factor, by a decomposition: the truth that the iterations approach.
+r"""The exact polar factor by a singular value decomposition, which the iterations approximate.
 
 $X = U \Sigma V^T \mapsto U V^T$, the nearest matrix with orthonormal rows or columns. It costs
-tens of matrix products and no accelerator likes it, so it is for tests, plots and small matrices;
-training uses `newton_schulz.py`.
+as much as tens of matrix products and is slow on accelerators, so it is for tests, plots and small
+matrices; training uses `newton_schulz.py`.
 """
 
 import jax
@@ -16,7 +16,7 @@ __all__ = ["polar_svd"]
 
 
 def polar_svd(x: ArrayLike, /) -> jax.Array:
-    r"""Set every singular value of each matrix to 1, and leave its null directions at 0.
+    r"""Set every nonzero singular value of each matrix to 1.
 
     $U \Sigma V^T \mapsto \sum_{\sigma_i > \epsilon} u_i v_i^T$.
 
@@ -38,7 +38,7 @@ def polar_svd(x: ArrayLike, /) -> jax.Array:
         ValueError: `x` has fewer than two axes.
         TypeError: `x` is not floating point.
 
-    Source: the polar decomposition; Higham, Functions of Matrices, 2008, chapter 8.
+    Source: Higham, Functions of Matrices, 2008, chapter 8.
     """
     x = as_matrices(x)
     u, sigma, vh = jnp.linalg.svd(normalize(x), full_matrices=False)

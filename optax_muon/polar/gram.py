@@ -94,7 +94,7 @@ class Gram:
         """Send wide matrices [..., m, n] of norm below 1 through the steps.
 
         Raises:
-            ValueError: there are no more steps than the restarts say.
+            ValueError: The restarts do not fit the number of steps.
         """
         y = x
         for span in self._spans(rows):
@@ -105,7 +105,7 @@ class Gram:
         return y
 
     def _spans(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        """The steps that one Gram matrix serves, span by span."""
+        """Group the steps by the Gram matrix that serves them."""
         bounds = (0, *map(operator.index, self.restarts), len(rows))
         spans = list(itertools.pairwise(bounds))
         if any(start >= stop for start, stop in spans):

@@ -1,4 +1,4 @@
-r"""Four numbers that say what a matrix, or an update, is like.
+r"""Four numbers that describe a matrix or an update.
 
 How orthogonal (`orthogonality_error`), how large per entry (`update_rms`), how evenly spread over
 directions (`svd_entropy`), and over how many (`stable_rank`). Each maps [..., m, n] to [...] in
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from optax_muon.polar.normalize import as_matrices, largest_entry, normalize
 from optax_muon.polar.precision import adjoint, at_least_float32, identity_like, outer_product
 
-__all__ = ["orthogonality_error", "stable_rank", "svd_entropy", "update_rms"]
+__all__ = ["orthogonality_error", "singular_values", "stable_rank", "svd_entropy", "update_rms"]
 
 
 def orthogonality_error(x: ArrayLike, /) -> jax.Array:
@@ -61,6 +61,23 @@ def update_rms(x: ArrayLike, /) -> jax.Array:
     peak = largest_entry(x)
     square = jnp.mean((jnp.abs(x) / peak) ** 2, axis=(-2, -1))
     return (peak[..., 0, 0] * jnp.sqrt(square)).astype(jnp.float32)
+
+
+def singular_values(x: ArrayLike, /) -> jax.Array:
+    r"""Return the singular values divided by the largest, descending.
+
+    >>> import jax.numpy as jnp
+    >>> print(singular_values(jnp.diag(jnp.array([1.0, 4.0, 2.0]))))
+    [1.   0.5  0.25]
+
+    Args:
+        x: Matrices [..., m, n].
+
+    Returns:
+        Values [..., min(m, n)], float32 or wider; zeros for a zero matrix.
+    """
+    values = _normalized_values(x)
+    return values / jnp.maximum(values[..., :1], jnp.finfo(jnp.float32).tiny)
 
 
 def svd_entropy(x: ArrayLike, /) -> jax.Array:
@@ -109,5 +126,10 @@ def stable_rank(x: ArrayLike, /) -> jax.Array:
 
 def _energies(x: ArrayLike) -> jax.Array:
     """Return the share of each singular value in the squared norm; zeros for a zero matrix."""
-    squares = jnp.linalg.svd(normalize(as_matrices(x)), compute_uv=False) ** 2
+    squares = _normalized_values(x) ** 2
     return squares / jnp.maximum(jnp.sum(squares, -1, keepdims=True), 0.5)
+
+
+def _normalized_values(x: ArrayLike) -> jax.Array:
+    """Return the singular values of the normalized matrix; XLA shares equal decompositions."""
+    return jnp.linalg.svd(normalize(as_matrices(x)), compute_uv=False)

@@ -86,7 +86,7 @@ class _Iteration:
         """Count the work on one float32 matrix.
 
         Args:
-            m: Rows, the short side.
+            m: Rows. A tall matrix counts as its transpose, which is what is computed.
             n: Columns.
             devices: How many devices the columns lie on.
             platform: `tpu`, `gpu` or `cpu`.
@@ -97,6 +97,7 @@ class _Iteration:
         Raises:
             ValueError: `platform` is unknown.
         """
+        m, n = sorted((m, n))
         dtype = compute_dtype(self.dtype, jnp.float32, platform)
         form = self.form_for(m, n, dtype=dtype, platform=platform, devices=devices)
         return form.count(m, n, self.rows, devices)

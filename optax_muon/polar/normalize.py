@@ -1,4 +1,4 @@
-r"""What every function here does first: check that it got matrices, and take away their scale.
+r"""The first step of every function here: check the input, and remove its scale.
 
 Gradients come in every size, and the polynomial of `newton_schulz.py` needs singular values
 between 0 and 1. The Frobenius norm bounds the largest one; dividing by the largest entry before

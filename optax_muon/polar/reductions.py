@@ -1,10 +1,10 @@
 r"""Matrices whose columns lie on several devices.
 
-With $X = [X_1 \dots X_d]$, a device holding $X_i$, the Gram matrix is a sum over the devices,
-$X X^T = \sum_i X_i X_i^T$, and so is the squared norm; all that follows is m x m, and the last
-product is local again. What a device needs of the others is here, and nothing else in this package
-knows that there are others. Who they are is the caller's affair: inside `shard_map`, a mesh axis or
-a part of one.
+With $X = [X_1 \dots X_d]$, one $X_i$ per device, the Gram matrix is a sum over the devices,
+$X X^T = \sum_i X_i X_i^T$, and so is the squared norm. Everything after that is m x m, and the last
+product is local again. `ColumnShards` holds all the communication, and nothing else in this room
+knows of other devices. The caller provides it: inside `shard_map` it is a mesh axis or a part of
+one.
 """
 
 from typing import Protocol
@@ -19,23 +19,23 @@ class ColumnShards(Protocol):
 
     @property
     def size(self) -> int:
-        """How many devices."""
+        """Number of devices."""
 
     def index(self) -> jax.Array:
-        """This device's number among them: int32 []."""
+        """Index of this device among them: int32 []."""
 
     def psum(self, x: jax.Array) -> jax.Array:
         """Sum over the devices."""
 
     def pmax(self, x: jax.Array) -> jax.Array:
-        """Largest over the devices."""
+        """Maximum over the devices."""
 
     def all_gather(self, x: jax.Array) -> jax.Array:
-        """Collect [...] of all devices, by number: [size, ...]."""
+        """Gather [...] of all devices, in the order of their indices: [size, ...]."""
 
 
 class _AllColumns:
-    """All columns are here."""
+    """All columns are on this device."""
 
     size = 1
 
@@ -53,7 +53,7 @@ class _AllColumns:
 
 
 ALL_COLUMNS: ColumnShards = _AllColumns()
-"""All columns are here: nothing is asked of other devices."""
+"""All columns are on this device, so nothing is communicated."""
 
 
 def local_rows(gram: jax.Array, column_shards: ColumnShards) -> jax.Array:
@@ -66,7 +66,7 @@ def local_rows(gram: jax.Array, column_shards: ColumnShards) -> jax.Array:
 
 
 def gather_rows(share: jax.Array, column_shards: ColumnShards) -> jax.Array:
-    """Return [..., m, m] of which every device has made `local_rows`."""
+    """Gather [..., m, m], of which every device has computed its `local_rows`."""
     if share.shape[-2] == share.shape[-1]:
         return share
     shares = jnp.moveaxis(column_shards.all_gather(share), 0, -3)

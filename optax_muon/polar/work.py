@@ -1,4 +1,4 @@
-"""What an evaluation costs one device, counted before it is traced."""
+"""The work of an evaluation on one device, counted before anything is traced."""
 
 import dataclasses
 
@@ -14,4 +14,4 @@ class Work:
     gathers: int = 0
     """Matrices [m, m] that the devices compute by rows each, gathered in the compute dtype."""
     form: str = ""
-    """The form of the evaluation, for people."""
+    """Name of the form, as plans print it."""

@@ -6,7 +6,7 @@ reshapes and transposes. Copies are not moved in: each device takes its share of
 has, and all of them gather the results.
 
 The shapes in the comments are those of 16 matrices (256 x 1024) with rows over `fsdp=4` and columns
-over `tp=2`: eight homes, each of which owns two whole matrices.
+over `tensor=2`: eight homes, each of which owns two whole matrices.
 
 The devices of an exchange are numbered by digits, one or two per mesh axis: which home, and which
 sharer of the home. To the sender a digit says where to: a run of matrices, or of columns. To the

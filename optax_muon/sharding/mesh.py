@@ -156,7 +156,7 @@ def _given(leaves: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
         return {}
     tree = shardings(dict(leaves)) if callable(shardings) else shardings
     entries = paths.named_leaves(tree, is_leaf=_is_sharding)
-    covers = {path: paths.covering(entries, path) for path in leaves}
+    covers = {path: paths.longest_prefix(entries, path) for path in leaves}
     for path, entry in covers.items():
         if entry is None:
             raise ValueError(

@@ -106,12 +106,10 @@ def shard_leaf(path: str, bound: BoundView, spec: Spec, sizes: Mapping[str, int]
 
 def _holds_whole_heads(split: Split, ways: int) -> bool:
     """Whether every device holds whole heads of a single part."""
-    assert split.heads is not None
     return len(split.sizes) == 1 and split.groups == 1 and split.heads[0] % ways == 0
 
 
 def _local_heads(split: Split, ways: int) -> Split:
-    assert split.heads is not None
     return Split(split.axis, (split.sizes[0] // ways,), (split.heads[0] // ways,))
 
 

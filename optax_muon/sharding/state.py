@@ -91,7 +91,7 @@ def zero1_shardings(
     entries = paths.named_leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
     found: dict[str, NamedSharding] = {}
     for path, leaf in paths.named_leaves(params).items():
-        entry = paths.covering(entries, path)
+        entry = paths.longest_prefix(entries, path)
         if entry is None or not isinstance(entries[entry], NamedSharding):
             raise ValueError(
                 f"shardings has no NamedSharding for {path!r}; give every parameter one."

@@ -7,7 +7,6 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -19,54 +18,51 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from optax_muon import checkpoint
 from optax_muon.errors import UsageError
-from optax_muon.training.loop import State
+from optax_muon.training.state import State
 
-POSITION = "position"
-"""The item that says where a run is beyond its arrays."""
+_POSITION = "position"
+"""The item that holds the position in the data: for people and other programs."""
 
 _DROPPED = "dropped"
-"""The folder that a step no longer kept is moved to: a kill while files are deleted one by one
-would else leave half a step among the whole ones."""
+"""The folder that a step is moved to before its files are deleted one by one: a kill meanwhile
+would otherwise leave an incomplete step among the whole ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RetentionPolicy:
-    """Which checkpoints stay: the newest, and every n-th step for good.
-
-    Attributes:
-        last: how many of the newest stay.
-        every: steps divisible by it stay, as the paper's intermediate checkpoints; None: no others.
-    """
+    """Which checkpoints are kept: the newest, and every n-th step for good."""
 
     last: int = 2
+    """How many of the newest are kept."""
     every: int | None = None
+    """Steps divisible by it are kept too, as the paper's intermediate checkpoints; None: none."""
 
     def __post_init__(self) -> None:
-        """Refuse what keeps nothing."""
+        """Refuse a policy that keeps nothing."""
         for name in ("last", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"Keep: {name} is {value}, it must be at least 1")
+                raise UsageError(f"RetentionPolicy: {name} is {value}, it must be at least 1")
 
     @property
     def policy(self) -> policies.PreservationPolicy:
-        """As orbax wants it."""
+        """As orbax takes it."""
         newest = [policies.LatestN(self.last)]
         others = [policies.EveryNSteps(self.every)] if self.every else []
         return policies.AnyPreservationPolicy([*newest, *others])
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The saved states of one trial, by step, each with its description and its position.
 
-    Saving goes on in the background; leaving the context waits for it. A step is there whole or not
-    at all, however the process ends.
+    Saving runs in the background; leaving the context waits for it. A step is complete or absent,
+    however the process ends.
 
     Args:
         path: the folder of the steps.
-        keep: which steps stay.
-        settings: what has to be the same to go on, as `optax_muon.checkpoint.describe` takes it;
-            None does not ask.
+        keep: which steps are kept.
+        settings: what must be the same to resume, as `optax_muon.checkpoint.describe` takes it;
+            None compares nothing.
     """
 
     def __init__(
@@ -86,12 +82,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._has_written:
             self._clear()
         self._manager.close()
@@ -113,16 +104,16 @@ class Checkpoints:
         Args:
             step: steps done.
             state: what training changes; it may be donated as soon as this returns.
-            position: where the run is beyond that, as `describe` takes settings: tokens seen, the
+            position: where the run is in its data, as `describe` takes settings: tokens seen, the
                 seed or key that data and randomness come from.
         """
         if step not in self._manager.all_steps():
             self._clear()
             self._has_written = True
             args = checkpoint.save_args(state._asdict(), self._settings)
-            place = ocp.args.JsonSave(checkpoint.plain({"step": step, **(position or {})}))
-            args = ocp.args.Composite(**dict(args.items()), **{POSITION: place})
-            # Without force, orbax passes over steps before the newest in silence.
+            place = ocp.args.JsonSave(checkpoint.to_json({"step": step, **(position or {})}))
+            args = ocp.args.Composite(**dict(args.items()), **{_POSITION: place})
+            # Without force, orbax silently skips steps older than the newest.
             self._manager.save(step, args=args, force=True)
 
     def restore(self, like: State, step: int | None = None) -> State:
@@ -134,8 +125,8 @@ class Checkpoints:
             step: which one; None is the newest.
 
         Raises:
-            UsageError: when there is no such step, files of it are damaged, or another optimizer,
-                model or other settings made it; the message says what differs.
+            UsageError: when there is no such step, its files are damaged, or it was made by another
+                optimizer, model or other settings; the message says what differs.
         """
         return type(like)(**self._restore(like._asdict(), self._step(step)))
 
@@ -144,7 +135,7 @@ class Checkpoints:
 
         Args:
             step: after how many steps; None is the newest.
-            like: where they are to lie, as `restore` takes it; None is the first device.
+            like: where to put them, as `restore` takes it; None is the first device.
 
         Raises:
             UsageError: as `restore`.
@@ -153,8 +144,8 @@ class Checkpoints:
         shapes = like if like is not None else _tree(self.shapes(step)["params"])
         return self._restore({"params": shapes}, step)["params"]
 
-    def some(self, like: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
-        """Some of a state's parts alone, such as its parameters and router biases.
+    def restore_items(self, like: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
+        """Restore some parts of a state alone, such as its parameters and router biases.
 
         Args:
             like: each part by its name in the state, as `restore` takes it.
@@ -178,7 +169,7 @@ class Checkpoints:
         }
 
     def array(self, part: str, path: str, step: int | None = None) -> np.ndarray:
-        """One array alone, on the host: memory stays near its size, whatever the state's.
+        """One array alone, on the host: needs about its size in memory, whatever the state's.
 
         Args:
             part: of the state, such as `params`.
@@ -197,18 +188,18 @@ class Checkpoints:
         return jax.tree.leaves(found)[0]
 
     def position(self, step: int | None = None) -> dict[str, Any]:
-        """Where the run was: what `save` was given, and `step`; None is the newest.
+        """The position in the data: what `save` was given, and `step`; None is the newest.
 
         Raises:
             UsageError: as `restore`.
         """
-        args = ocp.args.Composite(**{POSITION: ocp.args.JsonRestore()})
-        return self._read(self._step(step), args)[POSITION]
+        args = ocp.args.Composite(**{_POSITION: ocp.args.JsonRestore()})
+        return self._read(self._step(step), args)[_POSITION]
 
     def _clear(self) -> None:
-        """Delete steps that are not kept, and half ones of a killed process.
+        """Delete steps that are not kept, and incomplete ones of a killed process.
 
-        Only who writes may: for others a half step may be one that is being written.
+        Only a writer may: to a reader, an incomplete step may be one that is being written.
         """
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
@@ -224,7 +215,7 @@ class Checkpoints:
             checkpoint.check(self._description(step), here, str(self.path / str(step)))
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return checkpoint.restored(self._read(step, checkpoint.restore_args(like)), like)
+        return checkpoint.restored_items(self._read(step, checkpoint.restore_args(like)), like)
 
     def _description(self, step: int) -> dict[str, Any]:
         return self._read(step, checkpoint.description_args())["description"]
@@ -235,13 +226,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _one_error(self, step: int) -> Iterator[None]:
-        """Whatever is wrong with the files of a step, and which other steps there are."""
+        """Report damaged files of a step as a `UsageError` that names the other steps."""
         try:
-            with checkpoint.readable(self.path / str(step)):
+            with checkpoint.reading(self.path / str(step)):
                 yield
         except ValueError as error:
             others = ", ".join(str(other) for other in self.steps if other != step)
-            way = f"; without that folder the run goes on from one of {others}" if others else ""
+            way = f"; delete that folder to resume from one of {others}" if others else ""
             raise UsageError(f"{error}{way}") from error
 
     def _step(self, step: int | None) -> int:

@@ -1,8 +1,10 @@
-"""What all trials of a run share: the model, the data they see, and what is done with it."""
+"""What all trials of a run share, and what a run was asked for: the contents of `config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import optax
 
@@ -10,112 +12,176 @@ from optax_muon.errors import UsageError
 from optax_muon.models.spec import Config
 from optax_muon.training.schedules import MOONLIGHT, three_stage_schedule
 
+if TYPE_CHECKING:
+    from optax_muon.training.optimizers import Trial
+
 WARM_UP = 0.1
 FINAL_LR = 0.1
 
-COSINE, THREE_STAGE = "cosine", "three-stage"
-FEWEST = 4
+COSINE, THREE_STAGE, LINEAR = "cosine", "three-stage", "linear"
+MIN_STEPS = 4
 """Steps of a run in three stages: one up, one down, one up again, one to zero."""
-SCHEDULES = (COSINE, THREE_STAGE)
-"""One cosine, and the paper's three stages at the same parts of a run of any length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What all trials share.
-
-    Attributes:
-        model: the sizes of the model; their type says which model.
-        batch: sequences in a step, before it grows.
-        steps: optimizer steps of the whole schedule.
-        seed: of the initial parameters and of the order of the data.
-        eval_every: steps between two looks at the held-out text.
-        eval_sequences: held-out sequences of each look, always the same ones.
-        schedule: one of `SCHEDULES`.
-        router_rate: change of a router bias in a step (`balance.update_bias`).
-        qk_clip: largest attention logit that `optax_muon.qk_clip` allows; None does not clip.
-        per_head: whether Muon gets a matrix per head.
-    """
+    """What all trials of a run share."""
 
     model: Config
+    """The sizes of the model; their type says which model."""
     batch: int
+    """Sequences in a step, before the batch doubles."""
     steps: int
+    """Optimizer steps of the whole schedule."""
     seed: int
+    """Seed of the initial parameters and of the order of the data."""
     eval_every: int
+    """Steps between two evaluations on held-out data."""
     eval_sequences: int
+    """Held-out sequences of each evaluation, always the same ones."""
     schedule: str = COSINE
+    """Of the learning rate: a key of `SCHEDULES`."""
     bias_update_speed: float = 0.0
+    """Change of a router bias in a step (`balance.update_bias`)."""
     qk_clip: float | None = None
+    """Largest attention logit that `optax_muon.qk_clip` allows; None does not clip."""
     per_head: bool = False
+    """Whether Muon gets a matrix per head."""
+    epochs: int | None = None
+    """Passes over the examples in fine-tuning; pretraining draws windows at random."""
+
+    def __post_init__(self) -> None:
+        """Refuse a run too short for its stages."""
+        if self.schedule == THREE_STAGE and self.steps < MIN_STEPS:
+            raise UsageError(
+                f"--steps is {self.steps}; --schedule {THREE_STAGE} needs at least {MIN_STEPS}"
+            )
 
     @property
-    def grows_at(self) -> int:
+    def batch_doubles_at(self) -> int:
         """Steps after which the batch is twice as large; `steps` where it never is.
 
-        >>> from optax_muon.models.moonlight.model import CONFIGS
+        >>> from optax_muon.models.moonlight import CONFIGS
         >>> moonlight = CONFIGS["moonlight-16b-a3b"]
-        >>> TrainConfig(moonlight, 2048, 175_834, 0, 100, 128, THREE_STAGE).grows_at
+        >>> TrainConfig(moonlight, 2048, 175_834, 0, 100, 128, THREE_STAGE).batch_doubles_at
         11921
         """
-        return self._at(MOONLIGHT.grows_at) if self.schedule == THREE_STAGE else self.steps
+        three_stages = self.schedule == THREE_STAGE
+        return self._scaled(MOONLIGHT.batch_doubles_at) if three_stages else self.steps
 
     @property
     def unit(self) -> str:
         """What a token is, for people."""
-        return "byte" if self.model.vocab == 256 else "token"
+        return "byte" if self.model.vocab_size == 256 else "token"
 
     def batch_at(self, step: int) -> int:
         """Sequences of the batch of a step, counted from 1."""
-        return self.batch * (1 + (step > self.grows_at))
+        return self.batch * (1 + (step > self.batch_doubles_at))
 
     def sequences(self, steps: float) -> float:
         """Sequences seen after so many steps, of which the last may be a part of one."""
-        return self.batch * (steps + max(0.0, steps - self.grows_at))
+        return self.batch * (steps + max(0.0, steps - self.batch_doubles_at))
 
     def tokens_at(self, step: int) -> int:
         """Tokens predicted in a step, counted from 1."""
         return self.batch_at(step) * self.model.context
 
-    def __post_init__(self) -> None:
-        """Refuse a run too short for its stages."""
-        if self.schedule == THREE_STAGE and self.steps < FEWEST:
-            raise UsageError(
-                f"--steps is {self.steps}; --schedule {THREE_STAGE} needs at least {FEWEST}"
-            )
-
     def learning_rate(self, peak: float) -> optax.Schedule:
-        """Learning rate by step, from 0.
+        """Learning rate by step, from 0, as `SCHEDULES` has it under the name `schedule`."""
+        return SCHEDULES[self.schedule](self, peak)
 
-        `cosine`: up along a line for a tenth of the steps, down along a cosine to a tenth of the
-        peak. `three-stage`: the paper's (arXiv 2502.16982, section 3.3), each stage the same part
-        of the steps as there.
-        """
-        if self.schedule == COSINE:
-            return optax.warmup_cosine_decay_schedule(
-                init_value=0.0,
-                peak_value=peak,
-                warmup_steps=max(1, round(WARM_UP * self.steps)),
-                decay_steps=self.steps,
-                end_value=FINAL_LR * peak,
-            )
-        top, floor, again = MOONLIGHT.rates
-        rewarm = max(1, self._at(MOONLIGHT.rewarm))
-        decayed = min(self._at(MOONLIGHT.decayed_at), self.steps - rewarm - 1)
-        return three_stage_schedule(
-            peak,
-            warmup=max(1, self._at(MOONLIGHT.warmup)),
-            decay=decayed,
-            floor=peak * floor / top,
-            rewarm=rewarm,
-            again=peak * again / top,
-            cooldown=self.steps - decayed - rewarm,
-        )
+    def bias_update_speed_schedule(self, step: int) -> float:
+        """The `bias_update_speed` of a step, from 0; zero in the last of three stages."""
+        last_stage = self.schedule == THREE_STAGE and step >= self._scaled(MOONLIGHT.decay_end)
+        return 0.0 if last_stage else self.bias_update_speed
 
-    def bias_rate(self, step: int) -> float:
-        """Rate at which `update_bias` moves the router biases in a step, from 0."""
-        still = self.schedule == THREE_STAGE and step >= self._at(MOONLIGHT.decayed_at)
-        return 0.0 if still else self.bias_update_speed
-
-    def _at(self, step: int) -> int:
-        """The step of this run that lies as far into it as one of the paper's into that."""
+    def _scaled(self, step: int) -> int:
+        """The step of this run at the same fraction of it as `step` of the paper's."""
         return round(step * self.steps / MOONLIGHT.steps)
+
+
+def _cosine(config: TrainConfig, peak: float) -> optax.Schedule:
+    """Up along a line for a tenth of the steps, down along a cosine to a tenth of the peak."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=max(1, round(WARM_UP * config.steps)),
+        decay_steps=config.steps,
+        end_value=FINAL_LR * peak,
+    )
+
+
+def _three_stage(config: TrainConfig, peak: float) -> optax.Schedule:
+    """The paper's (arXiv 2502.16982, section 3.3), each stage the same fraction of the steps."""
+    top, floor, rewarm_peak = MOONLIGHT.rates
+    rewarm = max(1, config._scaled(MOONLIGHT.rewarm))
+    decay_end = min(config._scaled(MOONLIGHT.decay_end), config.steps - rewarm - 1)
+    return three_stage_schedule(
+        peak,
+        warmup=max(1, config._scaled(MOONLIGHT.warmup)),
+        decay_end=decay_end,
+        floor=peak * floor / top,
+        rewarm=rewarm,
+        rewarm_peak=peak * rewarm_peak / top,
+        cooldown=config.steps - decay_end - rewarm,
+    )
+
+
+def _linear(config: TrainConfig, peak: float) -> optax.Schedule:
+    """Along a line from the peak in the first step to 0: fine-tuning's.
+
+    >>> from optax_muon.training.presets import PRESETS
+    >>> config = TrainConfig(PRESETS["tiny"].model, 8, 100, 0, 20, 1, LINEAR)
+    >>> [round(float(config.learning_rate(5e-5)(step)), 7) for step in (0, 50, 100)]
+    [5e-05, 2.5e-05, 0.0]
+    """
+    return optax.linear_schedule(peak, 0.0, config.steps)
+
+
+SCHEDULES: dict[str, Callable[[TrainConfig, float], optax.Schedule]] = {
+    COSINE: _cosine,
+    THREE_STAGE: _three_stage,
+    LINEAR: _linear,
+}
+"""Learning-rate schedules by name: functions of the configuration and the peak."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A run of `train` or `finetune`, as `config.json` records it."""
+
+    preset: str | None
+    """The row of `presets.PRESETS` it is made of; None in fine-tuning."""
+    data: str | None
+    """The user's file, folder or glob; None is the standard library."""
+    fingerprint: str
+    """Of the data, so that no run is resumed with other data."""
+    training: TrainConfig
+    """What all trials share."""
+    trials: tuple[Trial, ...]
+    """The optimizers and their hyper-parameters; the first is the baseline."""
+    save_every: int
+    """Steps between checkpoints."""
+    pretrained: str | None = None
+    """Folder of the run whose parameters it begins with; None begins at random."""
+    pretrained_trial: str | None = None
+    """Whose parameters of that run; None is the last trial that has any."""
+    keep_every: int | None = None
+    """Steps between checkpoints that stay; None keeps the newest ones only."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As `config.json` holds it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            **fields,
+            "training": dataclasses.asdict(self.training),
+            "trials": [trial.to_json() for trial in self.trials],
+        }
+
+    def settings(self, trial: Trial) -> dict[str, Any]:
+        """What must be the same to resume from a checkpoint."""
+        return {
+            "training": dataclasses.asdict(self.training),
+            "trial": trial.to_json(),
+            "fingerprint": self.fingerprint,
+        }

@@ -1,6 +1,6 @@
-"""Where a step is computed: the devices' mesh, and micro-batches one after the other.
+"""Where a step is computed: the mesh of devices, and the number of micro-batches.
 
-None of it changes what is computed, but for rounding: a run may go on elsewhere.
+Neither changes the result, except for rounding: a run may be resumed on other devices.
 """
 
 from __future__ import annotations
@@ -14,28 +14,25 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from optax_muon import named_leaves
 from optax_muon.errors import UsageError
-from optax_muon.matrices.paths import named_leaves
-from optax_muon.models.abstract import Leaf
-from optax_muon.models.layers import BATCH
+from optax_muon.models.abstract import AbstractParam
+from optax_muon.models.mesh import BATCH
 from optax_muon.models.spec import Model
 from optax_muon.training.data.corpus import windows
 
 AXES = (*BATCH, "tensor")
-"""What a mesh's axes may be (`models/layers.py`)."""
+"""The names that the axes of a mesh may have (`models/layers.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Devices and micro-batches.
-
-    Attributes:
-        mesh: of all devices, its axes Explicit; None is the first device alone.
-        accumulate: micro-batches that a batch is cut into, before it grows.
-    """
+    """Devices and micro-batches."""
 
     mesh: Mesh | None = None
+    """Of all devices, its axes Explicit; None is the first device alone."""
     accumulate: int = 1
+    """Micro-batches that a batch is cut into, before it doubles."""
 
     def __str__(self) -> str:
         """The devices, for people."""
@@ -44,26 +41,23 @@ class Devices:
             return ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         return f"1 of {devices} devices; --mesh shares the work" if devices > 1 else "1 device"
 
-    @property
-    def ambient(self) -> contextlib.AbstractContextManager[object]:
-        """Makes the mesh the ambient one."""
+    def mesh_context(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which the mesh is the ambient one."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @property
-    def ways(self) -> int:
-        """Devices that sequences are divided over."""
+    def batch_shards(self) -> int:
+        """Number of parts that the sequences of a batch are divided into over the devices."""
         sizes = {} if self.mesh is None else self.mesh.shape
         return math.prod(sizes.get(axis, 1) for axis in BATCH)
 
     def sequences(self, tokens: np.ndarray, starts: np.ndarray, context: int) -> jax.Array:
-        """Windows of tokens on the devices.
-
-        Every process reads those of its own devices alone.
+        """Windows of tokens on the devices; a process reads only those of its own devices.
 
         Args:
             tokens: the text.
-            starts: where the windows begin, `[k, b]`.
-            context: tokens of a window, less one.
+            starts: indices of the windows' first tokens, `[k, b]`.
+            context: tokens of a window, minus one.
 
         Returns:
             int32 `[k, b, context + 1]`, `b` over the batch axes.
@@ -79,7 +73,7 @@ class Devices:
         return jax.make_array_from_callback(shape, self._sharding(self.mesh), read)
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """An array `[k, b, ..]` that every process has, laid out as `sequences` are."""
+        """An array `[k, b, ..]` that every process holds, laid out as `sequences` returns them."""
         if self.mesh is None:
             return jax.numpy.asarray(array)
         return jax.make_array_from_callback(
@@ -87,15 +81,19 @@ class Devices:
         )
 
     def check(self, model: Model, batch: int) -> None:
-        """Refuse what does not divide.
+        """Check that the batch and the parameters divide evenly.
 
         Raises:
             UsageError: when the batch does not divide into micro-batches and over the devices, or a
-                parameter does not over the mesh.
+                parameter does not divide over the mesh.
         """
-        parts = self.accumulate * self.ways
+        parts = self.accumulate * self.batch_shards
         if batch % parts:
-            over = f" over the {self.ways} devices of {', '.join(BATCH)}" if self.ways > 1 else ""
+            over = (
+                f" over the {self.batch_shards} devices of {', '.join(BATCH)}"
+                if self.batch_shards > 1
+                else ""
+            )
             raise UsageError(
                 f"--batch {batch} does not divide into {self.accumulate} micro-batches{over}; "
                 f"it must be a multiple of {parts}"
@@ -113,11 +111,11 @@ SINGLE_DEVICE = Devices()
 """The first device, the whole batch at once."""
 
 
-def parse(text: str) -> Mesh:
+def parse_mesh(text: str) -> Mesh:
     """The mesh of `data=2,fsdp=2,expert=2`, over all devices, in this order.
 
     Raises:
-        UsageError: when an axis is unknown or there twice, or the sizes do not multiply to the
+        UsageError: when an axis is unknown or given twice, or the sizes do not multiply to the
             number of devices.
     """
     sizes: dict[str, int] = {}
@@ -132,17 +130,17 @@ def parse(text: str) -> Mesh:
     devices = jax.device_count()
     if math.prod(sizes.values()) != devices:
         raise UsageError(
-            f"--mesh {text} is of {math.prod(sizes.values())} devices, there are {devices}"
+            f"--mesh {text} needs {math.prod(sizes.values())} devices, there are {devices}"
         )
     kinds = (AxisType.Explicit,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
 def _check_parameters(model: Model, mesh: Mesh) -> None:
-    """Refuse a parameter that the mesh does not cut into equal parts."""
+    """Check that the mesh cuts every parameter into equal parts."""
     params = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
     for path, sharding in named_leaves(model.shardings(mesh)).items():
-        shape, over = params[path].shape, Leaf(params[path].shape, sharding.spec).over
+        shape, over = params[path].shape, AbstractParam(params[path].shape, sharding.spec).mesh_axes
         ways = [math.prod(mesh.shape[axis] for axis in axes) for axes in over]
         if any(size % n for size, n in zip(shape, ways, strict=False)):
             raise UsageError(

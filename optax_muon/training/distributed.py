@@ -1,8 +1,8 @@
-"""Several processes that train together: who writes, and what they have to agree on.
+"""Several processes that train together: which one writes, and how they agree.
 
-Each runs the same program on its own devices. The first one alone writes what is not an array; what
-only one can know, such as whether a folder is free, it tells the others. With one process none of
-it does anything.
+Each runs the same program on its own devices. The main process alone writes what is not an array,
+and tells the others what only it can know, such as whether a folder is free. With one process
+these functions do nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from optax_muon.errors import UsageError
 
 
 def start() -> None:
-    """Find the other processes; before anything asks for devices.
+    """Connect to the other processes; call it before anything uses devices.
 
-    On a TPU pod and under SLURM the environment says who they are; elsewhere
+    On a TPU pod and under SLURM the environment describes them; elsewhere
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` do.
 
     Raises:
-        UsageError: when the environment does not say, or the others do not come.
+        UsageError: when the environment describes no processes, or they do not connect.
     """
     try:
         jax.distributed.initialize()
@@ -31,29 +31,29 @@ def start() -> None:
         raise UsageError(f"--distributed cannot start: {error}".replace("\n", " ")) from error
 
 
-def is_first() -> bool:
-    """Whether this process writes."""
+def is_main_process() -> bool:
+    """Whether this process writes files and the terminal."""
     return jax.process_index() == 0
 
 
-def first(action: Callable[[], None]) -> None:
-    """Let the first process act while the others wait; its refusal is everybody's.
+def on_main_process(action: Callable[[], None]) -> None:
+    """Run an action in the main process while the others wait; an error of it ends all of them.
 
     Raises:
-        UsageError: what the first process raised, or that it raised.
+        ValueError: what the action raised in the main process; elsewhere, that it raised.
     """
     refusal = None
-    if is_first():
+    if is_main_process():
         try:
             action()
-        except UsageError as error:
+        except ValueError as error:
             refusal = error
-    if any_of(refusal is not None):
-        raise refusal or UsageError("the first process has refused; its message says why")
+    if any_process(refusal is not None):
+        raise refusal or UsageError("the main process has refused; its message says why")
 
 
-def any_of(said: bool) -> bool:
-    """Whether any process says so; all must ask."""
+def any_process(condition: bool) -> bool:
+    """Whether the condition holds in any process; all of them must call this."""
     if jax.process_count() == 1:
-        return said
-    return bool(np.any(multihost_utils.process_allgather(np.array(said))))
+        return condition
+    return bool(np.any(multihost_utils.process_allgather(np.array(condition))))

@@ -1,7 +1,7 @@
-"""A training run's parameters in the form that Hugging Face's layout is made of, array by array.
+"""A training run as a folder that can be exported to Hugging Face's layout.
 
-`models/huggingface.py` reads a folder as `import-hf` makes it: one file of parameters by path. This
-writes such a folder of a checkpoint, in memory no more than one stacked leaf at a time.
+`models/huggingface` exports a folder as `import-hf` makes it: one file of parameters by path. This
+module writes such a folder from a checkpoint, with one stacked leaf in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,58 +19,68 @@ import numpy as np
 
 from optax_muon.errors import UsageError
 from optax_muon.models import huggingface, safetensors_io, spec
-from optax_muon.models.moonlight.model import MoonlightConfig
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.run_folder import RunFolder, usage_errors
 
 _PARTS = {"params": "{}", "bias": huggingface.BIAS}
-"""Parts of a saved state that a model consists of, and the paths of their arrays in the folder."""
+"""The parts of a saved state that are the model, and the paths of their arrays in the folder."""
 
 
 @contextlib.contextmanager
 def as_imported(
     run: Path, near: Path, trial: str | None = None, step: int | None = None
 ) -> Iterator[Path]:
-    """The run as a folder that `huggingface.export_checkpoint` takes.
+    """Yield the run as a folder that `huggingface.export_checkpoint` takes.
 
     Args:
-        run: a folder of `import-hf`, which is taken as it is, or of a training run.
-        near: a temporary folder is made beside this path, of the size of the parameters.
+        run: a folder of `import-hf`, which is yielded as it is, or of a training run.
+        near: path beside which the temporary folder is made, of the size of the parameters.
         trial: whose parameters; None is the last one that has any.
         step: after how many steps; None is the newest checkpoint.
 
     Raises:
-        UsageError: when there is no such checkpoint, or it is no Moonlight's.
+        UsageError: when there is no such checkpoint, or it is not a Moonlight's.
     """
     folder = RunFolder(run)
-    config = folder.read_config()
-    if "trials" not in config:
+    if not folder.is_training_run:
         if trial is not None or step is not None:
-            raise UsageError(f"{run} is no training run; it has neither trials nor steps")
+            raise UsageError(f"{run} is not a training run; it has neither trials nor steps")
         yield run
         return
-    origin = {"model": _sizes(run, config), "huggingface": _origin(config)}
+    contents = {"model": _sizes(folder), "huggingface": origin(folder)}
     with Checkpoints(folder.trained_by(trial)) as checkpoints:
-        shapes = checkpoints.shapes(step)  # or nothing is written
+        shapes = checkpoints.shapes(step)  # before anything is written
         near.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{near.name}.", dir=near.parent) as draft:
-            (Path(draft) / huggingface.CONFIG).write_text(json.dumps(origin))
+            (Path(draft) / huggingface.CONFIG).write_text(json.dumps(contents))
             _write(checkpoints, step, shapes, Path(draft) / huggingface.PARAMS)
             yield Path(draft)
 
 
-def _sizes(run: Path, config: dict[str, Any]) -> dict[str, Any]:
-    sizes = spec.model_of(config).config
-    if not isinstance(sizes, MoonlightConfig):
-        raise UsageError(f"{run} trained a Llama; only a Moonlight has the layout of DeepSeek-V3")
-    return dataclasses.asdict(sizes)
+def _sizes(folder: RunFolder) -> dict[str, Any]:
+    with usage_errors():
+        model = spec.model_of(folder.sizes())
+    if model.huggingface_type is None:
+        raise UsageError(
+            f"{folder.path} trained a {model.kind}, which has no Hugging Face layout; a Moonlight"
+            " has one"
+        )
+    return dataclasses.asdict(model.config)
 
 
-def _origin(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The config of the checkpoint that the run began with: its tokens are the run's."""
-    start = config.get("start")
-    path = Path(start) / huggingface.CONFIG if start else None
-    return json.loads(path.read_text()).get("huggingface") if path and path.exists() else None
+def origin(folder: RunFolder) -> dict[str, Any] | None:
+    """The config of the import that the run began with, through any number of runs.
+
+    Its special tokens are the run's too. None if there is none, or its folder is gone.
+    """
+    seen: set[Path] = set()
+    while folder.config.exists() and folder.path not in seen:
+        seen.add(folder.path)
+        config = folder.read_config()
+        if not config.get("pretrained"):
+            return config.get("huggingface")
+        folder = RunFolder(Path(config["pretrained"]))
+    return None
 
 
 def _write(

@@ -1,163 +1,137 @@
-"""Fine-tuning on prompts and answers: a pretrained model, one optimizer, a line down to zero.
+"""Fine-tuning on prompt-completion pairs.
 
-The paper pretrains and fine-tunes with Muon and with AdamW, in all four ways: two epochs, the
-learning rate falling linearly from 5e-5 to 0 (arXiv 2502.16982, section 3.5). The loss is that of
-the answers alone (`answers.py`); a batch's is the mean over all its answers' tokens. Router biases
-stay as pretraining left them, as in the paper's last stage.
+The paper pretrains and fine-tunes with Muon and with AdamW, in all four combinations: two epochs,
+the learning rate falling linearly from 5e-5 to 0 (arXiv 2502.16982, section 3.5). The loss is that
+of the completions alone (`data/prompts.py`); a batch's is the mean over the tokens of all its
+completions. Router biases stay as pretraining left them, as in the paper's last stage.
 
-A run of it is a run like any other (`run.py`, `folder.py`), of one trial: `sample` and
-`spectra` read it, and it goes on after a stop, bit for bit.
+Everything else is as in pretraining: the same loop, the same run folder, one line in `config.json`
+more (`epochs`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optax_muon.errors import UsageError
 from optax_muon.models import spec
 from optax_muon.models.spec import Model
-from optax_muon.training.config import TrainConfig
-from optax_muon.training.data.prompts import VOCAB, PromptDataset, TokenBatch, rows
+from optax_muon.training.config import LINEAR, TrainConfig
+from optax_muon.training.data.prompts import VOCAB, PromptDataset, TokenBatch, rows, steps
+from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.initialize import PretrainedSource
-from optax_muon.training.loop import Batch, State, StepMetrics, take_steps
-from optax_muon.training.optimizers import Trial, transformation
-
-LINEAR = "linear"
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
-    """A setup whose learning rate falls along a line, from its peak in the first step to 0.
-
-    Attributes:
-        epochs: how often every example is seen.
-    """
-
-    schedule: str = LINEAR
-    epochs: int = 2
-
-    def learning_rate(self, peak: float) -> optax.Schedule:
-        """Learning rate by step, from 0.
-
-        >>> from optax_muon.training.presets import PRESETS
-        >>> setup = FinetuneConfig(PRESETS["tiny"].model, 8, 100, 0, 20, 1)
-        >>> [round(float(setup.learning_rate(5e-5)(step)), 7) for step in (0, 50, 100)]
-        [5e-05, 2.5e-05, 0.0]
-        """
-        return optax.linear_schedule(peak, 0.0, self.steps)
-
-
-class Pretrained(NamedTuple):
-    """Where fine-tuning begins."""
-
-    model: Model
-    params: optax.Params
-    bias: jax.Array | None
-    """Router biases, `[moe_depth, experts]` float32; None where there is no router."""
+from optax_muon.training.loop import Batch
+from optax_muon.training.state import State
 
 
 class EvalResult(NamedTuple):
-    """What a model makes of examples."""
+    """How well a model predicts completions."""
 
     loss: float
-    """Mean over the answers' tokens, nats."""
+    """Mean over the completions' tokens, nats."""
     exact: float
-    """Share of the answers of which every token, the end too, is the likeliest one: greedy decoding
-    writes them without a fault."""
+    """Fraction of the completions of which every token, the end included, is the likeliest one:
+    greedy decoding writes them without a mistake."""
 
 
-def pretrained(run: Path, trial: str | None = None) -> Pretrained:
-    """The model of a run, with its newest parameters.
-
-    Args:
-        run: a folder of `optax-muon train`, `finetune` or `import-hf`.
-        trial: whose parameters; None is the last one that has any.
+def byte_model(source: PretrainedSource) -> Model:
+    """The model of a run that can be fine-tuned.
 
     Raises:
-        UsageError: when there is no run, it has no such checkpoint, or its tokens are no bytes.
+        UsageError: when there is no run, or its tokens are not bytes.
     """
-    start = PretrainedSource(run, trial)
-    model = start.model
-    if model.config.vocab != VOCAB:
+    model = source.model
+    if model.config.vocab_size != VOCAB:
         raise UsageError(
-            f"{run} has a vocabulary of {model.config.vocab}; finetune reads bytes, it must be "
-            f"{VOCAB}"
+            f"{source.path} has a vocabulary of {model.config.vocab_size}; finetune reads bytes, "
+            f"so it must be {VOCAB}"
         )
-    return Pretrained(model, *start.weights())
+    return model
 
 
-def begin(start: Pretrained, setup: FinetuneConfig, trial: Trial) -> State:
-    """The state before the first step; what `start` holds is copied, as steps donate theirs."""
-    params = jax.tree.map(jnp.copy, start.params)
-    bias = None if start.bias is None else jnp.copy(start.bias)
-    return State(params, jax.jit(transformation(trial, setup).init)(params), bias)
+def finetune_config(
+    model: Model, dataset: PromptDataset, *, batch: int, epochs: int, seed: int, eval_every: int
+) -> TrainConfig:
+    """What all trials of a fine-tuning run share."""
+    return TrainConfig(
+        model.config,
+        batch,
+        steps(len(dataset.train), batch, epochs),
+        seed,
+        eval_every,
+        len(dataset.held_out),
+        LINEAR,
+        epochs=epochs,
+    )
 
 
-def finetune(
-    setup: FinetuneConfig, trial: Trial, answers: PromptDataset, state: State, done: int = 0
-) -> Iterator[tuple[StepMetrics, State]]:
-    """Train on answers from step `done` to the end.
+@dataclasses.dataclass(frozen=True)
+class Finetuning:
+    """Learn the completions of prompts; a `loop.Task`."""
 
-    Args:
-        setup: its `steps` are `answers.steps` of the training part.
-        trial: the optimizer.
-        answers: the examples.
-        state: after `done` steps; it is donated, so use the yielded one instead.
-        done: steps already taken.
+    config: TrainConfig
+    """What all trials share; its `epochs` are given."""
+    dataset: PromptDataset
+    """The pairs."""
+    devices: Devices = SINGLE_DEVICE
+    """Devices and micro-batches; the mesh, if there is one, must be ambient."""
 
-    Yields:
-        The record of each step and the state after it, valid until the next one is asked for.
+    def batch(self, number: int) -> Batch:
+        """Examples of the training part; see `loop.Task`."""
+        config, train = self.config, self.dataset.train
+        assert config.epochs is not None
+        places = rows(len(train), config.seed, number, config.batch, config.epochs)
+        tokens, weights = (
+            self.devices.put(array.reshape(self.devices.accumulate, -1, array.shape[-1]))
+            for array in train.take(places)
+        )
+        return tokens, weights
 
-    Raises:
-        Diverged: at the first loss, gradient or held-out loss that is not finite.
-    """
-    model = spec.model(setup.model)
+    def held_out_loss(self, state: State) -> float:
+        """Mean over the tokens of the held-out completions, nats."""
+        return self.evaluate(state.params, state.bias).loss
 
-    def batch(number: int) -> Batch:
-        places = rows(len(answers.train), setup.seed, number, setup.batch, setup.epochs)
-        examples = answers.train.at(places)
-        return examples.tokens[None], examples.weights[None]
-
-    def held_out(state: State) -> float:
-        return judge(model, state.params, state.bias, answers.held_out, setup.batch).loss
-
-    return take_steps(setup, trial, state, done, batch, held_out)
+    def evaluate(self, params: optax.Params, bias: jax.Array | None) -> EvalResult:
+        """Evaluate parameters on the held-out completions."""
+        model, held_out = spec.model(self.config.model), self.dataset.held_out
+        return evaluate(model, params, bias, held_out, self.config.batch, self.devices)
 
 
-def judge(
+def evaluate(
     model: Model,
     params: optax.Params,
     bias: jax.Array | None,
     examples: TokenBatch,
     batch: int,
+    devices: Devices = SINGLE_DEVICE,
 ) -> EvalResult:
-    """What a model makes of examples, `batch` of them at a time."""
+    """Evaluate a model on examples, `batch` of them at a time."""
     places = np.arange(-(-len(examples) // batch) * batch)
     places[len(examples) :] = -1
-    parts = map(examples.at, places.reshape(-1, batch))
-    found = [_judge(model, params, bias, part.tokens, part.weights) for part in parts]
+    found = [
+        _evaluate(model, params, bias, *(devices.put(array[None]) for array in examples.take(part)))
+        for part in places.reshape(-1, batch)
+    ]
     loss, exact = np.sum(np.asarray(found, np.float64), axis=0)
     return EvalResult(loss / float(examples.weights.sum()), exact / len(examples))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _judge(
+def _evaluate(
     model: Model,
     params: optax.Params,
     bias: jax.Array | None,
     tokens: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the losses of all answers' tokens, and how many answers are exact."""
+    """Sum of the losses of all completions' tokens, and how many completions are exact."""
+    tokens, weights = tokens[0], weights[0]
     scores, _ = model.forward(params, tokens[:, :-1], bias)
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
     right = (scores.argmax(axis=-1) == tokens[:, 1:]) | (weights == 0)

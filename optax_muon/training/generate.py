@@ -1,4 +1,4 @@
-"""Writing on: bytes drawn one after the other from a trained model."""
+"""Text generation: bytes drawn one by one from a trained model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import optax
 from optax_muon.models.spec import Model
 
 Carry = tuple[jax.Array, jax.Array]
-"""The window of tokens, `[context]`, and how many of them are written."""
+"""The window of tokens, `[context]`, and how many of them are filled."""
 
 
-def continuation(
+def generate(
     model: Model,
     params: optax.Params,
     bias: jax.Array | None,
@@ -23,15 +23,15 @@ def continuation(
     temperature: float,
     seed: int,
 ) -> bytes:
-    """Draw `length` bytes after the prompt.
+    """Draw `length` bytes that continue the prompt.
 
     Args:
         model: the model.
         params: its parameters.
         bias: of its router; None where it has none.
-        prompt: what is there already; the model sees its last `context` bytes. An empty one means
-            the beginning of a file.
-        length: bytes to write.
+        prompt: the text to continue; the model sees its last `context` bytes. An empty one stands
+            for the beginning of a file.
+        length: bytes to generate.
         temperature: divides the logits; 0 takes the likeliest byte.
         seed: of the draws.
 
@@ -56,7 +56,7 @@ def _draw(
     keys: jax.Array,
     temperature: float,
 ) -> jax.Array:
-    """Scan over new tokens: the window fills up, then slides; what is after `count` is unseen."""
+    """Scan over new tokens: the window fills up, then slides; tokens after `count` are ignored."""
 
     def write(carry: Carry, key: jax.Array) -> tuple[Carry, jax.Array]:
         window, count = carry

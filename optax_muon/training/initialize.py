@@ -1,4 +1,4 @@
-"""Where a run begins: at random, or with the parameters of another run or of an imported one."""
+"""The state that a run begins with: random, or the parameters of another run or of an import."""
 
 from __future__ import annotations
 
@@ -16,21 +16,18 @@ from optax_muon.models import huggingface, spec
 from optax_muon.models.spec import Model
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.config import TrainConfig
-from optax_muon.training.loop import State, abstract, init, shapes, shardings
-from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.run_folder import RunFolder, usage_errors
+from optax_muon.training.state import State, abstract, random_state, shardings
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedSource:
-    """A run, or the folder of an import, to take parameters from.
-
-    Attributes:
-        path: its folder.
-        trial: whose parameters; None is the last one trained.
-    """
+    """A run, or the folder of an import, to take parameters from."""
 
     path: Path
+    """Its folder."""
     trial: str | None = None
+    """Whose parameters; None is the last trial that has any."""
 
     @property
     def model(self) -> Model:
@@ -39,59 +36,68 @@ class PretrainedSource:
         Raises:
             UsageError: when there is none.
         """
-        return spec.model_of(RunFolder(self.path).read_config())
+        with usage_errors():
+            return spec.model_of(RunFolder(self.path).sizes())
 
-    def weights(self, mesh: Mesh | None = None) -> tuple[optax.Params, jax.Array | None]:
-        """Its newest parameters, and router biases if the model has any, in float32.
-
-        An import that holds no biases has zeros.
-
-        Args:
-            mesh: where they are to lie; it is ambient. None is the first device.
+    def check(self) -> None:
+        """Check, without reading them, that there are parameters.
 
         Raises:
             UsageError: when there are none.
         """
-        config = RunFolder(self.path).read_config()
-        layout = None if mesh is None else self.model.shardings(mesh)
-        if "trials" not in config:
-            _, params, bias = huggingface.load(self.path, layout)
-            params, bias = _in_float32((params, bias))
-            return params, self.model.zero_bias() if bias is None else bias
-        with Checkpoints(RunFolder(self.path).trained_by(self.trial)) as checkpoints:
-            return self._saved(checkpoints, mesh)
+        folder = RunFolder(self.path)
+        if folder.is_training_run:
+            folder.trained_by(self.trial)
 
-    def _saved(
-        self, checkpoints: Checkpoints, mesh: Mesh | None
-    ) -> tuple[optax.Params, jax.Array | None]:
-        """Parameters and biases of the newest checkpoint."""
+    def weights(self, mesh: Mesh | None = None) -> tuple[optax.Params, jax.Array | None]:
+        """Its newest parameters, and router biases if the model has any, in float32.
+
+        The biases are zeros if an import holds none.
+
+        Args:
+            mesh: where to put them; it is ambient. None is the first device.
+
+        Raises:
+            UsageError: when there are none.
+        """
+        folder = RunFolder(self.path)
+        if not folder.is_training_run:
+            return self._imported(mesh)
         none = optax.identity()
-        like = shapes(self.model, none) if mesh is None else abstract(self.model, none, mesh)
-        saved = checkpoints.some({"params": like.params, "bias": like.bias})
+        with Checkpoints(folder.trained_by(self.trial)) as checkpoints:
+            like = abstract(self.model, none, mesh)
+            saved = checkpoints.restore_items({"params": like.params, "bias": like.bias})
         return saved["params"], saved["bias"]
 
+    def _imported(self, mesh: Mesh | None) -> tuple[optax.Params, jax.Array | None]:
+        layout = None if mesh is None else self.model.shardings(mesh)
+        with usage_errors():
+            _, params, bias = huggingface.load(self.path, layout)
+        params, bias = _in_float32((params, bias))
+        return params, self.model.zero_bias() if bias is None else bias
 
-def begin(
-    setup: TrainConfig,
+
+def initial_state(
+    config: TrainConfig,
     tx: optax.GradientTransformation,
     mesh: Mesh | None = None,
-    start: PretrainedSource | None = None,
+    source: PretrainedSource | None = None,
 ) -> State:
     """The state before the first step of a run; the mesh, if there is one, is ambient.
 
     Args:
-        setup: what all trials share.
+        config: what all trials share.
         tx: the optimizer.
         mesh: where the state lies.
-        start: whose parameters and router biases; None makes them at random.
+        source: whose parameters and router biases it has; None makes them at random.
 
     Raises:
         UsageError: as `PretrainedSource.weights`.
     """
-    if start is None:
-        return init(setup, tx, mesh)
-    params, bias = start.weights(mesh)
-    model = spec.model(setup.model)
+    model = spec.model(config.model)
+    if source is None:
+        return random_state(model, tx, config.seed, mesh)
+    params, bias = source.weights(mesh)
     layout: Any = None if mesh is None else shardings(model, tx, mesh).opt_state
     return State(params, jax.jit(tx.init, out_shardings=layout)(params), bias)
 

@@ -1,107 +1,327 @@
-"""The optimizers that are compared, as data: AdamW, Muon at AdamW's numbers, Muon at its own.
+"""The optimizers that can be trained and compared: one row of `REGISTRY` each.
 
-All see the same batches, the same schedule (`setup.py`), and the same clipping of the gradient's
-global norm; only the transformation and its two tuned numbers differ. The paper
-("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2) claims that the numbers tuned
-for AdamW can be reused for Muon: the second trial. What Muon can do when it is tuned with the
-same budget is the third. `presets.py` owns the numbers, `sweep.py` finds them.
+All of them see the same batches, the same schedule (`config.py`) and the same clipping of the
+gradient's global norm; only the transformation and its hyper-parameters differ. A `Trial` is an
+optimizer at given hyper-parameters. `presets.py` holds tuned ones, `sweep.py` finds them.
+
+Any optax chain can be a row:
+
+    register(OptimizerSpec("lion", "Lion", "#31a354", lambda schedule, hyper_params, views:
+        optax.lion(schedule, weight_decay=hyper_params.weight_decay), lr_ratio=0.3))
+
+The default comparison is the paper's ("Muon is Scalable for LLM Training", arXiv 2502.16982,
+section 2.2): AdamW, Muon at the learning rate and weight decay that were tuned for AdamW
+(`muon-carried`), and Muon at its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import optax
 
 import optax_muon
+from optax_muon.errors import UsageError
 from optax_muon.models import spec
 from optax_muon.training.config import TrainConfig
-from optax_muon.training.presets import HyperParams
 
 CLIP_NORM = 1.0
+NEWTON_SCHULZ_STEPS = 5
+
+Views = dict[str, optax_muon.View] | None
+"""Views of the matrices by path; None decides by role."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperParams:
+    """The two numbers that are tuned."""
+
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float
+    """Decoupled weight decay, per unit of learning rate."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no optimizer can run at."""
+        if not (self.lr > 0 and self.weight_decay >= 0):
+            raise UsageError(
+                f"lr is {self.lr:g} and weight_decay {self.weight_decay:g}; lr must be positive "
+                "and weight_decay at least 0"
+            )
+
+
+Build = Callable[[optax.Schedule, HyperParams, Views], optax.GradientTransformation]
+"""Makes the transformation from the learning rate, the hyper-parameters and the views."""
+
+StepFlops = Callable[[optax.Params, Views], int]
+"""Floating-point operations of one update of parameters (arrays or `ShapeDtypeStruct`s)."""
+
+
+def elementwise(params: optax.Params, views: Views = None) -> int:
+    """The operations of an optimizer without matrix products: too few to count."""
+    del params, views
+    return 0
+
+
+def newton_schulz_flops(params: optax.Params, views: Views = None) -> int:
+    """Operations of Muon's polynomial over all matrices that `optax_muon.label` gives it.
+
+    On an `m x n` matrix, `m <= n`, it is 5 steps of `X X^T`, `A A` and `B X`, that is of
+    `4 m^2 n + 2 m^3` operations (arXiv 2502.16982, section 2.1).
+
+    >>> import jax.numpy as jnp
+    >>> newton_schulz_flops({"dense": {"kernel": jnp.ones([8, 16])}})  # 5 (4 * 64 * 16 + 2 * 512)
+    25600
+    """
+    blocks = (block for row in optax_muon.label(params, views).rows for block in row.blocks)
+    return sum(
+        NEWTON_SCHULZ_STEPS * block.batch * (4 * m * m * n + 2 * m**3)
+        for block in blocks
+        for m, n in [sorted((block.rows, block.cols))]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+    """Everything that training and reports know about an optimizer.
+
+    >>> lion = OptimizerSpec("lion", "Lion", "#31a354", lambda *_: optax.lion(1e-3), lr_ratio=0.5)
+    >>> lion.derive(HyperParams(lr=2e-3, weight_decay=0.1))
+    HyperParams(lr=0.001, weight_decay=0.2)
+    """
+
+    name: str
+    """On the command line, in `metrics.jsonl`, and of the folder of its checkpoints."""
+    title: str
+    """In tables and pictures."""
+    color: str
+    """Of its curves; any matplotlib color."""
+    build: Build
+    """Makes the transformation."""
+    step_flops: StepFlops = elementwise
+    """Operations of one update; the default counts none, as AdamW's dozen per parameter."""
+    like: str = "adamw"
+    """The optimizer whose hyper-parameters it takes where a preset has none of its own."""
+    lr_ratio: float = 1.0
+    """Its learning rate over that one's. Weight decay is divided by it, so that what decays in a
+    step stays the same."""
+
+    def derive(self, other: HyperParams) -> HyperParams:
+        """Its hyper-parameters, from those of `like`."""
+        return dataclasses.replace(
+            other, lr=other.lr * self.lr_ratio, weight_decay=other.weight_decay / self.lr_ratio
+        )
+
+
+REGISTRY: dict[str, OptimizerSpec] = {}
+"""The optimizers by name."""
+
+
+def register(spec: OptimizerSpec) -> OptimizerSpec:
+    """Add an optimizer to `REGISTRY`.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+    if spec.name in REGISTRY:
+        raise ValueError(f"{spec.name!r} is registered already; give the optimizer another name")
+    REGISTRY[spec.name] = spec
+    return spec
 
 
 def _adamw(
-    schedule: optax.Schedule, weight_decay: float, views: Views
+    schedule: optax.Schedule, hyper_params: HyperParams, views: Views
 ) -> optax.GradientTransformation:
     del views
-    return optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay)
+    decay = hyper_params.weight_decay
+    return optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay)
 
 
 def _muon(
-    schedule: optax.Schedule, weight_decay: float, views: Views
+    schedule: optax.Schedule, hyper_params: HyperParams, views: Views
 ) -> optax.GradientTransformation:
-    return optax_muon.muon(schedule, weight_decay=weight_decay, views=views)
+    return optax_muon.muon(schedule, weight_decay=hyper_params.weight_decay, views=views)
 
 
-Views = dict[str, optax_muon.View] | None
+def _muon_adamw_router(
+    schedule: optax.Schedule, hyper_params: HyperParams, views: Views
+) -> optax.GradientTransformation:
+    """Muon with the routers on AdamW; the paper leaves only norms, head and embedding to AdamW."""
 
-OPTIMIZERS: dict[str, Callable[[optax.Schedule, float, Views], optax.GradientTransformation]] = {
-    "adamw": _adamw,
-    "muon": _muon,
-}
+    def without_routers(params: optax.Params) -> dict[str, optax_muon.View | None]:
+        routers = [path for path in optax_muon.named_leaves(params) if "router" in path]
+        return {**(views or {}), **dict.fromkeys(routers)}
 
-TITLES = {"adamw": "AdamW", "muon": "Muon"}
-"""The optimizers for people."""
+    return optax_muon.muon(schedule, weight_decay=hyper_params.weight_decay, views=without_routers)
+
+
+def _normuon(
+    schedule: optax.Schedule, hyper_params: HyperParams, views: Views
+) -> optax.GradientTransformation:
+    return optax_muon.muon(
+        schedule,
+        weight_decay=hyper_params.weight_decay,
+        views=views,
+        post=optax_muon.normuon(views=views),
+    )
+
+
+def _lion(
+    schedule: optax.Schedule, hyper_params: HyperParams, views: Views
+) -> optax.GradientTransformation:
+    del views
+    return optax.lion(schedule, b1=0.95, b2=0.98, weight_decay=hyper_params.weight_decay)
+
+
+for _row in (
+    OptimizerSpec("adamw", "AdamW", "#6b7280", _adamw),
+    OptimizerSpec("muon-carried", "Muon, AdamW lr", "#2b8cbe", _muon, newton_schulz_flops),
+    OptimizerSpec("muon", "Muon", "#d95f0e", _muon, newton_schulz_flops),
+    OptimizerSpec(
+        "muon-adamw-router",
+        "Muon, routers on AdamW",
+        "#c9a227",
+        _muon_adamw_router,
+        newton_schulz_flops,
+        like="muon",
+    ),
+    OptimizerSpec("normuon", "NorMuon", "#7a6b9e", _normuon, newton_schulz_flops, like="muon"),
+    # Betas of language models and a learning rate of 1/3 to 1/10 of AdamW's: Chen et al.,
+    # arXiv 2302.06675, section 5.
+    OptimizerSpec("lion", "Lion", "#31a354", _lion, lr_ratio=1 / 3),
+):
+    register(_row)
+
+DEFAULT = ("adamw", "muon-carried", "muon")
+"""The paper's comparison; the first one is the baseline."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One optimizer and the numbers it runs at.
+    """One optimizer at the hyper-parameters that it runs at.
 
-    Attributes:
-        name: in `metrics.jsonl` and of the folder of its checkpoints.
-        title: in tables and pictures.
-        optimizer: a key of `OPTIMIZERS`.
-        tuning: peak learning rate and weight decay.
+    >>> Trial(REGISTRY["adamw"], HyperParams(1e-3, 0.1)).to_json()
+    {'name': 'adamw', 'title': 'AdamW', 'hyper_params': {'lr': 0.001, 'weight_decay': 0.1}}
     """
 
-    name: str
-    title: str
-    optimizer: str
-    tuning: HyperParams
+    spec: OptimizerSpec
+    """The optimizer."""
+    hyper_params: HyperParams
+    """Its peak learning rate and weight decay."""
+
+    @property
+    def name(self) -> str:
+        """In `metrics.jsonl`, and of the folder of its checkpoints."""
+        return self.spec.name
+
+    @property
+    def title(self) -> str:
+        """In tables and pictures."""
+        return self.spec.title
+
+    def to_json(self) -> dict[str, object]:
+        """As `config.json` holds it."""
+        hyper_params = dataclasses.asdict(self.hyper_params)
+        return {"name": self.name, "title": self.title, "hyper_params": hyper_params}
 
 
-@functools.cache  # `train.py` compiles a step per transformation, so the same one stays one object
-def transformation(trial: Trial, setup: TrainConfig) -> optax.GradientTransformation:
-    """The trial's optax chain for a run."""
-    tuning, optimizer = trial.tuning, OPTIMIZERS[trial.optimizer]
-    links = [
-        optax.clip_by_global_norm(CLIP_NORM),
-        optimizer(setup.learning_rate(tuning.lr), tuning.weight_decay, views(setup)),
-    ]
-    if setup.qk_clip is not None:
-        attentions = spec.model(setup.model).attentions
-        links.append(optax_muon.qk_clip(attentions, setup.qk_clip))
-    return optax.chain(*links)
+def optimizer(name: str) -> OptimizerSpec:
+    """The row of `REGISTRY` called `name`.
+
+    Raises:
+        UsageError: when there is none.
+
+    >>> optimizer("muon").title
+    'Muon'
+    """
+    if name not in REGISTRY:
+        raise UsageError(f"unknown optimizer {name!r}; there are {', '.join(REGISTRY)}")
+    return REGISTRY[name]
 
 
-def views(setup: TrainConfig) -> Views:
-    """Which matrices Muon gets; None decides by role."""
-    return spec.model(setup.model).per_head_views if setup.per_head else None
+Overrides = Mapping[str, Mapping[str, float]]
+"""Hyper-parameters by the optimizer's name and their own: `{"muon": {"lr": 0.012}}`."""
+
+
+def hyper_params(
+    name: str, tuned: Mapping[str, HyperParams], overrides: Overrides | None = None
+) -> HyperParams:
+    """The hyper-parameters of an optimizer: tuned ones, or derived from those of its `like`.
+
+    Args:
+        name: of the optimizer.
+        tuned: hyper-parameters by optimizer, as a preset holds them.
+        overrides: numbers that replace them, before others are derived from them.
+
+    Raises:
+        UsageError: when an optimizer or a hyper-parameter is unknown, or nothing is tuned.
+
+    >>> tuned = {"adamw": HyperParams(1e-3, 0.1)}
+    >>> hyper_params("muon-carried", tuned, {"adamw": {"lr": 2e-3}})
+    HyperParams(lr=0.002, weight_decay=0.1)
+    """
+    row = optimizer(name)
+    if name in tuned:
+        base = tuned[name]
+    elif row.like != name:
+        base = row.derive(hyper_params(row.like, tuned, overrides))
+    else:
+        raise UsageError(f"there are no hyper-parameters of {name}; tuned are {', '.join(tuned)}")
+    given = (overrides or {}).get(name, {})
+    known = [field.name for field in dataclasses.fields(base)]
+    for key in given:
+        if key not in known:
+            accepted = ", ".join(known)
+            raise UsageError(f"{name} has no hyper-parameter {key!r}; it has {accepted}")
+    return dataclasses.replace(base, **given)
 
 
 def comparison(
-    adamw: HyperParams, muon: HyperParams, optimizer: str | None = None
+    names: Sequence[str], tuned: Mapping[str, HyperParams], overrides: Overrides | None = None
 ) -> tuple[Trial, ...]:
-    """The trials, AdamW first; Muon's own numbers are left out where they are AdamW's.
+    """The trials of these optimizers; one that would repeat an earlier one is left out.
 
     Args:
-        adamw: AdamW's numbers.
-        muon: Muon's own.
-        optimizer: `adamw` or `muon` alone, at its own numbers; None is all of them.
+        names: of the optimizers; the first one is the baseline.
+        tuned: as `hyper_params` takes it.
+        overrides: as `hyper_params` takes it.
 
-    >>> [c.name for c in comparison(HyperParams(1e-3, 0.1), HyperParams(2e-3, 0.1))]
-    ['adamw', 'muon-carried', 'muon-tuned']
-    >>> [c.name for c in comparison(HyperParams(1e-3, 0.1), HyperParams(2e-3, 0.1), "muon")]
-    ['muon-tuned']
+    Raises:
+        UsageError: as `hyper_params`, or when nothing is named.
+
+    >>> same = HyperParams(1e-3, 0.1)
+    >>> [t.name for t in comparison(DEFAULT, {"adamw": same, "muon": HyperParams(2e-3, 0.1)})]
+    ['adamw', 'muon-carried', 'muon']
+    >>> [t.name for t in comparison(DEFAULT, {"adamw": same, "muon": same})]
+    ['adamw', 'muon-carried']
     """
-    trials = (
-        Trial("adamw", "AdamW", "adamw", adamw),
-        Trial("muon-carried", "Muon, AdamW lr", "muon", adamw),
-        Trial("muon-tuned", "Muon, own lr", "muon", muon),
-    )
-    kept = trials if muon != adamw else trials[:2]
-    return {None: kept, "adamw": kept[:1], "muon": kept[-1:]}[optimizer]
+    if not names:
+        raise UsageError(f"no optimizer is named; there are {', '.join(REGISTRY)}")
+    for name in overrides or {}:
+        optimizer(name)
+    trials: dict[tuple[Build, HyperParams], Trial] = {}
+    for name in names:
+        trial = Trial(optimizer(name), hyper_params(name, tuned, overrides))
+        trials.setdefault((trial.spec.build, trial.hyper_params), trial)
+    return tuple(trials.values())
+
+
+@functools.cache  # a step is compiled per transformation, so equal trials must share one object
+def transformation(trial: Trial, config: TrainConfig) -> optax.GradientTransformation:
+    """The trial's optax chain for a run."""
+    schedule = config.learning_rate(trial.hyper_params.lr)
+    links = [
+        optax.clip_by_global_norm(CLIP_NORM),
+        trial.spec.build(schedule, trial.hyper_params, views(config)),
+    ]
+    if config.qk_clip is not None:
+        attentions = spec.model(config.model).attentions
+        links.append(optax_muon.qk_clip(attentions, config.qk_clip))
+    return optax.chain(*links)
+
+
+def views(config: TrainConfig) -> Views:
+    """Which matrices Muon gets; None decides by role."""
+    return spec.model(config.model).per_head_views if config.per_head else None

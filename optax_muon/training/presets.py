@@ -1,116 +1,119 @@
-"""The table of presets: a row owns its model, batch, steps, learning rates and schedule."""
+"""The presets: a row owns its model, batch, steps, hyper-parameters and schedule."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from optax_muon.errors import UsageError
 from optax_muon.models.llama import LlamaConfig
-from optax_muon.models.moonlight.model import CONFIGS
+from optax_muon.models.moonlight import CONFIGS
 from optax_muon.models.spec import Config
 from optax_muon.training.config import COSINE, THREE_STAGE
+from optax_muon.training.optimizers import HyperParams
 from optax_muon.training.schedules import MOONLIGHT
 
 
 @dataclasses.dataclass(frozen=True)
-class HyperParams:
-    """The two numbers that are tuned.
-
-    Attributes:
-        lr: peak learning rate, in Muon's case times the update of RMS 0.2.
-        weight_decay: decoupled, per unit of learning rate.
-    """
-
-    lr: float
-    weight_decay: float
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no optimizer can run at."""
-        if not (self.lr > 0 and self.weight_decay >= 0):
-            raise UsageError(
-                f"lr is {self.lr} and decay {self.weight_decay}; lr must be positive and decay "
-                "not negative"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class Preset:
-    """One size of the experiment.
-
-    Attributes:
-        model: the model's sizes.
-        batch: sequences in a step, before it grows.
-        steps: optimizer steps of the whole schedule.
-        adamw: AdamW's best numbers.
-        muon: Muon's best numbers.
-        source: where the two come from.
-        schedule: one of `setup.SCHEDULES`.
-        router_rate: change of a router bias in a step; 0 where there is no router.
-    """
+    """One size of the experiment."""
 
     model: Config
+    """The model's sizes."""
     batch: int
+    """Sequences in a step, before the batch doubles."""
     steps: int
-    adamw: HyperParams
-    muon: HyperParams
+    """Optimizer steps of the whole schedule."""
+    hyper_params: Mapping[str, HyperParams]
+    """Tuned hyper-parameters by the name of the optimizer; `OptimizerSpec.like` covers the rest."""
     source: str
+    """Where they come from."""
     schedule: str = COSINE
+    """Of the learning rate: a key of `config.SCHEDULES`."""
     bias_update_speed: float = 0.0
+    """Change of a router bias in a step; 0 where there is no router."""
 
 
-UNSWEPT = "AdamW's by hand, Muon takes it over as in the paper; `optax-muon sweep` finds better"
+UNSWEPT = "AdamW's by hand, Muon's the same, as in the paper; `optax-muon sweep` finds better ones"
 
 PRESETS = {
     "tiny": Preset(
-        LlamaConfig(width=32, depth=2, heads=2, kv_heads=1, mlp=64, context=32),
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            context=32,
+        ),
         batch=8,
         steps=40,
-        adamw=HyperParams(1e-2, 0.1),
-        muon=HyperParams(2e-2, 0.1),
+        hyper_params={"adamw": HyperParams(1e-2, 0.1), "muon": HyperParams(2e-2, 0.1)},
         source="by hand; seconds long, for tests",
     ),
     "small": Preset(
-        LlamaConfig(width=128, depth=3, heads=4, kv_heads=2, mlp=344, context=128),
+        LlamaConfig(
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=344,
+            context=128,
+        ),
         batch=16,
         steps=400,
-        adamw=HyperParams(6e-3, 0.3),
-        muon=HyperParams(1.2e-2, 0.3),
+        hyper_params={"adamw": HyperParams(6e-3, 0.3), "muon": HyperParams(1.2e-2, 0.3)},
         source="the sweep in benchmarks/results/sweep",
     ),
     "medium": Preset(
-        LlamaConfig(width=256, depth=6, heads=8, kv_heads=4, mlp=688, context=256),
+        LlamaConfig(
+            hidden_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            intermediate_size=688,
+            context=256,
+        ),
         batch=32,
         steps=2000,
-        adamw=HyperParams(3e-3, 0.1),
-        muon=HyperParams(3e-3, 0.1),
+        hyper_params={"adamw": HyperParams(3e-3, 0.1), "muon": HyperParams(3e-3, 0.1)},
         source=UNSWEPT,
     ),
     "base": Preset(
         LlamaConfig(
-            width=512, depth=8, heads=8, kv_heads=4, mlp=1376, context=512, dtype="bfloat16"
+            hidden_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            intermediate_size=1376,
+            context=512,
+            dtype="bfloat16",
         ),
         batch=64,
         steps=5000,
-        adamw=HyperParams(1e-3, 0.1),
-        muon=HyperParams(1e-3, 0.1),
+        hyper_params={"adamw": HyperParams(1e-3, 0.1), "muon": HyperParams(1e-3, 0.1)},
         source=UNSWEPT,
     ),
     "large": Preset(
         LlamaConfig(
-            width=768, depth=12, heads=12, kv_heads=4, mlp=2048, context=1024, dtype="bfloat16"
+            hidden_size=768,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            intermediate_size=2048,
+            context=1024,
+            dtype="bfloat16",
         ),
         batch=128,
         steps=10000,
-        adamw=HyperParams(6e-4, 0.1),
-        muon=HyperParams(6e-4, 0.1),
+        hyper_params={"adamw": HyperParams(6e-4, 0.1), "muon": HyperParams(6e-4, 0.1)},
         source=UNSWEPT,
     ),
     "moonlight-tiny": Preset(
         CONFIGS["moonlight-tiny"],
         batch=16,
         steps=200,
-        adamw=HyperParams(6e-3, 0.3),
-        muon=HyperParams(2.4e-2, 0.3),
+        hyper_params={"adamw": HyperParams(6e-3, 0.3), "muon": HyperParams(2.4e-2, 0.3)},
         source="rates: the sweep in benchmarks/results/moonlight; decay: that of `small`",
         # The paper's 1e-3 is for 1e5 steps: in 200 a bias could move by 0.2, of scores in [0, 1].
         bias_update_speed=2e-2,
@@ -119,8 +122,7 @@ PRESETS = {
         CONFIGS["moonlight-small"],
         batch=32,
         steps=2000,
-        adamw=HyperParams(3e-3, 0.1),
-        muon=HyperParams(3e-3, 0.1),
+        hyper_params={"adamw": HyperParams(3e-3, 0.1), "muon": HyperParams(3e-3, 0.1)},
         source=UNSWEPT,
         bias_update_speed=5e-3,
     ),
@@ -128,11 +130,13 @@ PRESETS = {
         CONFIGS["moonlight-16b-a3b"],
         batch=MOONLIGHT.batches[0],
         steps=MOONLIGHT.steps,
-        adamw=HyperParams(MOONLIGHT.rates[0], 0.1),
-        muon=HyperParams(MOONLIGHT.rates[0], 0.1),
+        hyper_params={
+            "adamw": HyperParams(MOONLIGHT.rates[0], 0.1),
+            "muon": HyperParams(MOONLIGHT.rates[0], 0.1),
+        },
         source="the paper, arXiv 2502.16982, section 3.3",
         schedule=THREE_STAGE,
-        bias_update_speed=MOONLIGHT.bias_rate,
+        bias_update_speed=MOONLIGHT.bias_update_speed,
     ),
 }
 
@@ -143,7 +147,7 @@ def preset(name: str) -> Preset:
     Raises:
         UsageError: when there is none.
 
-    >>> preset("small").model.width
+    >>> preset("small").model.hidden_size
     128
     """
     if name not in PRESETS:

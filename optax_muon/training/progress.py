@@ -1,9 +1,9 @@
-"""What the user sees while a command works: a bar per task with loss, speed and time left."""
+"""Progress bars: one per trial, with loss, speed and time left."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -18,17 +18,17 @@ from optax_muon.training.config import TrainConfig
 from optax_muon.training.loop import StepMetrics
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """A bar per trial.
 
     Args:
         titles: of the trials.
-        setup: what they share.
-        hidden: shows nothing, as in all processes but one.
+        config: what they share.
+        hidden: show nothing, as in all processes but the main one.
     """
 
-    def __init__(self, titles: Sequence[str], setup: TrainConfig, *, hidden: bool = False):
-        self._setup = setup
+    def __init__(self, titles: Sequence[str], config: TrainConfig, *, hidden: bool = False):
+        self._config = config
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -43,7 +43,7 @@ class Progress:
         )
         self._tasks = {
             title: self._bars.add_task(
-                title, total=setup.steps, start=False, loss="-", val_loss="-", speed="-"
+                title, total=config.steps, start=False, loss="-", val_loss="-", speed="-"
             )
             for title in titles
         }
@@ -52,23 +52,18 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def begin(self, title: str, done: int) -> None:
-        """Start a task's clock, `done` steps in."""
+        """Start the clock of a trial of which `done` steps are done."""
         self._bars.start_task(self._tasks[title])
         self._bars.update(self._tasks[title], completed=done)
 
-    def step(self, title: str, record: StepMetrics) -> None:
+    def step(self, title: str, metrics: StepMetrics) -> None:
         """Show a step."""
         task = self._tasks[title]
-        speed = f"{self._setup.tokens_at(record.step) / record.seconds:,.0f}"
-        self._bars.update(task, completed=record.step, loss=f"{record.loss:.3f}", speed=speed)
-        if record.val_loss is not None:
-            self._bars.update(task, val_loss=f"{record.val_loss:.3f}")
+        speed = f"{self._config.tokens_at(metrics.step) / metrics.seconds:,.0f}"
+        self._bars.update(task, completed=metrics.step, loss=f"{metrics.loss:.3f}", speed=speed)
+        if metrics.val_loss is not None:
+            self._bars.update(task, val_loss=f"{metrics.val_loss:.3f}")

@@ -1,16 +1,15 @@
-"""A run's folder: what it holds, who may write into it, and how a run goes on in it.
+"""A run's folder: what it holds, when it may be written, and how a run is resumed in it.
 
-What a run leaves behind:
-
-    runs/NAME/config.json      what was asked for; a resumed run must ask for the same
-    runs/NAME/metrics.jsonl    a line per trial and step
-    runs/NAME/checkpoints/     per trial: parameters and optimizer state, by orbax
-    runs/NAME/loss.png         the held-out curves
-    runs/NAME/summary.md       the outcome (`commands/report.py`)
+runs/NAME/config.json      the `RunConfig`; a resumed run must have the same
+runs/NAME/metrics.jsonl    a line per trial and step
+runs/NAME/checkpoints/     per trial: parameters and optimizer state, by orbax
+runs/NAME/loss.png         the held-out curves
+runs/NAME/summary.md       the outcome (`cli/reports/training.py`)
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from optax_muon import checkpoint
 from optax_muon.errors import UsageError
 from optax_muon.models.safetensors_io import folder_at_once
 from optax_muon.training.checkpoints import Checkpoints
@@ -44,23 +44,23 @@ class RunFolder:
         """The folder of one trial's checkpoints."""
         return self.path / "checkpoints" / trial
 
-    def claim(self, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Make the folder this run's own, or refuse.
+    def create_or_resume(self, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Create the folder with its `config.json`, or check that its run can be resumed.
 
         Args:
             config: what is asked for, as JSON can hold it.
-            resume: go on with the run that is there; its config must be the same.
-            overwrite: delete the run that is there.
+            resume: go on with the run in the folder; its config must be the same.
+            overwrite: delete the run in the folder.
 
         Raises:
-            UsageError: when the folder holds a run and neither is asked for, when there is nothing
-                to resume, or when the run there has another config.
+            UsageError: when the folder holds a run and neither is asked for, when there is no run
+                to resume, or when that run has another config.
         """
         if resume:
-            return self._same_config(config)
+            return self._check_same(config)
         if self.path.exists():
             self._clear(overwrite)
-        with folder_at_once(self.path) as draft:
+        with usage_errors(), folder_at_once(self.path) as draft:
             RunFolder(draft).config.write_text(json.dumps(config, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
@@ -73,6 +73,17 @@ class RunFolder:
             raise UsageError(f"there is no run in {self.path}")
         config: dict[str, Any] = json.loads(self.config.read_text())
         return config
+
+    @property
+    def is_training_run(self) -> bool:
+        """Whether it was trained here; an import has neither trials nor steps."""
+        return "trials" in self.read_config()
+
+    def sizes(self) -> dict[str, Any]:
+        """The part of the config with the sizes of the model, as `spec.model_of` takes it."""
+        config = self.read_config()
+        sizes: dict[str, Any] = config.get("training", config)
+        return sizes
 
     def trained(self, trials: Sequence[str]) -> Path:
         """The checkpoints of the last of these trials that has any.
@@ -98,14 +109,13 @@ class RunFolder:
             raise UsageError(f"{self.path} has no trial {trial!r}; it has {', '.join(names)}")
         return self.trained(names if trial is None else [trial])
 
-    def _same_config(self, config: dict[str, Any]) -> None:
-        there, here = dict(_flat(self.read_config())), dict(_flat(json.loads(json.dumps(config))))
-        for key in there | here:
-            if there.get(key) != here.get(key):
-                raise UsageError(
-                    f"{self.path} was made with another config: {key} is {there.get(key)} there "
-                    f"and {here.get(key)} here; ask for the same, or give another --name"
-                )
+    def _check_same(self, config: dict[str, Any]) -> None:
+        saved, here = (checkpoint.describe({}, each) for each in (self.read_config(), config))
+        try:
+            checkpoint.check(saved, here, str(self.path))
+        except ValueError as error:
+            differences = " ".join(str(error).split())
+            raise UsageError(f"{differences}; ask for the same, or give another --name") from error
 
     def _clear(self, overwrite: bool) -> None:
         if not overwrite:
@@ -114,10 +124,9 @@ class RunFolder:
                 "--name makes another"
             )
         self.read_config()  # nothing but a run is ever deleted
-        with tempfile.TemporaryDirectory(
-            prefix=f".{self.path.name}.", dir=self.path.parent
-        ) as gone:
-            self.path.rename(Path(gone) / self.path.name)  # all at once, should it be interrupted
+        parent, prefix = self.path.parent, f".{self.path.name}."
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as trash:
+            self.path.rename(Path(trash) / self.path.name)  # atomic, should it be interrupted
 
 
 class Journal:
@@ -126,42 +135,41 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
 
-    def write(self, trial: str, record: StepMetrics) -> None:
+    def write(self, trial: str, metrics: StepMetrics) -> None:
         """Add a step."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"run": trial, **dataclasses.asdict(record)}) + "\n")
+            file.write(json.dumps({"trial": trial, **dataclasses.asdict(metrics)}) + "\n")
 
     def read(self, trial: str) -> list[StepMetrics]:
         """The steps of one trial, in order."""
         rows = (json.loads(line) for line in self._lines())
         return [
-            StepMetrics(**{key: value for key, value in row.items() if key != "run"})
+            StepMetrics(**{key: value for key, value in row.items() if key != "trial"})
             for row in rows
-            if row["run"] == trial
+            if row["trial"] == trial
         ]
 
-    def forget(self, trial: str, after: int) -> None:
-        """Drop the steps of a trial past its checkpoint: they are about to be done again."""
+    def truncate(self, trial: str, after: int) -> None:
+        """Drop the steps of a trial after its checkpoint: they will be repeated."""
         kept = [line for line in self._lines() if not _is_past(json.loads(line), trial, after)]
         draft = self.path.with_suffix(".draft")
         draft.write_text("".join(kept))
         draft.replace(self.path)
 
     def _lines(self) -> list[str]:
-        """Whole lines only: a killed process may have left half a one."""
+        """Whole lines only: a killed process may have left a partial one."""
         text = self.path.read_text() if self.path.exists() else ""
         return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _is_past(row: dict[str, Any], trial: str, step: int) -> bool:
-    return bool(row["run"] == trial and row["step"] > step)
+    return bool(row["trial"] == trial and row["step"] > step)
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested JSON with dotted names."""
-    if not isinstance(tree, dict | list):
-        yield prefix, tree
-        return
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in items:
-        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a ValueError about what the user gave, such as a folder, into a `UsageError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,12 +1,12 @@
 """The spectra of a run's matrices: how evenly each spreads its energy over its directions.
 
-The paper reads off them why Muon helps: an orthogonal update moves all directions of a matrix
-alike, so that its weights come to use more of them. It compares the SVD entropy of matrices trained
+The paper uses them to explain why Muon helps: an orthogonal update moves all directions of a matrix
+alike, so its weights come to use more of them. It compares the SVD entropy of matrices trained
 with Muon and with AdamW, in groups (arXiv 2502.16982, section 3.4, Figure 4), and their singular
 values over the largest one (appendix F, Figures 9 and 10).
 
-Matrices are those of the routing, so scanned layers and experts count one by one; the router is
-AdamW's, but it is looked at as well. `commands/spectra.py` writes and draws what is found here.
+The matrices are those that Muon gets, so scanned layers and experts count one by one, and the
+routers. `cli/spectra.py` writes the result, `cli/reports/spectra.py` draws it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_muon import View, measures
+import optax_muon
+from optax_muon import View, measures, named_leaves
 from optax_muon.errors import UsageError
-from optax_muon.matrices.assign import assign
-from optax_muon.matrices.paths import named_leaves
 from optax_muon.models import huggingface
-from optax_muon.polar.normalize import normalize
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.run_folder import RunFolder
 
@@ -49,95 +47,81 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """The paper's groups, by the ends of the paths of Llama's and Moonlight's parameters."""
 
 CHUNK_BYTES = 64 * 2**20
-"""Matrices that are decomposed at once, in float32; a stack of all experts may be ten gigabytes."""
+"""Size in float32 of the matrices decomposed at once; a stack of all experts may be 10 GB."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The matrices of one parameter at one step.
-
-    Attributes:
-        trial: whose they are.
-        step: of the checkpoint.
-        group: a key of `GROUPS`.
-        path: of the parameter.
-        values: singular values over the largest of their matrix, descending, `[matrices, k]`
-            float32.
-        entropy: `measures.svd_entropy` of each, `[matrices]` float32.
-        stable_rank: `measures.stable_rank` of each, `[matrices]` float32.
-    """
+    """The matrices of one parameter at one step."""
 
     trial: str
+    """Whose they are."""
     step: int
+    """Of the checkpoint."""
     group: str
+    """A key of `GROUPS`."""
     path: str
+    """Of the parameter."""
     values: np.ndarray
+    """Singular values over the largest of their matrix, descending, `[matrices, k]`
+    float32."""
     entropy: np.ndarray
+    """`measures.svd_entropy` of each, `[matrices]` float32."""
     stable_rank: np.ndarray
+    """`measures.stable_rank` of each, `[matrices]` float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Parameters that a run has kept.
-
-    Attributes:
-        trial: whose they are.
-        step: after how many.
-        read: reads them.
-    """
+    """Parameters that a run has kept."""
 
     trial: str
+    """Whose they are."""
     step: int
+    """After how many."""
     read: Callable[[], optax.Params]
+    """Reads them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpectraTrial:
-    """A trial as `config.json` tells of it.
-
-    Attributes:
-        name: of the folder of its checkpoints.
-        title: in tables and pictures.
-        optimizer: `adamw` or `muon`; empty where nobody knows.
-    """
+    """A trial as `config.json` records it."""
 
     name: str
+    """Of the folder of its checkpoints."""
     title: str
-    optimizer: str
+    """In tables and pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A group of a trial's matrices at one step: a line of spectra.csv.
-
-    Attributes:
-        trial: whose they are.
-        step: of the checkpoint.
-        group: a key of `GROUPS`.
-        matrices: how many.
-        entropy: their mean SVD entropy.
-        entropy_lower: lower quartile of the entropies.
-        entropy_median: their median.
-        entropy_upper: their upper quartile.
-        stable_rank: mean stable rank.
-        higher: matrices of a higher entropy than AdamW's same matrix at the same step has; None
-            where there is no such step, and of AdamW itself.
-    """
+    """A group of a trial's matrices at one step: a line of spectra.csv."""
 
     trial: str
+    """Whose they are."""
     step: int
+    """Of the checkpoint."""
     group: str
+    """A key of `GROUPS`."""
     matrices: int
+    """How many."""
     entropy: float
+    """Their mean SVD entropy."""
     entropy_lower: float
+    """Lower quartile of the entropies."""
     entropy_median: float
+    """Their median."""
     entropy_upper: float
+    """Their upper quartile."""
     stable_rank: float
+    """Mean stable rank."""
     higher: int | None
+    """Matrices with a higher entropy than the baseline's same matrix at the same step;
+    None where there is no such step, and of the baseline itself."""
 
 
 def group_of(path: str) -> str | None:
-    """The group of a parameter; None of a norm, an embedding or an output layer.
+    """The group of a parameter; None for a norm, an embedding or an output layer.
 
     >>> group_of("moe_layers/shared_experts/up_proj/kernel"), group_of("moe_layers/experts/up_proj")
     ('SharedExperts', 'Experts')
@@ -151,21 +135,21 @@ def group_of(path: str) -> str | None:
 
 
 def views(params: optax.Params) -> dict[str, View]:
-    """How every parameter that has a spectrum here is read: Muon's matrices and the router.
+    """The views of the parameters whose spectra are taken: Muon's matrices and the routers.
 
     Raises:
-        UsageError: when a matrix of Muon's is of no group.
+        UsageError: when one of Muon's matrices is in no group.
 
     >>> views({"router": {"kernel": jnp.ones([3, 16, 8])}, "norm": {"scale": jnp.ones(16)}})
     {'router/kernel': View(rows=(-2,), cols=(-1,), split=None)}
     """
     routed = {
         path: View(-2, -1) if group_of(path) == ROUTER else view
-        for path, view in assign(params).items()
+        for path, view in optax_muon.label(params).views.items()
     }
     lost = [path for path, view in routed.items() if view is not None and group_of(path) is None]
     if lost:
-        raise UsageError(f"{lost[0]} is of no group; there are {', '.join(GROUPS)}")
+        raise UsageError(f"{lost[0]} is in no group; there are {', '.join(GROUPS)}")
     return {path: view for path, view in routed.items() if view is not None}
 
 
@@ -178,7 +162,7 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
         step: after how many.
 
     Raises:
-        UsageError: when a matrix of Muon's is of no group.
+        UsageError: when one of Muon's matrices is in no group.
 
     >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.stack([jnp.eye(4, 8)] * 3)}}}}
     >>> [spectrum] = spectra(params)
@@ -190,26 +174,25 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
         leaf = jnp.asarray(leaves[path])
         group = group_of(path)
         assert group is not None
-        for stack in view.on(leaf.shape).to_matrices(leaf):
+        for stack in view.bind(leaf.shape).to_matrices(leaf):
             yield Spectrum(trial, step, group, path, *_measure(stack))
 
 
 def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
-    """The trials of a run, and every checkpoint that it has kept.
+    """The trials of a run, the baseline first, and every checkpoint that it has kept.
 
     Args:
-        run: a folder of `optax-muon train` or `finetune`, or one of `import-hf`, whose single
-            trial has no optimizer and whose single checkpoint is of step 0.
+        run: a folder of `optax-muon train` or `finetune`, or one of `import-hf`, which has a single
+            trial, named like it, with a single checkpoint, of step 0.
 
     Raises:
         UsageError: when there is no run, or it has no checkpoint.
     """
     folder = RunFolder(run)
-    config = folder.read_config()
-    if "trials" not in config:
+    if not folder.is_training_run:
         name = run.resolve().name
-        return [SpectraTrial(name, name, "")], [Source(name, 0, functools.partial(_imported, run))]
-    trials = [SpectraTrial(c["name"], c["title"], c["optimizer"]) for c in config["trials"]]
+        return [SpectraTrial(name, name)], [Source(name, 0, functools.partial(_imported, run))]
+    trials = [SpectraTrial(c["name"], c["title"]) for c in folder.read_config()["trials"]]
     kept = [source for trial in trials for source in _kept(folder, trial.name)]
     if not kept:
         names = " or ".join(trial.name for trial in trials)
@@ -218,17 +201,20 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
 
 
 def rows(trials: Sequence[SpectraTrial], found: Sequence[Spectrum]) -> list[Row]:
-    """The spectra by group: the lines of spectra.csv, by trial, step and group."""
+    """The spectra by group: the lines of spectra.csv, by trial, step and group.
+
+    The first trial is the baseline that the others are compared with.
+    """
     places: dict[tuple[str, int, str], list[Spectrum]] = {}
     for spectrum in found:
         place = (spectrum.trial, spectrum.step, spectrum.group)
         places.setdefault(place, []).append(spectrum)
-    adamw = next((trial.name for trial in trials if trial.optimizer == "adamw"), "")
+    baseline = trials[0].name
     order = itertools.product(
         [trial.name for trial in trials], sorted({s.step for s in found}), GROUPS
     )
     return [
-        _row(places[place], places.get((adamw, *place[1:])) if place[0] != adamw else None)
+        _row(places[place], places.get((baseline, *place[1:])) if place[0] != baseline else None)
         for place in order
         if place in places
     ]
@@ -276,7 +262,7 @@ def _imported(run: Path) -> optax.Params:
 
 
 def _measure(stack: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, entropies and stable ranks of `[b, m, n]`, a chunk after the other."""
+    """Values, entropies and stable ranks of `[b, m, n]`, chunk by chunk."""
     at_once = max(1, CHUNK_BYTES // (4 * math.prod(stack.shape[1:])))
     chunks = [
         jax.device_get(_decompose(stack[start : start + at_once]))
@@ -288,8 +274,6 @@ def _measure(stack: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @jax.jit
 def _decompose(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One decomposition: XLA finds that the measures ask for the same one."""
+    """Measure a stack; XLA merges the three decompositions into one."""
     x = x.astype(jnp.float32)
-    values = jnp.linalg.svd(normalize(x), compute_uv=False)
-    largest = jnp.maximum(values[..., :1], jnp.finfo(jnp.float32).tiny)  # a zero matrix has none
-    return values / largest, measures.svd_entropy(x), measures.stable_rank(x)
+    return measures.singular_values(x), measures.svd_entropy(x), measures.stable_rank(x)

@@ -1,10 +1,10 @@
-"""The sweep that tunes AdamW and Muon with the same budget: learning rate times weight decay.
+"""The sweep that tunes optimizers with the same budget: learning rate times weight decay.
 
-Every point of the two grids is one whole training run from the same initial parameters on the same
-batches, and counts by its final held-out loss. The grids must be equally long, so neither optimizer
-is searched harder. Each finished point is a line of `sweep.csv` at once; the same command goes on
-after the last one. The result belongs into the preset's row in `presets.py`; how it is shown is in
-`commands/sweep_report.py`.
+Every point of a grid is one whole training run from the same initial parameters on the same
+batches, and counts by its final held-out loss. The grids must be equally long, so every optimizer
+gets the same budget. Each finished point is written to `sweep.csv` at once; the same command
+continues after the last one. The best points belong in the preset's row in `presets.py`; the report
+is made by `cli/reports/sweep.py`.
 """
 
 from __future__ import annotations
@@ -17,40 +17,39 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from optax_muon.errors import Diverged, Interrupted, UsageError
-from optax_muon.training.config import TrainConfig
-from optax_muon.training.data.corpus import Corpus
-from optax_muon.training.devices import SINGLE_DEVICE, Devices
-from optax_muon.training.loop import init, train
-from optax_muon.training.optimizers import Trial, transformation
-from optax_muon.training.presets import HyperParams
+from optax_muon.training.initialize import initial_state
+from optax_muon.training.loop import train
+from optax_muon.training.optimizers import HyperParams, Trial, optimizer, transformation
+from optax_muon.training.pretrain import Pretraining
 from optax_muon.training.progress import Progress
 from optax_muon.training.trainer import Interrupt
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run of the sweep.
-
-    Attributes:
-        optimizer: a key of `trials.OPTIMIZERS`.
-        lr: peak learning rate.
-        weight_decay: decoupled, per unit of learning rate.
-        val_loss: final held-out loss, nats per token; NaN where the run diverged, or is not run.
-    """
+    """One run of the sweep."""
 
     optimizer: str
+    """A key of `optimizers.REGISTRY`."""
     lr: float
+    """Peak learning rate."""
     weight_decay: float
+    """Decoupled weight decay, per unit of learning rate."""
     val_loss: float = math.nan
+    """Final held-out loss, nats per token; NaN where the run diverged, or has not been run."""
+
+    @property
+    def title(self) -> str:
+        """For people; different for each point."""
+        return f"{self.optimizer} lr {self.lr:g} decay {self.weight_decay:g}"
 
     @property
     def trial(self) -> Trial:
-        """The optimizer at these numbers."""
-        title = f"{self.optimizer} lr {self.lr:g} decay {self.weight_decay:g}"
-        return Trial(title, title, self.optimizer, HyperParams(self.lr, self.weight_decay))
+        """The optimizer at these hyper-parameters."""
+        return Trial(optimizer(self.optimizer), HyperParams(self.lr, self.weight_decay))
 
 
-class Table:
+class SweepTable:
     """The finished points, in a CSV file that grows by a line per run."""
 
     FIELDS = tuple(field.name for field in dataclasses.fields(Point))
@@ -59,7 +58,7 @@ class Table:
         self.path = path
 
     def read(self) -> list[Point]:
-        """All finished points, in the order they were run."""
+        """All finished points, in the order of their runs."""
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
@@ -80,7 +79,7 @@ def grid(lrs: Mapping[str, Sequence[float]], decays: Sequence[float]) -> list[Po
     """All points, without losses.
 
     Args:
-        lrs: of each optimizer, equally many.
+        lrs: learning rates by optimizer, equally many for each.
         decays: weight decays, the same for all.
 
     Raises:
@@ -91,7 +90,9 @@ def grid(lrs: Mapping[str, Sequence[float]], decays: Sequence[float]) -> list[Po
     """
     if len({len(values) for values in lrs.values()}) > 1:
         counts = ", ".join(f"{len(values)} for {name}" for name, values in lrs.items())
-        raise UsageError(f"the optimizers get the same budget, but learning rates are {counts}")
+        raise UsageError(
+            f"every optimizer gets the same budget, but the numbers of learning rates are {counts}"
+        )
     return [
         Point(name, lr, decay)
         for name, values in lrs.items()
@@ -99,54 +100,41 @@ def grid(lrs: Mapping[str, Sequence[float]], decays: Sequence[float]) -> list[Po
     ]
 
 
-def best(points: Iterable[Point], optimizer: str) -> Point | None:
-    """The optimizer's point of the lowest loss; None when all have diverged.
+def best(points: Iterable[Point], name: str) -> Point | None:
+    """The point of an optimizer with the lowest loss; None when all have diverged.
 
     >>> best([Point("muon", 1.0, 0.1, 2.5), Point("muon", 2.0, 0.1, 2.4)], "muon").lr
     2.0
     """
-    mine = [p for p in points if p.optimizer == optimizer and math.isfinite(p.val_loss)]
+    mine = [p for p in points if p.optimizer == name and math.isfinite(p.val_loss)]
     return min(mine, key=lambda point: point.val_loss, default=None)
 
 
-def run_all(
-    setup: TrainConfig,
-    corpus: Corpus,
-    points: Sequence[Point],
-    table: Table,
-    placement: Devices = SINGLE_DEVICE,
-) -> None:
-    """Run every point that the table does not hold yet; the placement's mesh is ambient.
+def run_all(task: Pretraining, points: Sequence[Point], table: SweepTable) -> None:
+    """Run every point that the table does not hold yet; the mesh of the task is ambient.
 
     Raises:
         Interrupted: on Ctrl-C; the finished points are in the table.
     """
-    finished = {point.trial.title for point in table.read()}
-    missing = [point for point in points if point.trial.title not in finished]
-    titles = [point.trial.title for point in missing]
-    with Interrupt() as interrupt, Progress(titles, setup) as progress:
+    finished = {point.title for point in table.read()}
+    missing = [point for point in points if point.title not in finished]
+    titles = [point.title for point in missing]
+    with Interrupt() as interrupt, Progress(titles, task.config) as progress:
         for point in missing:
-            table.append(_run(setup, corpus, point, progress, interrupt, placement))
+            table.append(_run(task, point, progress, interrupt))
 
 
-def _run(
-    setup: TrainConfig,
-    corpus: Corpus,
-    point: Point,
-    progress: Progress,
-    interrupt: Interrupt,
-    placement: Devices,
-) -> Point:
+def _run(task: Pretraining, point: Point, progress: Progress, interrupt: Interrupt) -> Point:
     """The point with its loss."""
-    trial = point.trial
-    progress.begin(trial.title, done=0)
-    state = init(setup, transformation(trial, setup), placement.mesh)
+    trial, config = point.trial, task.config
+    progress.begin(point.title, done=0)
+    state = initial_state(config, transformation(trial, config), task.devices.mesh)
     try:
-        for record, _ in train(setup, trial, corpus, state, placement=placement):
-            progress.step(trial.title, record)
+        for metrics, _ in train(config, trial, task, state):
+            progress.step(point.title, metrics)
             if interrupt.pressed:
                 raise Interrupted("stopped; the finished points are saved")
     except Diverged:
         return point
-    assert record.val_loss is not None  # the last step is always evaluated
-    return dataclasses.replace(point, val_loss=record.val_loss)
+    assert metrics.val_loss is not None  # the last step is always evaluated
+    return dataclasses.replace(point, val_loss=metrics.val_loss)

@@ -1,11 +1,12 @@
-"""One run: every trial trained in turn, watched, written down, saved, and able to go on."""
+"""One run: every trial trained in turn, with its progress shown, its metrics and states saved."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
@@ -14,54 +15,17 @@ from optax_muon.errors import Interrupted
 from optax_muon.models import spec
 from optax_muon.training import distributed
 from optax_muon.training.checkpoints import Checkpoints, RetentionPolicy
-from optax_muon.training.config import TrainConfig
-from optax_muon.training.data.corpus import Corpus
+from optax_muon.training.config import RunConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
-from optax_muon.training.initialize import PretrainedSource, begin
-from optax_muon.training.loop import State, StepMetrics, abstract, shapes, train
+from optax_muon.training.initialize import PretrainedSource, initial_state
+from optax_muon.training.loop import StepMetrics, Task, train
 from optax_muon.training.optimizers import Trial, transformation
 from optax_muon.training.progress import Progress
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.state import State, abstract
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """What `config.json` records.
-
-    Attributes:
-        preset: the row of `presets.PRESETS` it started from.
-        data: the user's file, folder or glob; None is the standard library.
-        fingerprint: of the corpus, so that no run goes on with other text.
-        setup: what all trials share.
-        trials: the optimizers and their numbers.
-        save_every: steps between checkpoints.
-        start: folder of the run whose parameters it begins with; None begins at random.
-        keep_every: steps between checkpoints that stay; None keeps the newest ones only.
-    """
-
-    preset: str
-    data: str | None
-    fingerprint: str
-    setup: TrainConfig
-    trials: tuple[Trial, ...]
-    save_every: int
-    start: str | None = None
-    keep_every: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return dataclasses.asdict(self)
-
-    def settings(self, trial: Trial) -> dict[str, Any]:
-        """What has to be the same to go on from a checkpoint."""
-        return {
-            "setup": dataclasses.asdict(self.setup),
-            "trial": dataclasses.asdict(trial),
-            "fingerprint": self.fingerprint,
-        }
-
-
-class Interrupt:
+class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
     """Holds back the first Ctrl-C until the step is done; the second one acts as usual."""
 
     def __init__(self) -> None:
@@ -71,12 +35,7 @@ class Interrupt:
         self._before = signal.signal(signal.SIGINT, self._press)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
     def _press(self, number: int, frame: FrameType | None) -> None:
@@ -86,23 +45,20 @@ class Interrupt:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains the trials of one run.
-
-    Attributes:
-        run: what was asked for.
-        corpus: the text.
-        folder: where everything is written.
-        progress: what the user sees meanwhile.
-        interrupt: whether the user wants to stop.
-        placement: devices and micro-batches.
-    """
+    """Trains the trials of one run."""
 
     run: RunConfig
-    corpus: Corpus
+    """What was asked for."""
+    task: Task
+    """What is learned."""
     folder: RunFolder
+    """Where everything is written."""
     progress: Progress
+    """What the user sees meanwhile."""
     interrupt: Interrupt
-    placement: Devices = SINGLE_DEVICE
+    """Whether the user wants to stop."""
+    devices: Devices = SINGLE_DEVICE
+    """Devices and micro-batches."""
 
     def train(self, trial: Trial) -> None:
         """Train one trial from its newest checkpoint, or from the start, to the end.
@@ -113,63 +69,67 @@ class Trainer:
         """
         path, settings = self.folder.checkpoints(trial.name), self.run.settings(trial)
         with Checkpoints(path, RetentionPolicy(every=self.run.keep_every), settings) as checkpoints:
-            state, done = self._begin(trial, checkpoints)
-            setup, placement = self.run.setup, self.placement
-            steps = train(setup, trial, self.corpus, state, done, placement)
-            for record, state in steps:
-                if distributed.is_first():
-                    self.folder.journal.write(trial.name, record)
-                self.progress.step(trial.title, record)
-                stop = self._is_stopped(record)
-                if stop or self._is_due(record):
-                    checkpoints.save(record.step, state, self._position(record))
+            begun, done = self._begin(trial, checkpoints)
+            for metrics, state in train(self.run.training, trial, self.task, begun, done):
+                self._report(trial, metrics)
+                stop = self._is_stopped(metrics)
+                if stop or self._is_due(metrics):
+                    checkpoints.save(metrics.step, state, self._position(metrics))
                 if stop:
-                    raise Interrupted(f"stopped and saved {trial.name} at step {record.step}")
+                    raise Interrupted(f"stopped and saved {trial.name} at step {metrics.step}")
 
     def _begin(self, trial: Trial, checkpoints: Checkpoints) -> tuple[State, int]:
         """The state to go on from and its step."""
-        done, setup, mesh = checkpoints.latest, self.run.setup, self.placement.mesh
-        if distributed.is_first():
-            self.folder.journal.forget(trial.name, after=done)
+        done, config, mesh = checkpoints.latest, self.run.training, self.devices.mesh
+        if distributed.is_main_process():
+            self.folder.journal.truncate(trial.name, after=done)
         self.progress.begin(trial.title, done)
-        tx = transformation(trial, setup)
+        tx = transformation(trial, config)
         if done:
-            model = spec.model(setup.model)
-            like = shapes(model, tx) if mesh is None else abstract(model, tx, mesh)
-            return checkpoints.restore(like), done
-        start = None if self.run.start is None else PretrainedSource(Path(self.run.start))
-        return begin(setup, tx, mesh, start), done
+            return checkpoints.restore(abstract(spec.model(config.model), tx, mesh)), done
+        return initial_state(config, tx, mesh, self._source), done
 
-    def _is_stopped(self, record: StepMetrics) -> bool:
+    def _report(self, trial: Trial, metrics: StepMetrics) -> None:
+        if distributed.is_main_process():
+            self.folder.journal.write(trial.name, metrics)
+        self.progress.step(trial.title, metrics)
+
+    def _is_stopped(self, metrics: StepMetrics) -> bool:
         """Whether the user wants to stop; several processes agree on it where they evaluate."""
         if jax.process_count() == 1:
             return self.interrupt.pressed
-        return record.val_loss is not None and distributed.any_of(self.interrupt.pressed)
+        return metrics.val_loss is not None and distributed.any_process(self.interrupt.pressed)
 
-    def _is_due(self, record: StepMetrics) -> bool:
+    def _is_due(self, metrics: StepMetrics) -> bool:
         """Whether to save: only where the held-out loss has just shown these parameters good."""
-        last = record.step == self.run.setup.steps
-        return record.val_loss is not None and (last or record.step % self.run.save_every == 0)
+        last = metrics.step == self.run.training.steps
+        return metrics.val_loss is not None and (last or metrics.step % self.run.save_every == 0)
 
-    def _position(self, record: StepMetrics) -> dict[str, Any]:
-        """Where the data is; it is a function of the seed and the step."""
-        setup = self.run.setup
-        tokens = int(setup.sequences(record.step)) * setup.model.context
-        return {"seed": setup.seed, "tokens": tokens}
+    def _position(self, metrics: StepMetrics) -> dict[str, Any]:
+        """Position in the data, for people: a batch is a function of the seed and the step."""
+        config = self.run.training
+        tokens = int(config.sequences(metrics.step)) * config.model.context
+        return {"seed": config.seed, "tokens": tokens}
+
+    @property
+    def _source(self) -> PretrainedSource | None:
+        if self.run.pretrained is None:
+            return None
+        return PretrainedSource(Path(self.run.pretrained), self.run.pretrained_trial)
 
 
 def train_all(
-    run: RunConfig, corpus: Corpus, folder: RunFolder, placement: Devices = SINGLE_DEVICE
+    run: RunConfig, task: Task, folder: RunFolder, devices: Devices = SINGLE_DEVICE
 ) -> None:
-    """Train what is not trained yet; the placement's mesh is ambient.
+    """Train every trial to its end; the devices' mesh is ambient.
 
     Raises:
         Diverged: as `Trainer.train`.
         Interrupted: as `Trainer.train`.
     """
     titles = [trial.title for trial in run.trials]
-    hidden = not distributed.is_first()
-    with Interrupt() as interrupt, Progress(titles, run.setup, hidden=hidden) as progress:
-        trainer = Trainer(run, corpus, folder, progress, interrupt, placement)
+    hidden = not distributed.is_main_process()
+    with Interrupt() as interrupt, Progress(titles, run.training, hidden=hidden) as progress:
+        trainer = Trainer(run, task, folder, progress, interrupt, devices)
         for trial in run.trials:
             trainer.train(trial)

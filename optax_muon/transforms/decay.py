@@ -1,7 +1,7 @@
 """Weight decay decoupled from the gradient: `W -= lr (O + lambda W)` (arXiv 2502.16982, Eq. 3).
 
-The links stand between the scale and the learning rate, so decay takes the plain learning rate and
-never the factor of the shape.
+The links stand between the scale and the learning rate, so decay is multiplied by the learning rate
+but not by the factor of the shape.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import optax
 from optax_muon.matrices import paths
 
 Decay = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
+"""`(update, param, rate) -> update` of one leaf."""
 
 Mask: TypeAlias = Any
 """True where a link applies: a tree of booleans or a prefix of one, or a function of the parameters
@@ -27,7 +27,7 @@ class DecayState(NamedTuple):
     """State of the decay links."""
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
-    """Updates done: int32 `[]`, for a scheduled rate."""
+    """Number of updates so far, for a scheduled rate: int32 `[]`."""
 
 
 def decoupled_decay(
@@ -36,14 +36,14 @@ def decoupled_decay(
     """Add `rate * W` to the updates.
 
     Args:
-      rate: decay per unit of learning rate: a number, an array or a schedule of the step. 0.1 is
-        the paper's.
-      mask: True where decay applies: a tree of booleans or a prefix of one, or a callable of the
-        parameters that returns such a tree. None decays everything, norms too, which the paper
-        calls crucial (Appendix D).
+        rate: Decay per unit of learning rate: a number, an array or a schedule of the step. 0.1 is
+            the paper's.
+        mask: True where decay applies: a tree of booleans or a prefix of one, or a callable of the
+            parameters that returns such a tree. None decays everything, norms too, which the paper
+            calls crucial (Appendix D).
 
     Raises:
-      ValueError: `update` is called without `params`.
+        ValueError: `update` is called without `params`.
 
     >>> link = decoupled_decay(0.1)
     >>> params = {"w": jnp.full(2, 3.0)}
@@ -57,14 +57,14 @@ def decoupled_decay(
 def cautious_decay(
     rate: optax.ScalarOrSchedule = 0.1, mask: Mask = None
 ) -> optax.GradientTransformation:
-    """Add `rate * W` only where decay and update pull the same way (arXiv 2510.12402, Eq. 3).
+    """Add `rate * W` only where decay and update have the same sign (arXiv 2510.12402, Eq. 3).
 
     Args:
-      rate: as in `decoupled_decay`.
-      mask: as in `decoupled_decay`.
+        rate: As in `decoupled_decay`.
+        mask: As in `decoupled_decay`.
 
     Raises:
-      ValueError: `update` is called without `params`.
+        ValueError: `update` is called without `params`.
 
     >>> link = cautious_decay(0.1)
     >>> params = {"w": jnp.array([1.0, -1.0])}
@@ -104,7 +104,7 @@ def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.Grad
 
 
 def _decays(params: optax.Params, mask: Mask) -> Callable[[str], bool]:
-    """The mask as a function of the path; a path that no entry covers decays."""
+    """Return the mask as a function of the path; a path that no entry covers decays."""
     if mask is None:
         return lambda path: True
     # A mask made from an equinox module is a tree that can be called; a function is a leaf.
@@ -112,7 +112,7 @@ def _decays(params: optax.Params, mask: Mask) -> Callable[[str], bool]:
     entries = paths.named_leaves(mask(params) if is_function else mask)
 
     def decays(path: str) -> bool:
-        entry = paths.covering(entries, path)
+        entry = paths.longest_prefix(entries, path)
         return entry is None or bool(entries[entry])
 
     return decays

@@ -2,8 +2,8 @@
 
     M_t = beta M_{t-1} + g_t          U_t = g_t + beta M_t   (Nesterov)   or   U_t = M_t
 
-The direction of `U` is exactly that of the averaging form `M_t = beta M_{t-1} + (1 - beta) g_t`
-used by others, and orthogonalization keeps nothing but the direction.
+`U` has exactly the direction that it has in the averaging form, `M_t = beta M_{t-1} + (1 - beta)
+g_t`, and orthogonalization keeps only the direction.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class MomentumState(NamedTuple):
     """State of `scale_by_momentum`."""
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, also a method of tuples
-    """Updates done: int32 `[]`, for a scheduled beta."""
+    """Number of updates so far, for a scheduled beta: int32 `[]`."""
     mu: optax.Updates
-    """The momentum, shaped and sharded as the parameters."""
+    """The momentum, with the shapes and shardings of the parameters."""
 
 
 def scale_by_momentum(
@@ -34,14 +34,14 @@ def scale_by_momentum(
     """Replace gradients by their momentum, in float32 or wider.
 
     Args:
-      beta: how much of the momentum survives a step, in [0, 1); a number, an array or a schedule of
-        the step. 0.95 is the paper's.
-      nesterov: whether to look one step ahead; the paper does.
-      mu_dtype: dtype that the momentum is stored in. None keeps float32, or float64 for float64
-        gradients, whatever the parameters are stored in.
+        beta: The fraction of the momentum kept at each step, in [0, 1); a number, an array or a
+            schedule of the step. 0.95 is the paper's.
+        nesterov: Whether to look one step ahead; the paper does.
+        mu_dtype: Dtype that the momentum is stored in. None keeps float32, or float64 for float64
+            gradients, whatever the parameters are stored in.
 
     Returns:
-      A transformation whose updates are not narrower than float32: `U` of the module's equation.
+        A transformation whose updates are `U` of the equation above, in float32 or wider.
 
     >>> tx = scale_by_momentum(beta=0.5)
     >>> state = tx.init(jnp.zeros(()))

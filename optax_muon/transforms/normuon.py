@@ -2,8 +2,7 @@
 
     v_j <- beta2 v_j + (1 - beta2) mean_i O_ij^2        O_ij <- O_ij / (sqrt(v_j) + eps)
 
-and the matrix is put back to the Frobenius norm that it had. One number per neuron is all the
-state.
+and the matrix is rescaled to the Frobenius norm it had before. The state is one number per neuron.
 """
 
 from __future__ import annotations
@@ -25,29 +24,30 @@ class NorMuonState(NamedTuple):
     """State of `normuon`."""
 
     nu: optax.Updates
-    """Mean square of every neuron, float32 or wider: a tree like the parameters, each of the shape
-    of its parameter with row axes of length 1 (a split row axis: one entry per matrix)."""
+    """Mean squares of the neurons in float32 or wider: a tree like the parameters. Each leaf has
+    the shape of its parameter with row axes of length 1, or one entry per matrix where the row axis
+    is split."""
 
 
 def normuon(
     beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Views = None
 ) -> optax.GradientTransformation:
-    """Normalise the rows of an orthogonal update by neuron, with memory.
+    """Normalize an orthogonal update per neuron, by a moving average of the mean square.
 
-    Stands after `orthogonalize` and before `scale_by_shape`. A neuron is a column of the view: an
-    output of the layer.
+    It comes after `orthogonalize` and before `scale_by_shape`: `muon(3e-4, post=normuon())`. A
+    neuron is an output of the layer, a column of the view.
 
     Args:
-      beta2: how much of the mean square survives a step; 0.95 is the paper's.
-      eps: added to the root of the mean square, which is about `1 / sqrt(max(m, n))`.
-      views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view pass
-        unchanged.
+        beta2: The fraction of the mean square kept at each step; 0.95 is the paper's.
+        eps: Added to the root of the mean square, which is about `1 / sqrt(max(m, n))`.
+        views: Which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
+            pass unchanged.
 
     >>> link = normuon()
     >>> params = {"kernel": jnp.zeros((4, 2))}
     >>> rows = {"kernel": jnp.ones((4, 2)) * jnp.array([[1.0, 3.0]])}
     >>> updates, _ = link.update(rows, link.init(params))
-    >>> bool(jnp.allclose(updates["kernel"], 5.0**0.5))          # both neurons: the norm is kept
+    >>> bool(jnp.allclose(updates["kernel"], 5.0**0.5))          # equal neurons, same norm
     True
     """
 
@@ -70,7 +70,7 @@ def normuon(
         for path, bound in bind_views(updates, views).items():
             neurons, axes = _neurons(bound), (bound.part_rows, bound.part_cols)
             pairs = zip(bound.parts(leaves[path]), neurons.parts(nu[path]), strict=True)
-            moved = [_normalise(part, old, *axes, beta2, eps) for part, old in pairs]
+            moved = [_normalize(part, old, *axes, beta2, eps) for part, old in pairs]
             leaves[path] = bound.join([part for part, _ in moved])
             nu[path] = neurons.join([mean_square for _, mean_square in moved])
         return _like(updates, leaves), NorMuonState(_like(state.nu, nu))
@@ -83,21 +83,20 @@ def _like(tree: Any, leaves: dict[str, jax.Array]) -> Any:
 
 
 def _neurons(bound: BoundView) -> BoundView:
-    """The parameter with one row: where its neurons lie, split as it is."""
+    """Return the view of the mean squares: the parameter's, with one row."""
     shape, split = list(bound.shape), bound.split
     for axis in bound.row_axes:
         shape[axis] = 1
     if split is not None and split.axis in bound.row_axes:
-        assert split.heads is not None
         split = Split(split.axis, split.heads, split.heads)
         shape[split.axis] = split.total
     return dataclasses.replace(bound, shape=tuple(shape), split=split)
 
 
-def _normalise(
+def _normalize(
     x: jax.Array, nu: jax.Array, rows: Axes, cols: Axes, beta2: jax.typing.ArrayLike, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """One step for a part `[heads, ...]`: the normalised part and its new mean squares."""
+    """Return the normalized part `[heads, ...]` and its new mean squares."""
     wide = x.astype(nu.dtype)
     keep = jnp.asarray(beta2, nu.dtype)
     nu = keep * nu + (1 - keep) * jnp.mean(jnp.square(wide), rows, keepdims=True)

@@ -1,8 +1,8 @@
-"""The link in the middle: every matrix of the tree becomes its (approximate) polar factor.
+"""The central link: it replaces every matrix by its (approximate) polar factor.
 
-Stateless. Leaves are read through their views, matrices of one shape are pooled over all leaves,
-and the orthogonalizer sees nothing but batches of whole matrices `[B, m, n]` with `m <= n`, on
-whatever device the plan has chosen (`sharding/plan.py`).
+It is stateless. Leaves are read through their views, and matrices of one shape are batched across
+leaves: the orthogonalizer gets batches `[B, m, n]` with `m <= n` on the devices that the plan has
+chosen (`sharding/plan.py`).
 """
 
 from __future__ import annotations
@@ -29,26 +29,30 @@ def orthogonalize(
     shardings: Shardings = None,
     plan: Plan | None = None,
 ) -> optax.GradientTransformation:
-    """Replace every matrix `U = P S Q^T` of the updates by (nearly) `P Q^T`.
+    """Replace every matrix `U = P S Q^T` of the updates by (approximately) `P Q^T`.
 
     Args:
-      orthogonalizer: a function `[..., m, n] -> [..., m, n]`; set its options with
-        `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. An object with a
-        method `count` (`NewtonSchulz`) counts its own work for the plan; with
-        `supports_column_shards = True` it may be given columns that lie on several devices, by the
-        keyword `column_shards`. Any other callable gets whole matrices.
-      views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
-        pass unchanged.
-      shardings: how the updates are sharded, where their types do not say (Auto mesh axes): a tree
-        or prefix of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable.
-      plan: a plan made with `optax_muon.plan`; None makes one for these updates.
+        orthogonalizer: A function `[..., m, n] -> [..., m, n]`; set its options with
+            `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. An object with a method
+            `count` (`NewtonSchulz`) counts its own work for the plan; where its
+            attribute `supports_column_shards` is true, it may be called on columns that lie on
+            several devices, with the keyword `column_shards`. Any other callable gets whole
+            matrices and is counted as five plain steps. It must be hashable, because compiled
+            programs are cached by it.
+        views: Which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
+            pass unchanged.
+        shardings: How the updates are sharded, needed on Auto mesh axes only: a
+            tree or prefix of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a
+            callable.
+        plan: A plan made with `optax_muon.plan`; None makes one for these updates.
 
     Returns:
-      A stateless transformation. Updates keep their dtype and their sharding.
+        A stateless transformation. Updates keep their dtype and their sharding.
 
     Raises:
-      ValueError: (in `update`) a leaf that the views leave undecided, a view or a sharding that
-        does not fit, a plan made for other parameters.
+        ValueError: (in `update`) The views leave a leaf undecided, a view or a sharding does not
+            fit, or the plan was made for other parameters.
+        TypeError: `orthogonalizer` is not hashable.
 
     >>> import jax.numpy as jnp
     >>> link = orthogonalize()

@@ -1,14 +1,14 @@
-"""QK-Clip: heads whose attention logits grow too large have their weights scaled back (MuonClip).
+"""QK-Clip: scale down the weights of heads whose attention logits grow too large (MuonClip).
 
 After the optimizer's step, for every head `h` whose largest logit `S` of the forward pass is above
 the threshold `tau`, with `gamma = tau / S` (Kimi K2, arXiv 2507.20534, Algorithm 1):
 
     MHA    W_q <- gamma^alpha W_q         W_k <- gamma^(1 - alpha) W_k
     MLA    W_q_nope <- sqrt(gamma) W_q_nope, W_k_nope <- sqrt(gamma) W_k_nope,
-           W_q_rope <- gamma W_q_rope, the rotary key that all heads share stays
+           W_q_rope <- gamma W_q_rope; the rotary key that all heads share is unchanged
 
-Both multiply the head's logits by `gamma`. Where heads lie in the parameters is said by `Heads`,
-which of them make an attention by `MHA` and `MLA`.
+Both multiply the logits of the head by `gamma`. `Heads` describes where the heads of a parameter
+lie, `MHA` and `MLA` which of them form an attention.
 """
 
 from __future__ import annotations
@@ -35,16 +35,8 @@ T = TypeVar("T")
 class Heads:
     """Where the heads of a query or a key lie in a parameter.
 
-    Args:
-      path: the parameter's path, as `optax_muon.label` shows it.
-      split: how the axis of the heads is cut; a part's heads lie side by side.
-      part: which part of the split, from 0.
-      layers: the axis that counts layers, where they are stacked; None is one layer.
-      span: how many axes, the split's first, are cut as if merged: 2 for a parameter
-        `[width, heads, features]` of which only some features are meant.
-
     Raises:
-      ValueError: the split has no such part.
+        ValueError: The split has no such part.
 
     >>> Heads("q_proj/kernel", Split.equal(-1, 64, parts=4)).count       # [width, 4 x 16]
     4
@@ -54,20 +46,27 @@ class Heads:
     """
 
     path: str
+    """Path of the parameter, as `optax_muon.label` prints it."""
     split: Split
+    """How the axis of the heads is split; the heads of a part are adjacent."""
     part: int = 0
+    """Which part of the split, counted from 0."""
     layers: int | None = None
+    """The axis of stacked layers; None if the parameter belongs to one layer."""
     span: int = 1
+    """How many axes, from the split's axis on, are split as if they were merged: 2 for a parameter
+    `[width, heads, features]` of which only some features are meant."""
 
     def __post_init__(self) -> None:
         parts = len(self.split.sizes)
         if not 0 <= self.part < parts:
-            raise ValueError(f"{self.path} is split into {parts} parts; part {self.part} is none.")
+            raise ValueError(
+                f"{self.path} is split into {parts} parts; part {self.part} does not exist."
+            )
 
     @property
     def count(self) -> int:
-        """How many heads."""
-        assert self.split.heads is not None
+        """Number of heads."""
         return self.split.heads[self.part]
 
 
@@ -75,18 +74,13 @@ class Heads:
 class MHA:
     """Multi-head attention, with a key head for every query head or for a group of them (GQA, MQA).
 
-    A key that a group shares takes the part of `gamma` that all its query heads have in common, the
-    largest `gamma` to the power `1 - alpha`, and each query what is left. So every head above the
-    threshold comes to it, and a group with a head that is not above keeps its key. With a key for
-    every query this is Algorithm 1; for groups the paper says nothing.
-
-    Args:
-      q: the queries; several where a head has more parameters than one, such as a bias.
-      k: the keys, likewise. Query head `i` meets key head `i // (query heads / key heads)`.
-      alpha: how much of `gamma` the query takes, in [0, 1].
+    A key that a group shares is multiplied by the largest `gamma` of its query heads to the power
+    `1 - alpha`, and each query head by the rest of its `gamma`. So every head above the threshold
+    is brought to it, and a group in which any head is not above it keeps its key. With one key per
+    query this is Algorithm 1; the paper does not cover groups.
 
     Raises:
-      ValueError: `alpha` is out of range, or the heads do not divide.
+        ValueError: `alpha` is out of range, or the heads do not divide.
 
     >>> q = Heads("q_proj/kernel", Split.equal(-1, 64, parts=4))
     >>> k = Heads("k_proj/kernel", Split.equal(-1, 32, parts=2))
@@ -95,8 +89,11 @@ class MHA:
     """
 
     q: Heads | Sequence[Heads]
+    """The queries; several if a head has more than one parameter, such as a bias."""
     k: Heads | Sequence[Heads]
+    """The keys, likewise. Query head `i` uses key head `i // (query heads / key heads)`."""
     alpha: float = 0.5
+    """The exponent of `gamma` on the query, in [0, 1]."""
 
     def __post_init__(self) -> None:
         queries, keys = _one_count(_several(self.q)), _one_count(_several(self.k))
@@ -119,7 +116,7 @@ class MHA:
         return (*_several(self.q), *_several(self.k))
 
     def factors(self, gamma: jax.Array) -> list[tuple[Heads, jax.Array]]:
-        """What to multiply with, `[layers, heads of it]`, for `gamma`, `[layers, heads]`."""
+        """Factors `[layers, heads of the parameter]` for `gamma`, `[layers, heads]`."""
         layers, keys = gamma.shape[0], _several(self.k)[0].count
         grouped = gamma.reshape(layers, keys, -1)
         common = jnp.max(grouped, axis=-1)
@@ -133,13 +130,8 @@ class MHA:
 class MLA:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one rotary key for all heads.
 
-    Args:
-      q_nope: the queries without position.
-      q_rope: the rotary queries.
-      k_nope: the keys without position.
-
     Raises:
-      ValueError: the three differ in their number of heads.
+        ValueError: The three differ in their number of heads.
 
     >>> q = Split(-1, (24, 8), heads=(4, 4), groups=4)                   # [rank, 4 x (24 + 8)]
     >>> kv = Split(-1, (24, 32), heads=(4, 4), groups=4)
@@ -148,8 +140,11 @@ class MLA:
     """
 
     q_nope: Heads | Sequence[Heads]
+    """The part of the queries without rotary position."""
     q_rope: Heads | Sequence[Heads]
+    """The rotary part of the queries."""
     k_nope: Heads | Sequence[Heads]
+    """The part of the keys without rotary position."""
 
     def __post_init__(self) -> None:
         _one_count(self.described)
@@ -165,7 +160,7 @@ class MLA:
         return (*_several(self.q_nope), *_several(self.k_nope), *_several(self.q_rope))
 
     def factors(self, gamma: jax.Array) -> list[tuple[Heads, jax.Array]]:
-        """What to multiply with, `[layers, heads]`, for `gamma`, `[layers, heads]`."""
+        """Factors `[layers, heads]` for `gamma`, `[layers, heads]`."""
         root = _where_over(gamma, jnp.sqrt(gamma))
         rotary = len(_several(self.q_rope))
         factors = [root] * (len(self.described) - rotary) + [gamma] * rotary
@@ -178,35 +173,36 @@ Attention = MHA | MLA
 def qk_clip(
     attentions: Attention | Sequence[Attention], threshold: jax.typing.ArrayLike = 100.0
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale back the queries and keys of heads whose largest logit is above the threshold.
+    """Scale down the queries and keys of heads whose largest logit is above the threshold.
 
-    The last link of a chain, after the learning rate: it changes the updates such that
-    `optax.apply_updates` gives the scaled parameters. Its `update` takes
+    It must be the last link of a chain, after the learning rate: it changes the updates so that
+    `optax.apply_updates` returns the scaled parameters. Its `update` takes
 
-        max_logits    `[layers, heads]`: the largest logit of every head, as the softmax sees it
-                      (divided by the root of its features), over all tokens and sequences of the
-                      batch, on a mesh in copies; rows in the order of `attentions`
+        max_logits    `[layers, heads]`: the largest logit of every head as the softmax sees it
+                      (divided by the square root of its features), over all tokens and sequences
+                      of the batch, replicated on a mesh; rows in the order of `attentions`
 
-    A head at or below the threshold keeps its update bit for bit, beside clipped heads too, and so
-    does one whose largest logit is not finite: a `gamma` of zero would end it for good. (Use
-    `optax.apply_if_finite` against steps that overflow.) `max_logits` is of the parameters before
-    the step, so after it a clipped head is at the threshold up to what the step itself does.
+    A head at or below the threshold keeps its update bit for bit, even if other heads of its
+    parameter are clipped. So does a head whose largest logit is not finite, because a `gamma` of
+    zero would disable it forever; use `optax.apply_if_finite` against steps that overflow.
+    `max_logits` belongs to the parameters before the step, so a clipped head ends at the threshold
+    up to the effect of the step itself.
 
-    Every element is computed from its own parameter and update, in float32 or wider; nothing moves
-    between devices. Updates keep their dtype: one in bfloat16 leaves the new parameter off by up to
-    2^-8 of the old. Under `optax.MultiSteps` the logits of the last micro-batch decide: hand in the
-    maximum over all of them where that matters. Norms between a projection and the logits ("QK
-    norm") take the scale back out; such models need no clipping. Memory: no state.
+    Every element is computed from its own parameter and update, in float32 or wider, without
+    communication. Updates keep their dtype: in bfloat16 the new parameter is off by up to 2^-8 of
+    the old one. Under `optax.MultiSteps` the logits of the last micro-batch count; pass the maximum
+    over all micro-batches if that matters. A norm between a projection and the logits ("QK norm")
+    cancels the scale; such models need no clipping. There is no state.
 
     Args:
-      attentions: one attention, or several in the order of the rows of `max_logits`. One whose
-        layers are stacked has as many rows, any other has one.
-      threshold: the largest logit allowed; 100 is the paper's.
+        attentions: One attention, or several in the order of the rows of `max_logits`. An attention
+            with stacked layers has one row per layer, any other has one row.
+        threshold: The largest allowed logit; 100 is the paper's.
 
     Raises:
-      ValueError: `threshold` is not positive; the attentions differ in heads; (in `init` and
-        `update`) a path does not exist, or heads do not fit its shape; (in `update`) `params` or
-        `max_logits` are missing, or `max_logits` does not fit.
+        ValueError: `threshold` is not positive; the attentions have different numbers of heads; (in
+            `init` and `update`) a path does not exist, or heads do not fit its shape; (in
+            `update`) `params` or `max_logits` are missing, or `max_logits` does not fit.
 
     >>> heads = Split.equal(-1, 4, parts=2)
     >>> link = qk_clip(MHA(q=Heads("q", heads), k=Heads("k", heads)))
@@ -219,7 +215,7 @@ def qk_clip(
     every = (attentions,) if isinstance(attentions, MHA | MLA) else tuple(attentions)
     if len({attention.heads for attention in every}) != 1:
         counts = [attention.heads for attention in every]
-        raise ValueError(f"Attentions must have one number of heads between them, found {counts}.")
+        raise ValueError(f"All attentions must have the same number of heads, found {counts}.")
     if isinstance(threshold, int | float) and not threshold > 0:
         raise ValueError(f"threshold is {threshold}; it must be positive.")
 
@@ -266,9 +262,9 @@ def qk_clip(
 
 
 def _scaled(update: jax.Array, param: jax.Array, factor: jax.Array) -> jax.Array:
-    """The update that makes `factor (param + update)` of the parameter, where the factor is not 1.
+    """Return the update that leads to `factor (param + update)`, or `update` where the factor is 1.
 
-    Selected, not computed: `1 (p + u) - p` is not `u` in floating point.
+    A factor of 1 is selected, not computed: `1 (p + u) - p` is not `u` in floating point.
     """
     dtype = accumulator_dtype(update.dtype)
     old, factor = param.astype(dtype), factor.astype(dtype)
@@ -277,7 +273,7 @@ def _scaled(update: jax.Array, param: jax.Array, factor: jax.Array) -> jax.Array
 
 
 def _by_path(factors: Iterable[tuple[Heads, T]]) -> dict[str, list[tuple[Heads, T]]]:
-    """Together what lies in one parameter, so that one pass changes it."""
+    """Group by parameter, so that each is changed in one pass."""
     found: dict[str, list[tuple[Heads, T]]] = {}
     for heads, factor in factors:
         found.setdefault(heads.path, []).append((heads, factor))
@@ -285,7 +281,7 @@ def _by_path(factors: Iterable[tuple[Heads, T]]) -> dict[str, list[tuple[Heads, 
 
 
 def _laid_out(factors: Sequence[tuple[Heads, jax.Array]], shape: tuple[int, ...]) -> jax.Array:
-    """Factors `[layers, heads]` as they broadcast against a parameter; 1 where no head lies."""
+    """Broadcast factors `[layers, heads]` against a parameter; 1 for entries of no head."""
     heads = factors[0][0]
     columns = _columns([heads for heads, _ in factors])
     ones = jnp.ones_like(factors[0][1][:, :1])
@@ -298,31 +294,33 @@ def _laid_out(factors: Sequence[tuple[Heads, jax.Array]], shape: tuple[int, ...]
         return spread.reshape(laid)
     layers = heads.layers % len(shape)
     laid[layers] = shape[layers]
-    # A stack behind its heads is rare; the table has its layers in front.
+    # A layer axis behind the heads is rare; the table has it in front.
     return (spread if layers < first else spread.T).reshape(laid)
 
 
 def _columns(described: Sequence[Heads]) -> np.ndarray:
-    """For every entry of the heads' axis its column of the table: 0 for none, then head by head."""
+    """Return the column of the table for every entry of the heads' axis: 0 if it has no head."""
     columns, next_free = np.zeros(described[0].split.total, np.int32), 1
     for heads in described:
         lie = _entries(heads)
         if columns[lie].any():
-            raise ValueError(f"{heads.path} has entries that two Heads claim; each may have one.")
+            raise ValueError(
+                f"{heads.path} has entries that belong to two Heads; each entry may belong to one."
+            )
         columns[lie] = next_free + np.arange(heads.count, dtype=np.int32)[:, None]
         next_free += heads.count
     return columns
 
 
 def _entries(heads: Heads) -> np.ndarray:
-    """Where along its axis each head lies, `[heads, features]`."""
+    """Return the positions of each head along its axis, `[heads, features]`."""
     split, start = heads.split, sum(heads.split.sizes[: heads.part])
     groups = np.arange(split.total).reshape(split.groups, -1)
     return groups[:, start : start + split.sizes[heads.part]].reshape(heads.count, -1)
 
 
 def _layers(attentions: Sequence[Attention], leaves: dict[str, Any]) -> list[int]:
-    """How many layers each attention has, after checking every parameter that it names."""
+    """Check every parameter that the attentions name, and return their numbers of layers."""
     counts: list[int] = []
     taken: set[str] = set()
     for attention in attentions:
@@ -332,7 +330,10 @@ def _layers(attentions: Sequence[Attention], leaves: dict[str, Any]) -> list[int
             for path, found in by_path.items()
         }
         if len(set(layers.values())) > 1:
-            raise ValueError(f"An attention has one number of layers, found {layers}.")
+            raise ValueError(
+                "All parameters of an attention must have the same number of layers,"
+                f" found {layers}."
+            )
         if twice := taken & layers.keys():
             raise ValueError(f"{min(twice)} belongs to two attentions; it may belong to one.")
         taken |= layers.keys()
@@ -341,7 +342,7 @@ def _layers(attentions: Sequence[Attention], leaves: dict[str, Any]) -> list[int
 
 
 def _layers_of(described: Sequence[Heads], leaves: dict[str, Any]) -> int:
-    """How many layers a parameter stacks, after checking all that is said of it."""
+    """Check all `Heads` of a parameter, and return its number of layers."""
     heads = described[0]
     if heads.path not in leaves:
         close = difflib.get_close_matches(heads.path, leaves, n=3, cutoff=0.4)
@@ -368,7 +369,7 @@ def _layers_of(described: Sequence[Heads], leaves: dict[str, Any]) -> int:
 
 
 def _where_over(gamma: jax.Array, value: jax.Array) -> jax.Array:
-    """The value where `gamma` clips, else 1: a quotient `1 / 1` need not be 1 on every device."""
+    """Return `value` where `gamma` is below 1, else 1: `1 / 1` need not be 1 on every device."""
     return jnp.where(gamma < 1, value, jnp.ones_like(gamma))
 
 
@@ -377,8 +378,10 @@ def _several(heads: Heads | Sequence[Heads]) -> tuple[Heads, ...]:
 
 
 def _one_count(described: Sequence[Heads]) -> int:
-    """The number of heads of all of them."""
+    """Return the number of heads, which must be the same for all."""
     counts = {heads.path: heads.count for heads in described}
     if len({heads.count for heads in described}) != 1:
-        raise ValueError(f"Parameters of one attention must have as many heads, found {counts}.")
+        raise ValueError(
+            f"Parameters of one attention must have the same number of heads, found {counts}."
+        )
     return described[0].count

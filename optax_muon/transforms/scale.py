@@ -1,8 +1,8 @@
-"""How large an orthogonal update is: a factor from the fan in and fan out of the logical matrix.
+"""The size of an orthogonal update: a factor of the fan-in and fan-out of the logical matrix.
 
 An orthogonal update of full rank has RMS `1 / sqrt(max(m, n))` (Moonlight, arXiv 2502.16982,
-Lemma 1): without a factor wide matrices would move less than narrow ones. The factor comes from the
-matrix that the layer means, after fused axes are split, never from the stored leaf.
+Lemma 1): without a factor, large matrices would move less than small ones. The factor is that of
+the logical matrix, after fused axes are split, not that of the stored leaf.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from optax_muon.matrices.views import Axes, BoundView, Views
 from optax_muon.planning import bind_views
 
 ScaleRule = Callable[[int, int], float]
-"""`(fan_in, fan_out) -> factor`, for one logical matrix."""
+"""`(fan_in, fan_out) -> factor` of one logical matrix."""
 
 
 def match_rms(rms: float = 0.2) -> ScaleRule:
     """Give every update the RMS of an AdamW update: `rms sqrt(max(fan_in, fan_out))`.
 
-    The paper's choice ("Adjusted LR", Eq. 4): with it AdamW's learning rate and weight decay carry
-    over. The same for a matrix and its transpose.
+    The paper's choice ("Adjusted LR", Eq. 4): AdamW's learning rate and weight decay carry over. A
+    matrix and its transpose get the same factor.
 
     Args:
-      rms: RMS of the update per unit of learning rate, where all singular values are sent to 1;
-        AdamW's own lies between 0.2 and 0.4. `KELLER` leaves a band around 1, and of Gaussian
-        matrices 0.17 to 0.21 up to sides of 1 to 4, and 0.146 at 64 x 2048; `POLAR_EXPRESS` 0.20
-        to 0.21.
+        rms: RMS of the update per unit of learning rate, where all singular values are sent to 1;
+            AdamW's own lies between 0.2 and 0.4. `KELLER` leaves a band around 1, and of Gaussian
+            matrices 0.17 to 0.21 up to sides of 1 to 4, and 0.146 at 64 x 2048; `POLAR_EXPRESS`
+            0.20 to 0.21.
 
     >>> match_rms(0.2)(512, 2048) == 0.2 * 2048**0.5
     True
@@ -62,8 +62,8 @@ def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
     """`rms sqrt(hidden)` whatever the shape: the paper's "Baseline" (Eq. 5), for its Table 1.
 
     Args:
-      hidden: the model's hidden size.
-      rms: RMS of the update of a matrix whose long side is the hidden size.
+        hidden: The model's hidden size.
+        rms: RMS of the update of a matrix whose long side is the hidden size.
     """
     return lambda fan_in, fan_out: rms * math.sqrt(hidden)
 
@@ -71,12 +71,12 @@ def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
 def scale_by_shape(
     rule: ScaleRule | None = None, *, views: Views = None
 ) -> optax.GradientTransformation:
-    """Multiply every matrix by a factor of its shape.
+    """Multiply every matrix by a factor that depends on its shape.
 
     Args:
-      rule: `(fan_in, fan_out) -> factor`; None is `match_rms(0.2)`.
-      views: which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view pass
-        unchanged.
+        rule: `(fan_in, fan_out) -> factor`; None is `match_rms(0.2)`.
+        views: Which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
+            pass unchanged.
 
     >>> link = scale_by_shape(keller_scale())
     >>> updates, _ = link.update({"kernel": jnp.ones((1, 4))}, link.init(None))
@@ -99,8 +99,8 @@ def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.Grad
     Differs from `match_rms` where an update is not of full rank. A zero matrix stays zero.
 
     Args:
-      rms: RMS of every matrix per unit of learning rate.
-      views: which leaves are matrices, and how; see `optax_muon.label`.
+        rms: RMS of every matrix per unit of learning rate.
+        views: Which leaves are matrices, and how; see `optax_muon.label`.
 
     >>> link = scale_by_update_norm(0.2)
     >>> updates, _ = link.update({"kernel": jnp.full((3, 4), 7.0)}, link.init(None))
@@ -123,7 +123,7 @@ def _to_rms(x: jax.Array, axes: Axes, rms: float) -> jax.Array:
 def _on_matrices(
     transform: Callable[[jax.Array, BoundView], jax.Array], views: Views
 ) -> optax.GradientTransformation:
-    """A stateless link that changes the leaves that have a view."""
+    """Return a stateless link that changes the leaves that have a view."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None

@@ -169,4 +169,4 @@ def _reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
     # From jax 0.12 on, zeros made inside a program know no mesh unless there is an ambient one.
     if wanted.mesh.empty or current.spec == wanted.spec:
         return x
-    return jax.reshard(x, wanted)
+    return jax.sharding.reshard(x, wanted)

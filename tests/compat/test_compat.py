@@ -260,8 +260,8 @@ MESHES = {
     "fsdp": ((8,), ("fsdp",), {"a": P("fsdp"), "b": P(None, "fsdp"), "c": P("fsdp"), "bias": P()}),
     "fsdp_tp": (
         (4, 2),
-        ("fsdp", "tp"),
-        {"a": P("fsdp", "tp"), "b": P("tp"), "c": P("tp", "fsdp"), "bias": P("fsdp")},
+        ("fsdp", "tensor"),
+        {"a": P("fsdp", "tensor"), "b": P("tensor"), "c": P("tensor", "fsdp"), "bias": P("fsdp")},
     ),
 }
 

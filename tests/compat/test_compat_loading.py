@@ -65,7 +65,7 @@ def test_a_leaf_that_changes_groups_is_refused():
     params = gradients(0)
     state = compat.muon(0.1).init(params)
     for views, message in [
-        ({**VIEWS, "up": None}, "up is in the Adam group here and was not in optax's"),
+        ({**VIEWS, "up": None}, "up is in the Adam group and was not in optax's"),
         ({**VIEWS, "bias": View(0, 0)}, "bias"),
     ]:
         with pytest.raises(ValueError, match=message):

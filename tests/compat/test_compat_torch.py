@@ -80,7 +80,7 @@ def torchs_own(matrices, others, nesterov):
     yield torch.optim.AdamW(others, betas=(0.9, 0.95), eps=1e-8, **shared)
 
 
-FORMS = {torchs_own: compat.Average(0.9), moonlight: compat.Sum()}
+FORMS = {torchs_own: compat.MomentumForm.average(0.9), moonlight: compat.MomentumForm.sum()}
 
 
 class Peer:
@@ -88,7 +88,7 @@ class Peer:
 
     def __init__(self, optimizers, nesterov=True):
         self.weights = {
-            path: torch.nn.Parameter(torch.tensor(compat.torch_state.turned(path, array).copy()))
+            path: torch.nn.Parameter(torch.tensor(compat.torch_state.to_in_out(path, array).copy()))
             for path, array in random(100).items()
         }
         groups = (
@@ -99,7 +99,7 @@ class Peer:
     def step(self, seed):
         gradient = random(seed)
         for path, weight in self.weights.items():
-            weight.grad = torch.tensor(compat.torch_state.turned(path, gradient[path]).copy())
+            weight.grad = torch.tensor(compat.torch_state.to_in_out(path, gradient[path]).copy())
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -107,7 +107,7 @@ class Peer:
     def params(self):
         """Ours."""
         return {
-            path: compat.torch_state.turned(path, weight.detach().numpy()).copy()
+            path: compat.torch_state.to_in_out(path, weight.detach().numpy()).copy()
             for path, weight in self.weights.items()
         }
 
@@ -177,7 +177,9 @@ def test_the_wrong_form_is_a_wrong_run(optimizers, run):
 def test_the_loaded_state_is_one_of_the_new_optimizer(run):
     peer, tx = run(torchs_own), ours(mu_dtype=jnp.bfloat16)
     params = peer.params
-    loaded = compat.from_torch(peer.state, tx, params, form=compat.Average(0.9), count=STEPS)
+    loaded = compat.from_torch(
+        peer.state, tx, params, form=compat.MomentumForm.average(0.9), count=STEPS
+    )
     fresh = tx.init(params)
     assert jax.tree.structure(loaded) == jax.tree.structure(fresh)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(fresh), strict=True):
@@ -190,30 +192,32 @@ def refused(message, peer, tx=None, **changes):
     given = {"state": peer.state, "params": peer.params, "count": STEPS} | changes
     with pytest.raises(ValueError, match=message):
         compat.from_torch(
-            given.pop("state"), tx or ours(), given.pop("params"), form=compat.Average(0.9), **given
+            given.pop("state"),
+            tx or ours(),
+            given.pop("params"),
+            form=compat.MomentumForm.average(0.9),
+            **given,
         )
 
 
 def test_what_does_not_fit_is_refused_by_path(run):
     peer = run(torchs_own)
     refused(
-        "up/kernel is in the Adam group here and torch's state has momentum_buffer for it, not exp",
+        "up/kernel is in the Adam group and torch's state has momentum_buffer for it, not exp",
         peer,
         ours(views=VIEWS | {"up/kernel": None}),
     )
     refused(
-        "embedding is in the Muon group here and torch's state has step, exp_avg, exp_avg_sq for",
+        "embedding is in the Muon group and torch's state has step, exp_avg, exp_avg_sq for",
         peer,
         ours(views=VIEWS | {"embedding": View(0, 1)}),
     )
     without = {path: buffers for path, buffers in peer.state.items() if path != "scale"}
+    refused("scale is in the Adam group and torch's state has nothing for", peer, state=without)
     refused(
-        "scale is in the Adam group here and torch's state has nothing for", peer, state=without
-    )
-    refused(
-        r"up/kernel: momentum_buffer is \[10, 6\] after turning and must be \[6, 10\]; pass turn=",
+        r"up/kernel: momentum_buffer is \[10, 6\] after transposing and must be \[6, 10\]; pass",
         peer,
-        turn=lambda path, array: array,
+        transpose=lambda path, array: array,
     )
     refused("embedding has done 6 steps in torch and count is 7", peer, count=7)
     refused(
@@ -231,9 +235,9 @@ def test_a_function_may_turn_what_no_transposition_does(run):
         {"conv/kernel": {"momentum_buffer": buffer}},
         muon(0.1, views={"conv/kernel": View((0, 1, 2), 3)}),
         params,
-        form=compat.Sum(),
+        form=compat.MomentumForm.sum(),
         count=1,
-        turn=lambda path, array: array.transpose(2, 3, 1, 0),
+        transpose=lambda path, array: array.transpose(2, 3, 1, 0),
     )
     momentum = optax.tree.get(state, "MomentumState").mu["conv"]["kernel"]
     np.testing.assert_array_equal(momentum, buffer.astype(np.float32).transpose(2, 3, 1, 0))

@@ -349,7 +349,7 @@ def test_rows_carry_the_same_decision_as_assign():
     assert [row.path for row in table.rows] == list(views)
     for row, view in zip(table.rows, views.values(), strict=True):
         assert row.optimizer == ("adamw" if view is None else "muon")
-        assert row.blocks == (() if view is None else view.on(row.shape).blocks)
+        assert row.blocks == (() if view is None else view.bind(row.shape).blocks)
         assert sum(b.batch * b.rows * b.cols for b in row.blocks) in (0, row.size)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optax_muon.matrices.default_rules import judge
+from optax_muon.matrices.default_rules import classify
 
 # path, shape, expected: `adamw`, or batch x (rows x cols). Shapes are those of the published models
 # (or of a 512-wide toy); readings were written by hand from each model's forward pass.
@@ -186,21 +186,23 @@ def _lines(table):
 
 @pytest.mark.parametrize(("path", "shape", "expected"), _lines(READINGS))
 def test_names_of_published_models_are_read_as_written_down(path, shape, expected):
-    verdict = judge(path, shape)
-    assert not verdict.readings
-    blocks = () if verdict.view is None else verdict.view.on(shape).blocks
+    decision = classify(path, shape)
+    assert not decision.interpretations
+    blocks = () if decision.view is None else decision.view.bind(shape).blocks
     found = " + ".join(f"{b.batch} x ({b.rows} x {b.cols})" for b in blocks) or "adamw"
     assert found == expected
-    assert verdict.reason
+    assert decision.reason
 
 
 @pytest.mark.parametrize(("path", "shape", "expected"), _lines(AMBIGUITIES))
 def test_what_cannot_be_told_is_left_with_two_readings(path, shape, expected):
-    assert " | ".join(reading.words for reading in judge(path, shape).readings) == expected
+    assert (
+        " | ".join(reading.words for reading in classify(path, shape).interpretations) == expected
+    )
 
 
 @pytest.mark.parametrize("scan", ["layers", "blocks", "h", "ScanBlock_0", "VmapBlock_0", "stack"])
 @pytest.mark.parametrize("norm", ["norm", "LayerNorm_0", "ln_1", "RMSNorm_0", "attn_norm", "ln"])
 @pytest.mark.parametrize("leaf", ["scale", "weight", "bias", "w", "gamma", "offset"])
 def test_scanned_norms_never_reach_muon(scan, norm, leaf):
-    assert judge(f"decoder/{scan}/{norm}/{leaf}", (12, 512)).view is None
+    assert classify(f"decoder/{scan}/{norm}/{leaf}", (12, 512)).view is None

@@ -74,12 +74,12 @@ def _back(bound, matrices):
 
 def test_blocks_are_the_expected_stacks(case):
     shape, view, blocks = case
-    assert [block.shape for block in view.on(shape).blocks] == blocks
+    assert [block.shape for block in view.bind(shape).blocks] == blocks
 
 
 def test_from_matrices_undoes_to_matrices(case):
     shape, view, blocks = case
-    bound, x = view.on(shape), _entries(shape)
+    bound, x = view.bind(shape), _entries(shape)
     matrices = _there(bound, x)
     assert [matrix.shape for matrix in matrices] == blocks
     np.testing.assert_array_equal(_back(bound, matrices), x)
@@ -87,7 +87,7 @@ def test_from_matrices_undoes_to_matrices(case):
 
 def test_to_matrices_undoes_from_matrices(case):
     shape, view, blocks = case
-    bound = view.on(shape)
+    bound = view.bind(shape)
     matrices = [_entries(block) + 1000 * i for i, block in enumerate(blocks)]
     there = _there(bound, _back(bound, matrices))
     for found, matrix in zip(there, matrices, strict=True):
@@ -96,7 +96,7 @@ def test_to_matrices_undoes_from_matrices(case):
 
 def test_matrices_keep_the_dtype(case):
     shape, view, _ = case
-    bound = view.on(shape)
+    bound = view.bind(shape)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     matrices = jax.eval_shape(bound.to_matrices, x)
     assert {matrix.dtype for matrix in matrices} == {jnp.dtype(jnp.bfloat16)}
@@ -105,7 +105,7 @@ def test_matrices_keep_the_dtype(case):
 
 def test_a_factor_per_block_spreads_over_the_entries_of_that_block(case):
     shape, view, blocks = case
-    bound = view.on(shape)
+    bound = view.bind(shape)
     factors = [float(i + 2) for i in range(len(blocks))]
     scaled = np.ones(shape, np.float32) * bound.spread(factors)
     for factor, matrix in zip(factors, _there(bound, scaled), strict=True):
@@ -113,7 +113,7 @@ def test_a_factor_per_block_spreads_over_the_entries_of_that_block(case):
 
 
 def test_equal_factors_stay_one_number():
-    bound = View(0, 1, Split(1, (8, 2, 2))).on((6, 12))
+    bound = View(0, 1, Split(1, (8, 2, 2))).bind((6, 12))
     assert bound.spread([0.5, 0.5, 0.5]) == 0.5
 
 
@@ -131,7 +131,7 @@ def test_any_view_of_any_shape_comes_back(seed):
     shape[fused] = int(sizes.sum()) * groups
     split = Split(fused, tuple(int(size) for size in sizes), tuple(heads), groups)
     view = View(axes[:n_rows], axes[n_rows : n_rows + n_cols], split)
-    bound, x = view.on(shape), _entries(shape)
+    bound, x = view.bind(shape), _entries(shape)
     matrices = _there(bound, x)
     assert sum(matrix.size for matrix in matrices) == x.size
     np.testing.assert_array_equal(_back(bound, matrices), x)
@@ -139,7 +139,7 @@ def test_any_view_of_any_shape_comes_back(seed):
 
 def test_a_convolution_is_read_as_its_rows_written_out():
     x = _entries((3, 2, 4, 5))
-    (matrix,) = _there(View((0, 1, 2), 3).on(x.shape), x)
+    (matrix,) = _there(View((0, 1, 2), 3).bind(x.shape), x)
     written_out = [x[h, w, i] for h in range(3) for w in range(2) for i in range(4)]
     np.testing.assert_array_equal(matrix[0], np.stack(written_out))
 
@@ -147,7 +147,7 @@ def test_a_convolution_is_read_as_its_rows_written_out():
 def test_parts_of_a_fused_axis_are_its_slices_and_heads_are_batch():
     x = _entries((6, 12))
     split = Split.qkv(1, heads=4, kv_heads=1, head_dim=2, per_head=True)
-    q, k, v = _there(View(0, 1, split).on(x.shape), x)
+    q, k, v = _there(View(0, 1, split).bind(x.shape), x)
     np.testing.assert_array_equal(q, np.stack([x[:, 2 * h : 2 * h + 2] for h in range(4)]))
     np.testing.assert_array_equal(k[0], x[:, 8:10])
     np.testing.assert_array_equal(v[0], x[:, 10:12])
@@ -155,15 +155,15 @@ def test_parts_of_a_fused_axis_are_its_slices_and_heads_are_batch():
 
 def test_a_part_of_interleaved_groups_gathers_the_groups():
     x = _entries((6, 24))
-    q, k, v = _there(View(0, 1, Split(1, (8, 2, 2), groups=2)).on(x.shape), x)
+    q, k, v = _there(View(0, 1, Split(1, (8, 2, 2), groups=2)).bind(x.shape), x)
     np.testing.assert_array_equal(q[0], np.concatenate([x[:, 0:8], x[:, 12:20]], axis=1))
     np.testing.assert_array_equal(k[0], np.concatenate([x[:, 8:10], x[:, 20:22]], axis=1))
     np.testing.assert_array_equal(v[0], np.concatenate([x[:, 10:12], x[:, 22:24]], axis=1))
 
 
 def test_negative_axes_count_from_the_end():
-    assert View(-2, -1).on((3, 6, 4)).blocks == (Block(3, 6, 4),)
-    assert View(-2, -1).on((3, 6, 4)).batch_axes == (0,)
+    assert View(-2, -1).bind((3, 6, 4)).blocks == (Block(3, 6, 4),)
+    assert View(-2, -1).bind((3, 6, 4)).batch_axes == (0,)
 
 
 def test_views_are_equal_by_value_and_hashable():
@@ -175,10 +175,10 @@ def test_views_are_equal_by_value_and_hashable():
     ("make", "message"),
     [
         (lambda: View((), 1), "at least one axis for rows and one for columns"),
-        (lambda: View(0, 2).on((3, 4)), r"names axis 2, which the shape \(3, 4\) does not have"),
-        (lambda: View(0, -2).on((3, 4)), r"uses an axis of the shape \(3, 4\) twice"),
-        (lambda: View(1, 2, Split(0, (3,))).on((3, 4, 5)), "splits axis 0, which is none of its"),
-        (lambda: View(0, 1, Split(1, (3, 4))).on((2, 8)), "axis 1 of the shape .* has 8"),
+        (lambda: View(0, 2).bind((3, 4)), r"names axis 2, which the shape \(3, 4\) does not have"),
+        (lambda: View(0, -2).bind((3, 4)), r"uses an axis of the shape \(3, 4\) twice"),
+        (lambda: View(1, 2, Split(0, (3,))).bind((3, 4, 5)), "splits axis 0, which is none of its"),
+        (lambda: View(0, 1, Split(1, (3, 4))).bind((2, 8)), "axis 1 of the shape .* has 8"),
         (lambda: Split(1, (4, 4), heads=(1,)), "2 sizes .* 1 head counts"),
         (lambda: Split(1, (4, 0)), "must be positive"),
         (lambda: Split(1, ()), "must be positive"),

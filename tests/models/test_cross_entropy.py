@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from optax_muon.models import cross_entropy as module
 from optax_muon.models.cross_entropy import cross_entropy
-from optax_muon.models.moonlight.model import CONFIGS, Moonlight, forward, leaves
-from optax_muon.models.moonlight.model import losses as moonlight_losses
+from optax_muon.models.moonlight import CONFIGS, Moonlight
 
 
 def given(b=8, t=6, width=16, vocab=24):
@@ -109,20 +108,20 @@ def test_moonlights_losses_are_those_of_its_logits():
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32),
-        leaves(model.config),
+        Moonlight(model.config).abstract_params,
     )
     tokens = jnp.asarray(rng.integers(0, 256, [2, 65]), jnp.int32)
 
     @jax.jit
     def both(params, tokens):
         given, targets = tokens[:, :-1], tokens[:, 1:]
-        logits, report = forward(model, params, given)
+        logits, report = model.forward(params, given)
         truth = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return moonlight_losses(model, params, given, targets), (truth, report)
+        return model.losses(params, given, targets), (truth, report)
 
     close(*both(params, tokens))
 
 
 def test_the_published_models_block_is_what_the_docstring_says():
-    vocab = CONFIGS["moonlight-16b-a3b"].vocab
+    vocab = CONFIGS["moonlight-16b-a3b"].vocab_size
     assert module.BLOCK * vocab * 4 == 640 * 2**20

@@ -16,14 +16,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_muon.cli import main
-from optax_muon.errors import UsageError
 from optax_muon.models import huggingface, safetensors_io
-from optax_muon.models.huggingface.convert import export_checkpoint, import_checkpoint, load
-from optax_muon.models.moonlight.model import CONFIGS, Moonlight, forward, leaves, shardings
+from optax_muon.models.huggingface import export_checkpoint, import_checkpoint, load
+from optax_muon.models.moonlight import CONFIGS, Moonlight
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.loop import State
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.state import State
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -117,7 +116,7 @@ def tokens_of(batch=2, length=20, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, tokens, bias):
-    return forward(Moonlight(config), params, tokens, bias)[0]
+    return Moonlight(config).forward(params, tokens, bias)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -168,7 +167,7 @@ def test_gradients_are_those_of_torch(checkpoint, tmp_path):
         if tensor.path == huggingface.BIAS:
             continue
         want = slope_of(slopes, tensor.name)
-        got = tensor.turned(np.asarray(grads[tensor.path])[tensor.index or ...])
+        got = tensor.transposed(np.asarray(grads[tensor.path])[tensor.index or ...])
         np.testing.assert_allclose(
             got, want, atol=1e-5 * max(1, np.abs(want).max()), err_msg=tensor.name
         )
@@ -251,7 +250,7 @@ def test_a_run_is_read_onto_a_mesh(checkpoint, tmp_path):
     import_checkpoint(checkpoint(), tmp_path / "run")
     config, params, bias = load(tmp_path / "run")
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"))
-    there = shardings(config, mesh)
+    there = Moonlight(config).shardings(mesh)
     _, spread, copies = load(tmp_path / "run", there)
     for a, b, sharding in zip(*map(jax.tree.leaves, (spread, params, there)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -262,7 +261,7 @@ def test_a_run_is_read_onto_a_mesh(checkpoint, tmp_path):
 
 def test_a_run_holds_the_leaves_of_the_model(checkpoint, tmp_path):
     config = import_checkpoint(checkpoint("moonlight", "bfloat16"), tmp_path / "run")
-    shapes = by_path(leaves(config))
+    shapes = by_path(Moonlight(config).abstract_params)
     found = safetensors_io.entries(tmp_path / "run/params.safetensors")
     assert found.pop(huggingface.BIAS).shape == (2, 8)
     assert {path: entry.shape for path, entry in found.items()} == {
@@ -272,7 +271,7 @@ def test_a_run_holds_the_leaves_of_the_model(checkpoint, tmp_path):
 
 
 def test_memory_stays_near_one_shard(tmp_path):
-    config = dataclasses.replace(CONFIGS["moonlight-small"], experts=32)
+    config = dataclasses.replace(CONFIGS["moonlight-small"], n_routed_experts=32)
     layout = {
         path: safetensors_io.Entry(shape, "F32")
         for path, shape in huggingface.leaf_shapes(config).items()
@@ -314,9 +313,9 @@ def trained(checkpoint, tmp_path):
     run = RunFolder(tmp_path / "run")
     saved = State(params, {"mu": params}, bias)
     others = jax.jit(functools.partial(jax.tree.map, lambda x: x + 1))(saved)
-    named = {"trials": [{"name": "adamw"}, {"name": "muon"}], "start": str(tmp_path / "start")}
-    run.claim(
-        {"setup": {"model": dataclasses.asdict(config)}, **named}, resume=False, overwrite=False
+    named = {"trials": [{"name": "adamw"}, {"name": "muon"}], "pretrained": str(tmp_path / "start")}
+    run.create_or_resume(
+        {"training": {"model": dataclasses.asdict(config)}, **named}, resume=False, overwrite=False
     )
     for name, states in {"adamw": [others, saved], "muon": [saved, others]}.items():
         with Checkpoints(run.checkpoints(name)) as checkpoints:
@@ -378,12 +377,12 @@ def test_contestants_of_no_training_run_are_refused(trained, tmp_path, capsys):
     where = [str(tmp_path / "start"), "--out", str(tmp_path / "back")]
     with pytest.raises(SystemExit):
         main.main(["export-hf", *where, "--step", "1"])
-    assert "start is no training run; it has neither trials nor" in capsys.readouterr().err
+    assert "start is not a training run; it has neither trials nor" in capsys.readouterr().err
 
 
 def test_a_llama_is_refused(trained, tmp_path, capsys):
     config = trained.read_config()
-    config["setup"]["model"] = dataclasses.asdict(PRESETS["tiny"].model)
+    config["training"]["model"] = dataclasses.asdict(PRESETS["tiny"].model)
     trained.config.write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         main.main(["export-hf", str(trained.path), "--out", str(tmp_path / "back")])
@@ -409,7 +408,7 @@ def broken(checkpoint, tmp_path):
 
 
 def refusal(folder, tmp_path):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(ValueError) as error:
         import_checkpoint(folder, tmp_path / "run")
     assert not [path for path in tmp_path.iterdir() if path != folder], "nothing is written"
     return str(error.value)

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 
 import optax_muon
-from optax_muon.errors import UsageError
 from optax_muon.models.llama import Llama, LlamaConfig
 from optax_muon.training.presets import PRESETS
 
 CONFIG = LlamaConfig(
-    width=24, depth=3, heads=6, kv_heads=2, mlp=40, context=12, vocab=50, theta=100.0
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=40,
+    context=12,
+    vocab_size=50,
+    rope_theta=100.0,
 )
 
 
@@ -22,7 +28,7 @@ CONFIG = LlamaConfig(
 def trained_looking(config):
     """Parameters with norms away from one, so that a norm left out would show."""
     model = Llama(config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros([1, 2], jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -31,11 +37,11 @@ def trained_looking(config):
 
 def logits(config, tokens):
     model, params = trained_looking(config)
-    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(tokens, jnp.int32)))
+    return np.asarray(jax.jit(model.forward)(params, jnp.asarray(tokens, jnp.int32))[0])
 
 
 def tokens_of(config, seed=0, batch=2):
-    return np.random.default_rng(seed).integers(0, config.vocab, [batch, config.context])
+    return np.random.default_rng(seed).integers(0, config.vocab_size, [batch, config.context])
 
 
 def rms_norm(x, scale, eps):
@@ -52,15 +58,15 @@ def turned(x, position, theta):
 
 def naive_attention(config, p, h):
     """One sequence `[t, width]`, one query head and one position at a time."""
-    size, group = config.head_dim, config.heads // config.kv_heads
+    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     q, k, v = (h @ p[f"{name}_proj"]["kernel"] for name in "qkv")
     out = np.zeros_like(q)
-    for head in range(config.heads):
+    for head in range(config.num_attention_heads):
         mine = slice(head * size, (head + 1) * size)
         shared = slice(head // group * size, (head // group + 1) * size)
         for t in range(len(h)):
-            query = turned(q[t, mine], t, config.theta)
-            scores = [query @ turned(k[s, shared], s, config.theta) for s in range(t + 1)]
+            query = turned(q[t, mine], t, config.rope_theta)
+            scores = [query @ turned(k[s, shared], s, config.rope_theta) for s in range(t + 1)]
             weights = np.exp(np.array(scores) / np.sqrt(size))
             out[t, mine] = weights / weights.sum() @ v[: t + 1, shared]
     return out @ p["o_proj"]["kernel"]
@@ -71,18 +77,21 @@ def naive_logits(config, params, tokens):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     norm = functools.partial(np.apply_along_axis, rms_norm, 1)
     x = p["embed"]["embedding"][tokens]
-    for i in range(config.depth):
+    for i in range(config.num_hidden_layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
-        h = norm(x, scale=layer["attn_norm"]["scale"], eps=config.eps)
+        h = norm(x, scale=layer["attn_norm"]["scale"], eps=config.rms_norm_eps)
         x = x + naive_attention(config, layer["attn"], h)
-        h = norm(x, scale=layer["mlp_norm"]["scale"], eps=config.eps)
+        h = norm(x, scale=layer["mlp_norm"]["scale"], eps=config.rms_norm_eps)
         gate, up = (h @ layer["mlp"][f"{name}_proj"]["kernel"] for name in ("gate", "up"))
         x = x + gate / (1 + np.exp(-gate)) * up @ layer["mlp"]["down_proj"]["kernel"]
-    x = norm(x, scale=p["final_norm"]["scale"], eps=config.eps)
-    return x @ (p["embed"]["embedding"].T if config.tie else p["lm_head"]["kernel"])
+    x = norm(x, scale=p["final_norm"]["scale"], eps=config.rms_norm_eps)
+    return x @ (p["embed"]["embedding"].T if config.tie_word_embeddings else p["lm_head"]["kernel"])
 
 
-@pytest.mark.parametrize("change", [{}, {"tie": True}, {"kv_heads": 6}, {"kv_heads": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1}],
+)
 def test_logits_are_those_of_the_naive_float64_forward_pass(change):
     config = dataclasses.replace(CONFIG, **change)
     tokens = tokens_of(config)
@@ -94,7 +103,7 @@ def test_logits_are_those_of_the_naive_float64_forward_pass(change):
 def test_a_position_does_not_see_what_comes_after_it():
     tokens = tokens_of(CONFIG)
     changed = tokens.copy()
-    changed[:, 7:] = (changed[:, 7:] + 1) % CONFIG.vocab
+    changed[:, 7:] = (changed[:, 7:] + 1) % CONFIG.vocab_size
     before, after = logits(CONFIG, tokens), logits(CONFIG, changed)
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.abs(before[:, 7:] - after[:, 7:]).min(axis=-1).max() > 0
@@ -123,10 +132,12 @@ def test_bfloat16_computes_nearly_the_same_from_float32_parameters():
 @jax.numpy_dtype_promotion("standard")
 def test_the_number_of_parameters_is_the_sum_over_the_written_out_layers(name):
     c = PRESETS[name].model
-    tree = jax.eval_shape(Llama(c).init, jax.random.key(0), jnp.zeros([1, 1], jnp.int32))
-    attention = 2 * c.width * c.width + 2 * c.width * c.kv_heads * c.head_dim
-    layer = attention + 3 * c.width * c.mlp + 2 * c.width
-    expected = 2 * c.vocab * c.width + c.depth * layer + c.width
+    tree = jax.eval_shape(Llama(c).init, jax.random.key(0))
+    attention = (
+        2 * c.hidden_size * c.hidden_size + 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    )
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    expected = 2 * c.vocab_size * c.hidden_size + c.num_hidden_layers * layer + c.hidden_size
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == expected
 
 
@@ -150,7 +161,7 @@ def test_muon_takes_the_stacked_kernels_as_batches_and_nothing_else():
     }
 
 
-@pytest.mark.parametrize("change", [{"width": 20}, {"kv_heads": 4}])
+@pytest.mark.parametrize("change", [{"hidden_size": 20}, {"num_key_value_heads": 4}])
 def test_sizes_that_do_not_divide_are_refused(change):
-    with pytest.raises(UsageError, match="must be a multiple"):
+    with pytest.raises(ValueError, match="must be a multiple"):
         dataclasses.replace(CONFIG, **change)

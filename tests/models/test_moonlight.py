@@ -18,45 +18,40 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
-from optax_muon.errors import UsageError
-from optax_muon.models.abstract import leaves_on
+from optax_muon.models.abstract import on_mesh
 from optax_muon.models.moe import balance, grouped_matmul
 from optax_muon.models.moe.experts import Experts
 from optax_muon.models.moe.grouped_matmul import grouped_dot
-from optax_muon.models.moonlight.model import (
+from optax_muon.models.moonlight import (
     CONFIGS,
     Moonlight,
     MoonlightConfig,
     count,
-    forward,
-    init,
-    leaves,
-    logits,
     per_head_views,
-    shardings,
-    zero_bias,
 )
 
 CONFIG = MoonlightConfig(
-    width=24,
-    depth=3,
-    heads=4,
-    nope_dim=6,
-    rope_dim=4,
-    v_dim=5,
-    kv_rank=10,
-    mlp=40,
-    expert_mlp=16,
-    experts=6,
-    chosen=2,
-    shared=2,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    kv_lora_rank=10,
+    intermediate_size=40,
+    moe_intermediate_size=16,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    n_shared_experts=2,
     context=12,
-    gate_scale=1.4,
-    vocab=50,
-    theta=100.0,
+    routed_scaling_factor=1.4,
+    vocab_size=50,
+    rope_theta=100.0,
     query_block=5,
 )
-WIDE = dataclasses.replace(CONFIG, width=32, kv_rank=16, mlp=48, vocab=48, experts=8)
+WIDE = dataclasses.replace(
+    CONFIG, hidden_size=32, kv_lora_rank=16, intermediate_size=48, vocab_size=48, n_routed_experts=8
+)
 """Its sizes divide over eight devices, however they are arranged."""
 
 
@@ -70,18 +65,20 @@ def noisy(config):
         size = (0.2, 1.0) if norm or len(leaf.shape) == 1 else (1.3 * fan_in**-0.5, 0.0)
         return jnp.asarray(size[0] * rng.standard_normal(leaf.shape) + size[1], jnp.float32)
 
-    bias = jnp.asarray(0.1 * rng.standard_normal([config.moe_depth, config.experts]), jnp.float32)
-    return jax.tree.map(draw, leaves(config)), bias
+    bias = jnp.asarray(
+        0.1 * rng.standard_normal([config.num_moe_layers, config.n_routed_experts]), jnp.float32
+    )
+    return jax.tree.map(draw, Moonlight(config).abstract_params), bias
 
 
 def tokens_of(config, batch=2, seed=0):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.integers(0, config.vocab, [batch, config.context]), jnp.int32)
+    return jnp.asarray(rng.integers(0, config.vocab_size, [batch, config.context]), jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(config, params, tokens, bias):
-    return forward(Moonlight(config), params, tokens, bias)
+    return Moonlight(config).forward(params, tokens, bias)
 
 
 # ---- the naive forward pass: one sequence, one head, one position, one token at a time -----------
@@ -94,34 +91,38 @@ def rms_norm(x, scale, eps):
 def turned(config, x, position):
     """RoPE of one vector: its pairs are complex numbers that rotate."""
     half = len(x) // 2
-    a, b = (x[::2], x[1::2]) if config.interleaved else (x[:half], x[half:])
-    pairs = (a + 1j * b) * np.exp(1j * position * config.theta ** (-np.arange(half) / half))
+    a, b = (x[::2], x[1::2]) if config.rope_interleave else (x[:half], x[half:])
+    pairs = (a + 1j * b) * np.exp(1j * position * config.rope_theta ** (-np.arange(half) / half))
     return np.concatenate([pairs.real, pairs.imag])
 
 
 def naive_attention(config, p, h):
     """What is added to the stream, and the logits of each head."""
     q = h
-    if config.q_rank is not None:
+    if config.q_lora_rank is not None:
         q = rms_norm(h @ p["q_a_proj"]["kernel"], p["q_a_norm"]["scale"], 1e-6)
-    q = q @ p["q_proj" if config.q_rank is None else "q_b_proj"]["kernel"]
+    q = q @ p["q_proj" if config.q_lora_rank is None else "q_b_proj"]["kernel"]
     latent = h @ p["kv_a_proj"]["kernel"]
-    shared_key = latent[:, config.kv_rank :]
-    kv = rms_norm(latent[:, : config.kv_rank], p["kv_a_norm"]["scale"], 1e-6)
+    shared_key = latent[:, config.kv_lora_rank :]
+    kv = rms_norm(latent[:, : config.kv_lora_rank], p["kv_a_norm"]["scale"], 1e-6)
     kv = kv @ p["kv_b_proj"]["kernel"]
     outputs, all_logits = [], []
-    for head in range(config.heads):
-        query = np.split(q, config.heads, axis=1)[head]
-        key, value = np.split(np.split(kv, config.heads, axis=1)[head], [config.nope_dim], axis=1)
+    for head in range(config.num_attention_heads):
+        query = np.split(q, config.num_attention_heads, axis=1)[head]
+        key, value = np.split(
+            np.split(kv, config.num_attention_heads, axis=1)[head],
+            [config.qk_nope_head_dim],
+            axis=1,
+        )
         output, logits = [], []
         for t in range(len(h)):
             scores = []
             for s in range(t + 1):
-                rope = turned(config, query[t, config.nope_dim :], t) @ turned(
+                rope = turned(config, query[t, config.qk_nope_head_dim :], t) @ turned(
                     config, shared_key[s], s
                 )
-                scores.append(query[t, : config.nope_dim] @ key[s] + rope)
-            scores = np.array(scores) / math.sqrt(config.qk_dim)
+                scores.append(query[t, : config.qk_nope_head_dim] @ key[s] + rope)
+            scores = np.array(scores) / math.sqrt(config.qk_head_dim)
             weights = np.exp(scores)
             output.append(weights / weights.sum() @ value[: t + 1])
             logits.extend(scores)
@@ -139,22 +140,22 @@ def swiglu(p, h):
 
 def naive_choice(config, scores, bias):
     ranks = scores + bias
-    groups = np.split(np.arange(config.experts), config.groups)
+    groups = np.split(np.arange(config.n_routed_experts), config.n_group)
     best = [np.sort(ranks[group])[-2:].sum() for group in groups]
-    open_ = np.concatenate([groups[g] for g in np.argsort(best)[-config.groups_chosen :]])
-    return open_[np.argsort(ranks[open_])[-config.chosen :]]
+    open_ = np.concatenate([groups[g] for g in np.argsort(best)[-config.topk_group :]])
+    return open_[np.argsort(ranks[open_])[-config.num_experts_per_tok :]]
 
 
 def naive_mixture(config, p, h, bias):
     """What is added to the stream, how often each expert was chosen, and the mean entropy."""
-    y, load, entropies = swiglu(p["shared_experts"], h), np.zeros(config.experts, int), []
+    y, load, entropies = swiglu(p["shared_experts"], h), np.zeros(config.n_routed_experts, int), []
     for t, x in enumerate(h):
         scores = 1 / (1 + np.exp(-(x @ p["router"]["kernel"])))
         chosen = naive_choice(config, scores, bias)
-        gates = scores[chosen] / (scores[chosen].sum() if config.renormalise else 1)
+        gates = scores[chosen] / (scores[chosen].sum() if config.norm_topk_prob else 1)
         for expert, gate in zip(chosen, gates, strict=True):
             mine = {name: stack[expert] for name, stack in p["experts"].items()}
-            y[t] += config.gate_scale * gate * swiglu(mine, x)
+            y[t] += config.routed_scaling_factor * gate * swiglu(mine, x)
             load[expert] += 1
         shares = scores / scores.sum()
         entropies.append(-(shares * np.log(shares)).sum())
@@ -166,15 +167,17 @@ def naive(config, params, bias, tokens):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = p["embed"]["embedding"][tokens]
     attention_logits, loads, entropies = [], [], []
-    for i in range(config.depth):
-        dense = i < config.dense_first
-        stack, j = ("dense_layers", i) if dense else ("moe_layers", i - config.dense_first)
+    for i in range(config.num_hidden_layers):
+        dense = i < config.first_k_dense_replace
+        stack, j = (
+            ("dense_layers", i) if dense else ("moe_layers", i - config.first_k_dense_replace)
+        )
         layer = jax.tree.map(lambda leaf, j=j: leaf[j], p[stack])
-        h = rms_norm(x, layer["attn_norm"]["scale"], config.eps)
+        h = rms_norm(x, layer["attn_norm"]["scale"], config.rms_norm_eps)
         y, scores = naive_attention(config, layer["attn"], h)
         attention_logits.append(scores)
         x = x + y
-        h = rms_norm(x, layer["mlp_norm"]["scale"], config.eps)
+        h = rms_norm(x, layer["mlp_norm"]["scale"], config.rms_norm_eps)
         if dense:
             x = x + swiglu(layer["mlp"], h)
         else:
@@ -182,7 +185,7 @@ def naive(config, params, bias, tokens):
             x = x + y
             loads.append(load)
             entropies.append(entropy)
-    x = rms_norm(x, p["final_norm"]["scale"], config.eps)
+    x = rms_norm(x, p["final_norm"]["scale"], config.rms_norm_eps)
     return x @ p["lm_head"]["kernel"], np.array(attention_logits), loads, entropies
 
 
@@ -190,14 +193,19 @@ def naive(config, params, bias, tokens):
     "change",
     [
         {},
-        {"q_rank": 9, "interleaved": False},
-        {"dense_first": 0, "experts": 7, "chosen": 3, "renormalise": False},
-        {"groups": 3, "groups_chosen": 2, "dense_first": 2},
-        {"dense_first": 3},
+        {"q_lora_rank": 9, "rope_interleave": False},
+        {
+            "first_k_dense_replace": 0,
+            "n_routed_experts": 7,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+        },
+        {"n_group": 3, "topk_group": 2, "first_k_dense_replace": 2},
+        {"first_k_dense_replace": 3},
     ],
 )
 def test_logits_and_report_are_those_of_the_naive_float64_forward_pass(change, monkeypatch):
-    monkeypatch.setattr("optax_muon.models.moonlight.model.HIGH_LOGIT", 0.5)
+    monkeypatch.setattr("optax_muon.models.moonlight.attention.HIGH_LOGIT", 0.5)
     config = dataclasses.replace(CONFIG, **change)
     params, bias = noisy(config)
     tokens = tokens_of(config)
@@ -209,7 +217,7 @@ def test_logits_and_report_are_those_of_the_naive_float64_forward_pass(change, m
     assert scores.max() > 2, "logits large enough to tell"
     np.testing.assert_allclose(report.max_logits, scores.max(axis=-1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(report.high_logits, (scores > 0.5).mean(axis=-1), rtol=1e-5)
-    loads = sum(np.reshape(loads, [-1, config.experts]) for *_, loads, _ in each)
+    loads = sum(np.reshape(loads, [-1, config.n_routed_experts]) for *_, loads, _ in each)
     np.testing.assert_array_equal(report.load, loads)
     entropies = np.mean([entropies for *_, entropies in each], axis=0)
     np.testing.assert_allclose(report.entropy, entropies, rtol=1e-5)
@@ -226,7 +234,7 @@ def test_blocks_of_queries_change_nothing():
 def test_a_position_does_not_see_what_comes_after_it():
     params, bias = noisy(CONFIG)
     tokens = tokens_of(CONFIG)
-    changed = tokens.at[:, 7:].set((tokens[:, 7:] + 1) % CONFIG.vocab)
+    changed = tokens.at[:, 7:].set((tokens[:, 7:] + 1) % CONFIG.vocab_size)
     before, after = (np.asarray(run(CONFIG, params, t, bias)[0]) for t in (tokens, changed))
     # The tokens that share an expert's product differ, and with them the order of its sums.
     np.testing.assert_allclose(before[:, :7], after[:, :7], atol=1e-5)
@@ -234,7 +242,9 @@ def test_a_position_does_not_see_what_comes_after_it():
 
 
 def test_bfloat16_computes_nearly_the_same_from_float32_parameters():
-    low = dataclasses.replace(CONFIG, dtype="bfloat16", chosen=CONFIG.experts)  # no other choice
+    low = dataclasses.replace(
+        CONFIG, dtype="bfloat16", num_experts_per_tok=CONFIG.n_routed_experts
+    )  # no other choice
     params, bias = noisy(low)
     exact = run(dataclasses.replace(low, dtype="float32"), params, tokens_of(CONFIG), bias)[0]
     rough = run(low, params, tokens_of(CONFIG), bias)[0]
@@ -254,7 +264,7 @@ MESHES = [
 
 
 def loss(config, params, tokens, bias):
-    scores, report = forward(Moonlight(config), params, tokens, bias)
+    scores, report = Moonlight(config).forward(params, tokens, bias)
     return jax.nn.logsumexp(scores, axis=-1).mean(), (scores, report)
 
 
@@ -269,7 +279,7 @@ def on(mesh, config, params, bias):
     spread = NamedSharding(mesh, P(batch, None))
     tokens = jax.device_put(tokens_of(config, batch=8), spread)
     return (
-        jax.device_put(params, shardings(config, mesh)),
+        jax.device_put(params, Moonlight(config).shardings(mesh)),
         tokens,
         jax.device_put(bias, NamedSharding(mesh, P())),
     )
@@ -304,13 +314,13 @@ def test_a_mesh_gives_the_logits_and_gradients_of_one_device(kind, sizes):
 
 def test_a_mesh_that_is_not_ambient_is_asked_for():
     given = on(jax.make_mesh((8,), ("fsdp",)), WIDE, *noisy(WIDE))
-    with pytest.raises(UsageError, match=r"a mesh of \('fsdp',\); use jax.set_mesh\(mesh\)"):
-        forward(Moonlight(WIDE), *given)
+    with pytest.raises(ValueError, match=r"are on a mesh of \('fsdp',\); use jax.set_mesh\(mesh\)"):
+        Moonlight(WIDE).forward(*given)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def initial(config):
-    return init(Moonlight(config), jax.random.key(3))
+    return Moonlight(config).init(jax.random.key(3))
 
 
 @functools.cache
@@ -321,21 +331,24 @@ def initial_alone(config):
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_initial_parameters_are_the_same_on_every_mesh_and_lie_as_said(kind):
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(kind, kind))
-    config = dataclasses.replace(WIDE, dense_first=0)
+    config = dataclasses.replace(WIDE, first_k_dense_replace=0)
     with jax.set_mesh(mesh):
         there = jax.block_until_ready(initial(config))
     for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(initial_alone(config)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # the same draws, scaled elsewhere
     for leaf, sharding in zip(
-        jax.tree.leaves(there), jax.tree.leaves(shardings(config, mesh)), strict=True
+        jax.tree.leaves(there), jax.tree.leaves(Moonlight(config).shardings(mesh)), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 def test_every_matrix_of_the_published_model_is_cut_over_fsdp_and_experts():
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"))
-    specs = jax.tree.leaves(shardings(CONFIGS["moonlight-16b-a3b"], mesh))
-    shapes = [leaf.shape for leaf in jax.tree.leaves(leaves(CONFIGS["moonlight-16b-a3b"]))]
+    specs = jax.tree.leaves(Moonlight(CONFIGS["moonlight-16b-a3b"]).shardings(mesh))
+    shapes = [
+        leaf.shape
+        for leaf in jax.tree.leaves(Moonlight(CONFIGS["moonlight-16b-a3b"]).abstract_params)
+    ]
     for shape, sharding in zip(shapes, specs, strict=True):
         local = math.prod(sharding.shard_shape(shape))
         assert local * 8 == math.prod(shape) or math.prod(shape) <= 27 * 2048
@@ -345,8 +358,10 @@ def test_every_matrix_of_the_published_model_is_cut_over_fsdp_and_experts():
 @pytest.mark.libtpu
 def test_a_tpu_multiplies_ragged_groups_and_gathers_tokens_to_their_experts():
     mesh = chips("v5e:2x4", {"fsdp": 2, "expert": 4})
-    config = dataclasses.replace(WIDE, width=256, expert_mlp=128, context=128, dtype="bfloat16")
-    params = leaves_on(leaves(config), mesh)
+    config = dataclasses.replace(
+        WIDE, hidden_size=256, moe_intermediate_size=128, context=128, dtype="bfloat16"
+    )
+    params = on_mesh(Moonlight(config).abstract_params, mesh)
     over = NamedSharding(mesh, P(mesh.axis_names))
     tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=over)
     with jax.set_mesh(mesh):
@@ -461,14 +476,16 @@ def test_a_device_holds_a_block_of_rows_and_not_all_that_could_come():
 
 
 def test_a_bias_chooses_and_does_nothing_else():
-    params, _ = noisy(CONFIG)
+    (params, _), zero = noisy(CONFIG), Moonlight(CONFIG).zero_bias()
     tokens = tokens_of(CONFIG)
-    plain = run(CONFIG, params, tokens, zero_bias(CONFIG))
-    same = run(CONFIG, params, tokens, zero_bias(CONFIG) + 3)
+    plain = run(CONFIG, params, tokens, zero)
+    same = run(CONFIG, params, tokens, zero + 3)
     np.testing.assert_array_equal(plain[0], same[0])
-    pushed = run(CONFIG, params, tokens, zero_bias(CONFIG).at[:, 4].set(10.0))[1]
+    pushed = run(CONFIG, params, tokens, zero.at[:, 4].set(10.0))[1]
     assert (pushed.load[:, 4] == tokens.size).all()
-    slope = jax.grad(lambda bias: run(CONFIG, params, tokens, bias)[0].sum())(zero_bias(CONFIG))
+    slope = jax.grad(lambda bias: run(CONFIG, params, tokens, bias)[0].sum())(
+        Moonlight(CONFIG).zero_bias()
+    )
     assert not slope.any()
 
 
@@ -508,7 +525,9 @@ def test_the_gate_scale_is_the_papers_and_each_configurations_own():
     assert abs(again - balance.gate_scaling(64, 6)) < 1e-4  # ten times the standard error
     assert balance.gate_scaling(1, 1) == 1
     for config in CONFIGS.values():
-        assert config.gate_scale == round(balance.gate_scaling(config.experts, config.chosen), 3)
+        assert config.routed_scaling_factor == round(
+            balance.gate_scaling(config.n_routed_experts, config.num_experts_per_tok), 3
+        )
 
 
 # ---- reports, counts, routing, errors ------------------------------------------------------------
@@ -517,8 +536,8 @@ def test_the_gate_scale_is_the_papers_and_each_configurations_own():
 def test_a_report_costs_nothing_where_it_is_not_asked_for():
     params, bias = noisy(CONFIG)
     model, tokens = Moonlight(CONFIG), tokens_of(CONFIG)
-    alone = jax.jit(lambda p, t, b: logits(model, p, t, b)).lower(params, tokens, bias).compile()
-    both = jax.jit(lambda p, t, b: forward(model, p, t, b)).lower(params, tokens, bias).compile()
+    alone = jax.jit(lambda p, t, b: model.forward(p, t, b)[0]).lower(params, tokens, bias).compile()
+    both = jax.jit(lambda p, t, b: model.forward(p, t, b)).lower(params, tokens, bias).compile()
     assert alone.cost_analysis()["flops"] < both.cost_analysis()["flops"]
     # Stacks of a report's rows, which the loop over layers would carry: loads, and heads' maxima.
     for stack in ("s32[2,6]", "f32[2,4]", "f32[1,4]"):
@@ -534,11 +553,11 @@ def test_the_published_model_has_the_papers_parameters():
     matrices = 27 * attention + 26 * (66 * 3 * 2048 * 1408) + 3 * 2048 * 11264 + 26 * 2048 * 64
     norms = 27 * (2 * 2048 + 512) + 2048
     assert total == matrices + norms
-    assert total - active == 26 * (c.experts - c.chosen) * 3 * 2048 * 1408
+    assert total - active == 26 * (c.n_routed_experts - c.num_experts_per_tok) * 3 * 2048 * 1408
 
 
 def test_muon_takes_every_expert_and_projection_as_a_matrix_and_nothing_else():
-    config = dataclasses.replace(CONFIG, q_rank=9)
+    config = dataclasses.replace(CONFIG, q_lora_rank=9)
     rows = optax_muon.label(noisy(config)[0]).rows
     table = {row.path: [(b.batch, b.rows, b.cols) for b in row.blocks] for row in rows}
     attention = {
@@ -577,14 +596,14 @@ def test_muon_takes_every_expert_and_projection_as_a_matrix_and_nothing_else():
 
 @pytest.mark.parametrize("q_rank", [None, 9])
 def test_views_per_head_are_the_slices_that_the_heads_use(q_rank):
-    config = dataclasses.replace(CONFIG, q_rank=q_rank)
+    config = dataclasses.replace(CONFIG, q_lora_rank=q_rank)
     params = noisy(config)[0]
     views = per_head_views(config)
     q, kv = ("q_proj" if q_rank is None else "q_b_proj"), "kv_b_proj"
     attention = params["moe_layers"]["attn"]
     for name, dims in ((q, (10,)), (kv, (6, 5))):
         kernel = attention[name]["kernel"]
-        bound = views[f"*/{name}/kernel"].on(kernel.shape)
+        bound = views[f"*/{name}/kernel"].bind(kernel.shape)
         heads = np.asarray(kernel).reshape(*kernel.shape[:2], 4, -1)
         parts = np.split(heads, np.cumsum(dims)[:-1], axis=-1)
         for got, part in zip(bound.to_matrices(kernel), parts, strict=True):
@@ -598,16 +617,19 @@ def test_views_per_head_are_the_slices_that_the_heads_use(q_rank):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_dim": 3}, "rope_dim 3 must be even"),
-        ({"dense_first": 4}, "dense_first 4 must be between 0 and depth, 3"),
-        ({"shared": 0}, "shared is 0"),
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim 3 must be even"),
+        (
+            {"first_k_dense_replace": 4},
+            "first_k_dense_replace 4 must be between 0 and num_hidden_layers, 3",
+        ),
+        ({"n_shared_experts": 0}, "n_shared_experts is 0"),
         ({"capacity": 0.0}, "capacity is 0.0, it must be positive or absent"),
-        ({"groups": 4}, "experts 6 must divide into groups of two or more, groups is 4"),
-        ({"groups": 3, "groups_chosen": 4}, "groups_chosen 4 must be between 1 and groups, 3"),
-        ({"groups": 3, "chosen": 3}, "at most the experts of 1 of 3 groups, 2"),
-        ({"chosen": 7}, "at most the experts of 1 of 1 groups, 6"),
+        ({"n_group": 4}, "n_routed_experts 6 must divide into groups of two or more, n_group is 4"),
+        ({"n_group": 3, "topk_group": 4}, "topk_group 4 must be between 1 and n_group, 3"),
+        ({"n_group": 3, "num_experts_per_tok": 3}, "at most the experts of 1 of 3 groups, 2"),
+        ({"num_experts_per_tok": 7}, "at most the experts of 1 of 1 groups, 6"),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(change, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import pytest
 from polar_reference import SPECTRA, every_spectrum, every_table, relative_error, true_update
 
+from optax_muon.platforms import PLATFORMS
 from optax_muon.polar import (
     CUBIC,
     KELLER,
     POLAR_EXPRESS_8,
     Full,
     Gram,
+    NewtonSchulz,
     Panels,
     Plain,
     choose_form,
@@ -62,16 +64,38 @@ def test_square_matrices_take_steps_and_elongated_ones_their_gram_matrix(table, 
     assert take(64, 2048).restarts == default_restarts(len(table.rows), dtype)
 
 
-def test_halves_are_used_where_they_are_worth_it():
-    take = functools.partial(choose_form, rows=KELLER.rows, platform="cpu")
-    assert take(1024, 1024, dtype="float32").products == Panels(4)
-    assert take(1024, 4096, dtype="float32").products == Panels(4)
-    assert take(512, 512, dtype="float32").products == Full()
-    assert take(512, 2048, dtype="float32").products == Panels(2)
-    assert take(256, 1024, dtype="float32").products == Full()
-    assert take(1024, 1024, dtype="bfloat16").products == Full()
-    for platform in ("tpu", "gpu"):
-        assert choose_form(4096, 4096, KELLER.rows, dtype="bfloat16", platform=platform) == Plain()
+@pytest.mark.parametrize("aspect", [1, 4])
+def test_large_float32_products_are_halved_on_cpu_and_no_others(aspect):
+    def halved(platform, dtype):
+        forms = [
+            choose_form(m, aspect * m, KELLER.rows, dtype=dtype, platform=platform)
+            for m in (64, 128, 256, 512, 1024, 2048, 4096)
+        ]
+        return [form.products != Full() for form in forms]
+
+    on_cpu = halved("cpu", "float32")
+    assert on_cpu == sorted(on_cpu)  # once it pays, it pays for every larger matrix
+    assert on_cpu[0] is False and on_cpu[-1] is True
+    assert not any(halved("cpu", "bfloat16"))  # mirroring costs more than it saves
+    assert not any(halved("tpu", "bfloat16") + halved("gpu", "bfloat16"))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("platform", PLATFORMS)
+@every_table
+def test_no_choice_takes_more_operations_than_whole_products_step_by_step(table, platform, devices):
+    for m, n in ((64, 64), (512, 512), (512, 768), (1024, 4096), (256, 8192)):
+        count = NewtonSchulz(table).count(m, n, devices, platform=platform)
+        plain = NewtonSchulz(table, form=Plain()).count(m, n, devices, platform=platform)
+        if devices == 1:
+            assert count.flops <= plain.flops
+        else:  # operations may be spent where they save a sum
+            assert count.flops <= plain.flops or count.sums < plain.sums
+
+
+def test_a_tall_matrix_counts_as_its_transpose():
+    counted = functools.partial(NewtonSchulz().count, platform="tpu")
+    assert counted(2048, 512) == counted(512, 2048)
 
 
 def test_shared_columns_take_the_gram_form_where_sums_are_dear():
@@ -111,8 +135,8 @@ def test_the_program_does_what_is_counted(m, n, table):
     assert compiled_flops(m, n, coefficients=table) == form.count(m, n, table.rows).flops
 
 
-def test_a_form_says_what_it_is():
-    assert str(Plain()) == "plain"
-    assert str(Plain(Panels(4))) == "plain, 4 panels"
-    assert str(Gram((2, 4))) == "Gram 3"
-    assert str(Gram((3,), Panels(8))) == "Gram 2, 8 panels"
+def test_forms_that_differ_are_printed_differently_and_counts_name_their_form():
+    forms = [Plain(), Plain(Panels(4)), Gram((2, 4)), Gram((3,)), Gram((3,), Panels(8))]
+    assert len({str(form) for form in forms}) == len(forms)
+    for form in forms:
+        assert form.count(512, 1024, KELLER.rows).form == str(form)

@@ -42,7 +42,7 @@ def stacks():
     rng = np.random.default_rng(0)
     params = {path: jnp.asarray(rng.normal(size=shape)) for path, shape in SHAPES.items()}
     matrices = {path: view for path, view in VIEWS.items() if view is not None}
-    return {path: v.on(SHAPES[path]).to_matrices(params[path]) for path, v in matrices.items()}
+    return {path: v.bind(SHAPES[path]).to_matrices(params[path]) for path, v in matrices.items()}
 
 
 def test_layers_experts_parts_and_both_orientations_share_a_bucket():

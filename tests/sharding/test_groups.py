@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from optax_muon.sharding.device_groups import Group, Piece
 
-FSDP, TP = Piece("fsdp", 4, 4, 1), Piece("tp", 2, 2, 1)
+FSDP, TP = Piece("fsdp", 4, 4, 1), Piece("tensor", 2, 2, 1)
 FAR, NEAR = Piece("fsdp", 4, 2, 2), Piece("fsdp", 4, 2, 1)
 
 GROUPS = {
@@ -23,20 +23,20 @@ GROUPS = {
     "far half and an axis": ((FAR, TP), [[0, 1, 4, 5], [2, 3, 6, 7]]),
     "an axis and near half": ((TP, NEAR), [[0, 2, 1, 3], [4, 6, 5, 7]]),
 }
-"""Pieces, and the devices (numbered `2 fsdp + tp`) of each group, in the group's order."""
+"""Pieces, and the devices (numbered `2 fsdp + tensor`) of each group, in the group's order."""
 
 
 @functools.cache
 def on_every_device(group, method, length):
     """Run a method on `[device, 100 device + i]`, `i < length`: a result per device."""
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"))
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
 
     def work():
-        device = 2 * lax.axis_index("fsdp") + lax.axis_index("tp")
+        device = 2 * lax.axis_index("fsdp") + lax.axis_index("tensor")
         x = 100 * device + jnp.arange(length, dtype=jnp.int32)
         return jnp.atleast_1d(getattr(group, method)(*[x] * bool(length)))[None]
 
-    out = P(("fsdp", "tp"))
+    out = P(("fsdp", "tensor"))
     mapped = jax.shard_map(work, mesh=mesh, in_specs=(), out_specs=out, check_vma=False)
     return np.asarray(jax.jit(mapped)())
 
@@ -78,7 +78,7 @@ def test_digits_of_one_axis_that_follow_each_other_are_one():
 
 
 def test_pieces_of_one_device_do_not_count():
-    assert Group((FSDP, Piece("tp", 2, 1, 2))) == Group((FSDP,))
+    assert Group((FSDP, Piece("tensor", 2, 1, 2))) == Group((FSDP,))
     assert Group(()).size == 1
 
 

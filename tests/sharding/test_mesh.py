@@ -174,7 +174,7 @@ def test_the_ninth_matrix_is_shared():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spec_may_name_an_axis_of_one_device(kind):
-    case = meshes.case({"fsdp": 8, "tp": 1}, meshes.layers(8, (64, 128), P("fsdp", "tp")))
+    case = meshes.case({"fsdp": 8, "tensor": 1}, meshes.layers(8, (64, 128), P("fsdp", "tensor")))
     found = meshes.run(case, kind)
     assert meshes.error(found.matrices, meshes.alone_of(case)) <= 1e-5
     assert {path: x.sharding for path, x in found.updates.items()} == case.shardings(kind)

@@ -17,8 +17,8 @@ PARAMS = {
     "q/kernel": jax.ShapeDtypeStruct((64, 32), np.float32),
 }
 VIEWS = {"embed/embedding": None, "o/kernel": View(0, 1), "q/kernel": View(0, 1)}
-MESH = AbstractMesh((4, 2), ("fsdp", "tp"))
-OTHER = AbstractMesh((2, 4), ("fsdp", "tp"))
+MESH = AbstractMesh((4, 2), ("fsdp", "tensor"))
+OTHER = AbstractMesh((2, 4), ("fsdp", "tensor"))
 
 
 def message(error, call, *args, **options):
@@ -42,7 +42,7 @@ def on_q(spec):
 
 def test_an_axis_that_the_mesh_lacks():
     text = refused(on_q(P("dp")))
-    assert text == f"q/kernel: its spec {P('dp')} names the axis 'dp'; the mesh has fsdp, tp."
+    assert text == f"q/kernel: its spec {P('dp')} names the axis 'dp'; the mesh has fsdp, tensor."
 
 
 def test_an_axis_used_twice():
@@ -95,15 +95,15 @@ def test_parameters_on_two_meshes():
     shardings = {path: NamedSharding(MESH, P()) for path in PARAMS}
     shardings["q/kernel"] = NamedSharding(OTHER, P())
     assert refused(shardings, mesh=None) == (
-        "q/kernel lies on the mesh {'fsdp': 2, 'tp': 4}, but o/kernel on"
-        " {'fsdp': 4, 'tp': 2}; put all parameters on one mesh."
+        "q/kernel lies on the mesh {'fsdp': 2, 'tensor': 4}, but o/kernel on"
+        " {'fsdp': 4, 'tensor': 2}; put all parameters on one mesh."
     )
 
 
 def test_parameters_on_another_mesh_than_named():
     assert refused(NamedSharding(MESH, P()), mesh=OTHER) == (
-        "o/kernel lies on the mesh {'fsdp': 4, 'tp': 2}, but the argument mesh on"
-        " {'fsdp': 2, 'tp': 4}; put all parameters on one mesh."
+        "o/kernel lies on the mesh {'fsdp': 4, 'tensor': 2}, but the argument mesh on"
+        " {'fsdp': 2, 'tensor': 4}; put all parameters on one mesh."
     )
 
 
@@ -150,7 +150,7 @@ def unfit(plan, given, views=VIEWS):
 
 
 def explicit():
-    return jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=meshes.AXES["explicit"][:2])
+    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=meshes.AXES["explicit"][:2])
 
 
 def test_a_plan_for_another_shape():
@@ -181,10 +181,10 @@ def test_a_plan_of_a_matrix_that_is_not_there():
 
 
 def test_a_plan_for_other_shardings_on_explicit_axes():
-    made = plan(PARAMS, views=VIEWS, shardings=NamedSharding(explicit(), P("fsdp", "tp")))
-    text = unfit(made, updates(spec=P("tp", "fsdp"), mesh=explicit()))
-    assert text.startswith("o/kernel is sharded P('tp', 'fsdp') on the Explicit axes")
-    assert "made for P('fsdp', 'tp')" in text
+    made = plan(PARAMS, views=VIEWS, shardings=NamedSharding(explicit(), P("fsdp", "tensor")))
+    text = unfit(made, updates(spec=P("tensor", "fsdp"), mesh=explicit()))
+    assert text.startswith("o/kernel is sharded P('tensor', 'fsdp') on the Explicit axes")
+    assert "made for P('fsdp', 'tensor')" in text
 
 
 def test_the_whole_of_muon_passes_these_on():
@@ -193,11 +193,11 @@ def test_the_whole_of_muon_passes_these_on():
     with jax.set_mesh(explicit()):
         text = message(ValueError, tx.update, params, tx.init(params), params)
     assert "q/kernel: its spec" in text
-    assert "the mesh has fsdp, tp." in text
+    assert "the mesh has fsdp, tensor." in text
 
 
 def test_specs_of_all_parameters_serve_the_matrices_among_them():
-    shardings = {path: NamedSharding(explicit(), P("fsdp", "tp")) for path in PARAMS}
+    shardings = {path: NamedSharding(explicit(), P("fsdp", "tensor")) for path in PARAMS}
     tx = muon(1e-3, views=VIEWS, shardings=shardings)
     params = jax.device_put(updates(), shardings)
     found, _ = jax.jit(tx.update)(params, tx.init(params), params)

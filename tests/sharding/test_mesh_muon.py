@@ -17,15 +17,15 @@ from optax_muon import Split, View, muon, plan, state_shardings
 from optax_muon.hlo import collective_counts
 
 MODEL = {
-    "embed/embedding": ((32, 16), P("fsdp", "tp"), None),
-    "layers/down/kernel": ((5, 32, 16), P(None, "tp", "fsdp"), View(1, 2)),
+    "embed/embedding": ((32, 16), P("fsdp", "tensor"), None),
+    "layers/down/kernel": ((5, 32, 16), P(None, "tensor", "fsdp"), View(1, 2)),
     "layers/norm/scale": ((5, 16), P(), None),
     "layers/qkv/kernel": (
         (5, 16, 32),
-        P(None, "fsdp", "tp"),
+        P(None, "fsdp", "tensor"),
         View(1, 2, Split(2, (16, 8, 8))),
     ),
-    "layers/up/kernel": ((5, 16, 32), P(None, "fsdp", "tp"), View(1, 2)),
+    "layers/up/kernel": ((5, 16, 32), P(None, "fsdp", "tensor"), View(1, 2)),
     "norm/scale": ((16,), P("fsdp"), None),
 }
 VIEWS = {path: view for path, (_, _, view) in MODEL.items()}
@@ -34,7 +34,7 @@ KINDS = ("explicit", "auto", "mixed")
 
 
 def mesh(kind):
-    return jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=meshes.AXES[kind][:2])
+    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=meshes.AXES[kind][:2])
 
 
 def shardings(kind):

@@ -15,10 +15,10 @@ from optax_muon import Split, View, gram_newton_schulz, orthogonalize
 from optax_muon.hlo import collective_counts, collectives
 
 WHOLE, STACKED = View(0, 1), View(1, 2)
-GRID = {"fsdp": 4, "tp": 2}
+GRID = {"fsdp": 4, "tensor": 2}
 
 FSDP = {"fsdp": 8}
-BOTH = P("fsdp", "tp")
+BOTH = P("fsdp", "tensor")
 
 
 def fused(length, split):
@@ -29,8 +29,8 @@ def fused(length, split):
 def squares_and_others():
     return {
         "square": ((64, 64), BOTH, WHOLE),
-        "tall": ((96, 64), P("tp", "fsdp"), WHOLE),
-        "transposed": ((64, 64), P("tp", "fsdp"), WHOLE),
+        "tall": ((96, 64), P("tensor", "fsdp"), WHOLE),
+        "transposed": ((64, 64), P("tensor", "fsdp"), WHOLE),
         "wide": ((64, 96), BOTH, WHOLE),
     }
 
@@ -40,23 +40,23 @@ HOMES = {
     "gate and up": (GRID, fused(256, Split.equal(1, 256, parts=2))),
     "unequal parts of a sharded axis": (GRID, fused(384, Split(1, (256, 64, 64)))),
     "parts of heads in groups": (GRID, fused(192, Split(1, (32, 8, 8), groups=4))),
-    "layers in the middle": (GRID, {"k": ((64, 6, 96), P("fsdp", None, "tp"), View(0, 2))}),
+    "layers in the middle": (GRID, {"k": ((64, 6, 96), P("fsdp", None, "tensor"), View(0, 2))}),
     "a convolution": (
         GRID,
-        {"k": ((3, 3, 16, 64), P(None, None, "tp", "fsdp"), View((0, 1, 2), 3))},
+        {"k": ((3, 3, 16, 64), P(None, None, "tensor", "fsdp"), View((0, 1, 2), 3))},
     ),
-    "layers of a sharded stack": (GRID, {"k": ((8, 64, 96), P("fsdp", None, "tp"), STACKED)}),
+    "layers of a sharded stack": (GRID, {"k": ((8, 64, 96), P("fsdp", None, "tensor"), STACKED)}),
     "experts and layers": (
-        {"expert": 2, "fsdp": 2, "tp": 2},
-        {"k": ((4, 3, 64, 96), P("expert", None, "fsdp", "tp"), View(2, 3))},
+        {"expert": 2, "fsdp": 2, "tensor": 2},
+        {"k": ((4, 3, 64, 96), P("expert", None, "fsdp", "tensor"), View(2, 3))},
     ),
     "tall, wide and square": (GRID, squares_and_others()),
-    "one axis cut twice": (GRID, layers(3, (64, 96), P(("fsdp", "tp"), None))),
-    "minor axis first": (GRID, layers(9, (64, 96), P(("tp", "fsdp"), None))),
-    "copies over one axis": (GRID, layers(5, (64, 96), P(None, "tp"))),
+    "one axis cut twice": (GRID, layers(3, (64, 96), P(("fsdp", "tensor"), None))),
+    "minor axis first": (GRID, layers(9, (64, 96), P(("tensor", "fsdp"), None))),
+    "copies over one axis": (GRID, layers(5, (64, 96), P(None, "tensor"))),
     "merged rows of which one is cut": (
         GRID,
-        {"k": ((4, 16, 96), P(None, "fsdp", "tp"), View((0, 1), 2))},
+        {"k": ((4, 16, 96), P(None, "fsdp", "tensor"), View((0, 1), 2))},
     ),
 }
 HOME = {name: case(*each, layout="home") for name, each in HOMES.items()}
@@ -136,7 +136,7 @@ def test_gathering_needs_one_gather_per_bucket_and_two_all_to_alls_per_fused_axi
 def test_parts_travel_with_their_own_all_to_all_where_an_axis_is_fused():
     found = collectives(meshes.run(HOME["unequal parts of a sharded axis"], "explicit").text)
     pairs = [each for each in found if len(each.groups[0]) == 2]
-    assert len(pairs) == 2  # makes the fused axis whole, over tp, and cuts it again
+    assert len(pairs) == 2  # makes the fused axis whole, over tensor, and cuts it again
 
 
 # Chunks

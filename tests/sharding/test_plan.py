@@ -21,10 +21,10 @@ LOCAL, GATHER = "local", "gather"
 
 MESHES = {
     "one axis": {"fsdp": 8},
-    "two axes": {"fsdp": 4, "tp": 2},
+    "two axes": {"fsdp": 4, "tensor": 2},
     "replicas": {"replica": 2, "fsdp": 4},
-    "three axes": {"expert": 2, "fsdp": 4, "tp": 4},
-    "pod": {"fsdp": 16, "tp": 16},
+    "three axes": {"expert": 2, "fsdp": 4, "tensor": 4},
+    "pod": {"fsdp": 16, "tensor": 16},
     "odd": {"fsdp": 6},
 }
 SHAPES = {"wide": (64, 256), "tall": (1024, 128), "square": (512, 512), "large": (4096, 12288)}
@@ -169,8 +169,8 @@ def test_slow_networks_receive_the_least_and_slow_devices_compute_the_least(mesh
 def test_square_matrices_cut_either_way_share_a_bucket():
     params = {"q": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
     params["o"] = params["q"]
-    specs = {"q": P("fsdp", "tp"), "o": P("tp", "fsdp")}
-    mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
+    specs = {"q": P("fsdp", "tensor"), "o": P("tensor", "fsdp")}
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
     [bucket_plan] = plan(params, views=View(0, 1), shardings=specs, mesh=mesh).buckets
     assert [(m.path, m.tall) for m in bucket_plan.bucket.members] == [("o", True), ("q", False)]
 
@@ -277,7 +277,7 @@ def test_the_table_says_what_other_layouts_would_have_cost():
 def test_a_plan_is_plain_data():
     found = planned("three axes", "large", "both", 31)
     data = json.loads(json.dumps(found.to_dict()))
-    assert data["mesh"] == {"expert": 2, "fsdp": 4, "tp": 4}
+    assert data["mesh"] == {"expert": 2, "fsdp": 4, "tensor": 4}
     assert (data["flops"], data["collective_bytes"]) == (
         found.cost.flops,
         found.cost.collective_bytes,
@@ -301,13 +301,13 @@ def test_one_device_needs_no_mesh():
 def llama3_8b():
     """Llama-3-8B, unrolled: 32 layers of 7 kernels."""
     sizes = {
-        "q_proj": (4096, 4096, P("fsdp", "tp")),
-        "k_proj": (4096, 1024, P("fsdp", "tp")),
-        "v_proj": (4096, 1024, P("fsdp", "tp")),
-        "o_proj": (4096, 4096, P("tp", "fsdp")),
-        "gate_proj": (4096, 14336, P("fsdp", "tp")),
-        "up_proj": (4096, 14336, P("fsdp", "tp")),
-        "down_proj": (14336, 4096, P("tp", "fsdp")),
+        "q_proj": (4096, 4096, P("fsdp", "tensor")),
+        "k_proj": (4096, 1024, P("fsdp", "tensor")),
+        "v_proj": (4096, 1024, P("fsdp", "tensor")),
+        "o_proj": (4096, 4096, P("tensor", "fsdp")),
+        "gate_proj": (4096, 14336, P("fsdp", "tensor")),
+        "up_proj": (4096, 14336, P("fsdp", "tensor")),
+        "down_proj": (14336, 4096, P("tensor", "fsdp")),
     }
     params, specs = {}, {}
     for layer, (name, (m, n, spec)) in itertools.product(range(32), sizes.items()):
@@ -319,7 +319,7 @@ def llama3_8b():
 @pytest.mark.parametrize("shape", [(16, 4), (32, 8)])
 def test_llama_is_planned_in_no_time_and_evenly(shape):
     params, specs = llama3_8b()
-    mesh = AbstractMesh(shape, ("fsdp", "tp"))
+    mesh = AbstractMesh(shape, ("fsdp", "tensor"))
     began = time.process_time()
     found = plan(params, shardings=specs, mesh=mesh, platform="tpu")
     assert time.process_time() - began < 2
@@ -338,21 +338,21 @@ def test_llama_is_planned_in_no_time_and_evenly(shape):
 
 def test_equal_heads_of_a_sharded_axis_stay_where_they_are():
     params = {"k": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
-    mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
     view = View(0, 1, Split.equal(1, 256, parts=4))
-    found = plan(params, views=view, shardings=P("fsdp", "tp"), mesh=mesh)
+    found = plan(params, views=view, shardings=P("fsdp", "tensor"), mesh=mesh)
     assert found.leaves[0].reshard is None
-    assert [d.bucket.batch_over for d in found.buckets] == [("tp",)]
+    assert [d.bucket.batch_over for d in found.buckets] == [("tensor",)]
 
 
 def test_unequal_parts_of_a_sharded_axis_are_made_whole_first():
     params = {"k": jax.ShapeDtypeStruct((64, 256 + 128), jnp.float32)}
-    mesh = AbstractMesh((4, 2), ("fsdp", "tp"))
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
     view = View(0, 1, Split(1, (256, 64, 64)))
-    found = plan(params, views=view, shardings=P("fsdp", "tp"), mesh=mesh)
+    found = plan(params, views=view, shardings=P("fsdp", "tensor"), mesh=mesh)
     assert found.leaves[0].reshard is not None
-    assert found.leaves[0].reshard.axes == ("tp",)
-    assert {d.bucket.rows_over + d.bucket.cols_over for d in found.buckets} == {("fsdp", "tp")}
+    assert found.leaves[0].reshard.axes == ("tensor",)
+    assert {d.bucket.rows_over + d.bucket.cols_over for d in found.buckets} == {("fsdp", "tensor")}
 
 
 def test_shardings_may_be_a_callable_of_the_leaves():

@@ -22,7 +22,7 @@ MIB = 2**20
 
 def compiled(mesh, count, shape, **options):
     """The plan of a stack of matrices, and their orthogonalization as a program."""
-    sharding = NamedSharding(mesh, P(None, "fsdp", "tp"))
+    sharding = NamedSharding(mesh, P(None, "fsdp", "tensor"))
     stack = {
         "layers": {"q_proj": jax.ShapeDtypeStruct((count, *shape), jnp.float32, sharding=sharding)}
     }
@@ -38,7 +38,7 @@ def dtypes(text, kind):
 
 
 def test_whole_matrices_take_two_all_to_alls_of_bfloat16():
-    plan, program = compiled(chips(V5E, {"fsdp": 4, "tp": 2}), 16, (512, 1024))
+    plan, program = compiled(chips(V5E, {"fsdp": 4, "tensor": 2}), 16, (512, 1024))
     text = program.as_text()
     assert collective_counts(text) == {"all-to-all": 2}
     assert dtypes(text, "all-to-all") == {"bf16"}
@@ -52,7 +52,7 @@ def test_whole_matrices_take_two_all_to_alls_of_bfloat16():
     [((1024, 2048), "plain", {"bf16"}), ((512, 1024), "Gram 3", set())],
 )
 def test_a_remainder_shared_by_pieces_of_an_axis_moves_the_planned_bytes(shape, form, gathered):
-    mesh = chips(V5E, {"fsdp": 8, "tp": 1})
+    mesh = chips(V5E, {"fsdp": 8, "tensor": 1})
     plan, program = compiled(mesh, 12, shape, model=FREE_MESSAGES)
     assignments = plan.buckets[0].assignments
     assert [
@@ -69,7 +69,7 @@ def test_a_remainder_shared_by_pieces_of_an_axis_moves_the_planned_bytes(shape, 
 
 
 def test_a_device_does_its_even_share_and_holds_little():
-    plan, program = compiled(chips(V5E, {"fsdp": 4, "tp": 2}), 8, (2048, 8192))
+    plan, program = compiled(chips(V5E, {"fsdp": 4, "tensor": 2}), 8, (2048, 8192))
     assert program.cost_analysis()["flops"] <= 1.02 * plan.balanced_flops
     # A matrix is 32 MiB in bfloat16, its Gram matrix 16 in float32: the matrix before and after a
     # step and the Gram matrix twice make 96. Held to the end, the products of 5 steps made 480.
@@ -77,7 +77,7 @@ def test_a_device_does_its_even_share_and_holds_little():
 
 
 def test_what_is_done_in_chunks_moves_no_more():
-    mesh = chips(V5E, {"fsdp": 4, "tp": 2})
+    mesh = chips(V5E, {"fsdp": 4, "tensor": 2})
     at_once, _ = compiled(mesh, 32, (512, 1024))
     plan, program = compiled(mesh, 32, (512, 1024), memory=8 * MIB)
     [assignment] = plan.buckets[0].assignments
@@ -87,7 +87,7 @@ def test_what_is_done_in_chunks_moves_no_more():
 
 
 def test_nothing_crosses_slices():
-    mesh = chips(V5E, {"slice": 2, "fsdp": 4, "tp": 2}, slices=2)
+    mesh = chips(V5E, {"slice": 2, "fsdp": 4, "tensor": 2}, slices=2)
     plan, program = compiled(mesh, 16, (512, 1024))
     text = program.as_text()
     assert plan.devices == 8

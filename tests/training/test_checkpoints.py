@@ -11,8 +11,8 @@ import pytest
 
 from optax_muon.errors import UsageError
 from optax_muon.training.checkpoints import Checkpoints, RetentionPolicy
-from optax_muon.training.loop import State
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.state import State
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -67,7 +67,7 @@ def test_shapes_and_single_arrays_are_read_without_the_rest(tmp_path):
         assert sorted(shapes["opt_state"]) == ["count", "mu/dense/kernel", "nu/dense/kernel"]
         same(checkpoints.array("params", "dense/kernel", 1), state_at(1).params["dense"]["kernel"])
         same(checkpoints.array("bias", ""), state_at(2).bias)
-        same(checkpoints.some({"bias": state_at(0).bias}), {"bias": state_at(2).bias})
+        same(checkpoints.restore_items({"bias": state_at(0).bias}), {"bias": state_at(2).bias})
 
 
 def test_a_saved_step_is_not_saved_again(tmp_path):
@@ -140,7 +140,7 @@ def test_another_optimizer_or_other_settings_are_refused(tmp_path):
         with pytest.raises(UsageError, match=r"params/dense/kernel is float32 \[4, 8\] there and"):
             checkpoints.params(like=larger)
     changed = Checkpoints(tmp_path / "muon", settings=settings | {"beta": 0.9})
-    with changed, pytest.raises(UsageError, match=r"beta is 0\.95 there and 0\.9 here"):
+    with changed, pytest.raises(UsageError, match=r"beta is 0\.95 in the checkpoint and 0\.9 now"):
         changed.restore(state_at(0))
     with Checkpoints(tmp_path / "muon") as checkpoints:
         same(checkpoints.restore(state_at(0)), state_at(1))
@@ -157,7 +157,7 @@ def test_a_damaged_step_is_refused_and_the_others_named(tmp_path):
             with pytest.raises(UsageError, match=f"muon/{step} cannot be read") as error:
                 checkpoints.restore(state_at(0), step)
             others = ", ".join(str(other) for other in (1, 2, 3) if other != step)
-            assert str(error.value).endswith(f"the run goes on from one of {others}")
+            assert str(error.value).endswith(f"delete that folder to resume from one of {others}")
             assert len(str(error.value).splitlines()) == 1
         same(checkpoints.restore(state_at(0), 1), state_at(1))
 
@@ -170,17 +170,17 @@ def test_a_folder_that_cannot_be_claimed_whole_is_not_claimed(overwrite, tmp_pat
     """A process that dies between making the folder and its config leaves no folder in the way."""
     folder = RunFolder(tmp_path / "run")
     if overwrite:
-        folder.claim({"seed": 1}, resume=False, overwrite=False)
+        folder.create_or_resume({"seed": 1}, resume=False, overwrite=False)
 
     def die(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(json, "dumps", die)
     with pytest.raises(KeyboardInterrupt):
-        folder.claim({"seed": 2}, resume=False, overwrite=overwrite)
+        folder.create_or_resume({"seed": 2}, resume=False, overwrite=overwrite)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
-    folder.claim({"seed": 2}, resume=False, overwrite=False)
+    folder.create_or_resume({"seed": 2}, resume=False, overwrite=False)
     assert folder.read_config() == {"seed": 2}
     assert list(tmp_path.iterdir()) == [folder.path]
 

@@ -11,43 +11,51 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import refused
 
-from optax_muon.cli import finetune as command
-from optax_muon.cli.main import main
+from optax_muon.cli.main import EXIT_CODES, main
 from optax_muon.errors import Interrupted, UsageError
 from optax_muon.models import llama, moonlight, spec
+from optax_muon.training import export
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.data import prompts
-from optax_muon.training.finetune import (
-    FinetuneConfig,
-    begin,
-    finetune,
-    judge,
-    pretrained,
-)
-from optax_muon.training.loop import State, gradients, init
-from optax_muon.training.optimizers import Trial, transformation
-from optax_muon.training.presets import HyperParams
+from optax_muon.training.data.prompts import TokenBatch
+from optax_muon.training.finetune import Finetuning, evaluate, finetune_config
+from optax_muon.training.initialize import PretrainedSource, initial_state
+from optax_muon.training.loop import train
+from optax_muon.training.optimizers import REGISTRY, HyperParams, Trial, transformation
+from optax_muon.training.progress import Progress
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.state import State
+from optax_muon.training.step import gradients
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-LLAMA = llama.LlamaConfig(width=32, depth=1, heads=2, kv_heads=1, mlp=64, context=24)
-MOONLIGHT = dataclasses.replace(
-    moonlight.CONFIGS["moonlight-tiny"], width=32, depth=2, mlp=40, expert_mlp=24, context=24
+LLAMA = llama.LlamaConfig(
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=64,
+    context=24,
 )
-ADAMW = Trial("adamw", "AdamW", "adamw", HyperParams(1e-2, 0.1))
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """`optax.adamw` itself raises a float to an int32 count, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+MOONLIGHT = dataclasses.replace(
+    moonlight.CONFIGS["moonlight-tiny"],
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=40,
+    moe_intermediate_size=24,
+    context=24,
+)
+ADAMW = Trial(REGISTRY["adamw"], HyperParams(1e-2, 0.1))
 
 
 def write(path, pairs):
-    lines = (json.dumps({"prompt": p, "answer": a}, ensure_ascii=False) + "\n" for p, a in pairs)
+    lines = (
+        json.dumps({"prompt": p, "completion": a}, ensure_ascii=False) + "\n" for p, a in pairs
+    )
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -63,12 +71,12 @@ def data(tmp_path_factory):
 
 def source_of(folder, config):
     """A run of one checkpoint, of parameters that nobody trained and biases that are not zero."""
-    setup = TrainConfig(config, 4, 10, 0, 10, 4)
+    train_config = TrainConfig(config, 4, 10, 0, 10, 4)
     with jax.numpy_dtype_promotion("standard"):
-        state = init(setup, transformation(ADAMW, setup))
+        state = initial_state(train_config, transformation(ADAMW, train_config))
     if state.bias is not None:
         state = state._replace(bias=state.bias + 0.25)
-    run = {"setup": dataclasses.asdict(setup), "trials": [dataclasses.asdict(ADAMW)]}
+    run = {"training": dataclasses.asdict(train_config), "trials": [ADAMW.to_json()]}
     RunFolder(folder).config.write_text(json.dumps(run))
     with Checkpoints(RunFolder(folder).checkpoints("adamw")) as checkpoints:
         checkpoints.save(10, state)
@@ -83,20 +91,10 @@ def source(tmp_path_factory):
 def run(source, data, runs, *options):
     """Fine-tune, and what metrics.jsonl says of it."""
     name = f"{source.name}-adamw"
-    usual = ["--optimizer", "adamw", "--batch", "8", "--lr", "1e-2", "--eval-every", "4"]
+    usual = ["--optimizers", "adamw", "--batch", "8", "--lr", "1e-2", "--eval-every", "4"]
     paths = ["--from", str(source), "--data", str(data), "--runs", str(runs)]
     main(["finetune", *paths, *usual, *options])
     return RunFolder(runs / name).journal.read("adamw")
-
-
-def refused(capsys, *arguments):
-    """The one line of a command that ends with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        main(["finetune", *map(str, arguments)])
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
-    assert len(lines) == 1
-    return lines[0]
 
 
 # What a line becomes
@@ -104,7 +102,7 @@ def refused(capsys, *arguments):
 
 def test_a_line_becomes_bytes_whose_answer_and_end_alone_have_weight(tmp_path):
     path = write(tmp_path / "two.jsonl", [("née =", "é"), ("b", "c")])
-    loaded = prompts.load(path, context=12)
+    loaded = prompts.load_prompts(path, context=12)
     rows = {bytes(t.astype(np.uint8)).rstrip(b"\0"): w for t, w in both(loaded)}
     assert set(rows) == {b"\0" + "née =é".encode(), b"\0bc"}
     # Position i predicts token i + 1: six bytes of prompt, two of the answer, the end.
@@ -119,7 +117,7 @@ def both(loaded):
 
 def test_no_prompt_is_in_both_parts_and_a_twentieth_is_held_out(tmp_path):
     pairs = [(f"{i % 50} =", str(i)) for i in range(200)]
-    loaded = prompts.load(write(tmp_path / "many.jsonl", pairs), context=24)
+    loaded = prompts.load_prompts(write(tmp_path / "many.jsonl", pairs), context=24)
     found = [
         {bytes(t.astype(np.uint8)).split(b"=")[0] for t in part.tokens}
         for part in (loaded.train, loaded.held_out)
@@ -141,22 +139,22 @@ def test_every_example_is_seen_as_often_as_there_are_epochs():
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "is no JSON"),
-        ('{"prompt": "a"}', 'has no text "answer"'),
-        ('{"prompt": 1, "answer": "b"}', 'has no text "prompt"'),
+        ("{", "is not JSON"),
+        ('{"prompt": "a"}', 'has no text "completion"'),
+        ('{"prompt": 1, "completion": "b"}', 'has no text "prompt"'),
         ("[1]", 'has no text "prompt"'),
-        ('{"prompt": "a", "answer": ""}', "has an empty answer"),
+        ('{"prompt": "a", "completion": ""}', "has an empty completion"),
         (
-            '{"prompt": "aaaaaaa", "answer": "bb"}',
-            "too long: 10 tokens (1 + 7 of the prompt + 2 of the answer), the model's context is 8",
+            '{"prompt": "aaaaaaa", "completion": "bb"}',
+            "too long: 10 tokens (1 + 7 of the prompt + 2 of the completion), the model's context",
         ),
     ],
 )
 def test_what_a_line_lacks_is_said_with_its_number(tmp_path, line, said):
     path = tmp_path / "bad.jsonl"
-    path.write_text(f'{{"prompt": "a", "answer": "b"}}\n\n{line}\n')
+    path.write_text(f'{{"prompt": "a", "completion": "b"}}\n\n{line}\n')
     with pytest.raises(UsageError) as error:
-        prompts.load(path, context=8)
+        prompts.load_prompts(path, context=8)
     assert "line 3" in str(error.value)
     assert said in str(error.value)
 
@@ -164,12 +162,12 @@ def test_what_a_line_lacks_is_said_with_its_number(tmp_path, line, said):
 def test_a_file_that_is_not_there_not_utf8_or_of_one_prompt_is_refused(tmp_path):
     path = tmp_path / "file.jsonl"
     with pytest.raises(UsageError, match="cannot be read"):
-        prompts.load(path, context=8)
+        prompts.load_prompts(path, context=8)
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UsageError, match="cannot be read"):
-        prompts.load(path, context=8)
-    with pytest.raises(UsageError, match="1 prompts, two are needed"):
-        prompts.load(write(path, [("a", "b"), ("a", "c")]), context=8)
+        prompts.load_prompts(path, context=8)
+    with pytest.raises(UsageError, match="1 prompts, at least two are needed"):
+        prompts.load_prompts(write(path, [("a", "b"), ("a", "c")]), context=8)
 
 
 # The loss
@@ -186,7 +184,8 @@ def learn(model, params, examples, bias=None):
 def test_the_loss_is_that_of_the_answers_alone_as_a_plain_loop_finds_it(config, data):
     model = spec.model(config)
     params, bias = jax.jit(model.init)(jax.random.key(1)), model.zero_bias()
-    examples = prompts.load(data, config.context).train.at(np.arange(4))
+    train = prompts.load_prompts(data, config.context).train
+    examples = TokenBatch(*train.take(np.arange(4)))
     found = learn(model, params, examples, bias)[1]
 
     forward = jax.jit(model.forward)
@@ -212,41 +211,46 @@ def test_the_loss_is_that_of_the_answers_alone_as_a_plain_loop_finds_it(config, 
 def test_rows_that_fill_up_a_batch_change_nothing(data):
     model = spec.model(LLAMA)
     params = jax.jit(model.init)(jax.random.key(1))
-    train = prompts.load(data, LLAMA.context).train
-    alone, filled = (train.at(np.array(rows)) for rows in ([0, 5], [0, 5, -1, -1]))
+    train = prompts.load_prompts(data, LLAMA.context).train
+    alone, filled = (TokenBatch(*train.take(np.array(rows))) for rows in ([0, 5], [0, 5, -1, -1]))
     one, other = (learn(model, params, examples)[0] for examples in (alone, filled))
     # The sum over four rows in another order than over two.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), one, other)
 
 
 def test_exact_answers_are_those_that_greedy_decoding_writes(data):
-    start, held_out = learned(data)
-    found = judge(start.model, start.params, None, held_out, batch=4)
-    forward = jax.jit(start.model.forward)
+    model, params, held_out = learned(data)
+    found = evaluate(model, params, None, held_out, batch=4)
+    forward = jax.jit(model.forward)
     written = 0
     for tokens, weights in zip(held_out.tokens, held_out.weights, strict=True):
         places = np.flatnonzero(weights)
         own = tokens.copy()
         own[places + 1] = 0
         for place in places:
-            own[place + 1] = np.argmax(forward(start.params, own[None, :-1])[0][0, place])
+            own[place + 1] = np.argmax(forward(params, own[None, :-1])[0][0, place])
         written += (own == tokens).all()
     assert found.exact == written / len(held_out)
     assert 0 < found.exact <= 1
 
 
 def learned(data):
-    """A model that has learned the examples it is judged by."""
-    loaded = prompts.load(data, LLAMA.context)
+    """A model that has learned the examples it is evaluated on."""
+    loaded = prompts.load_prompts(data, LLAMA.context)
     loaded = dataclasses.replace(loaded, held_out=loaded.train)
-    model = spec.model(LLAMA)
+    numbers = {"batch": 8, "epochs": 30, "seed": 0}
     steps = prompts.steps(len(loaded.train), 8, 30)
-    setup = FinetuneConfig(LLAMA, 8, steps, 0, steps, 1, epochs=30)
-    start = command.Pretrained(model, jax.jit(model.init)(jax.random.key(0)), None)
-    muon = Trial("muon", "Muon", "muon", HyperParams(1e-2, 0.1))
-    *_, (record, state) = finetune(setup, muon, loaded, begin(start, setup, muon))
-    assert record.val_loss < 1
-    return start._replace(params=state.params), loaded.train
+    config = finetune_config(spec.model(LLAMA), loaded, **numbers, eval_every=steps)
+    muon = Trial(REGISTRY["muon"], HyperParams(1e-2, 0.1))
+    state = initial_state(config, transformation(muon, config))
+    *_, (metrics, state) = train(config, muon, Finetuning(config, loaded), state)
+    assert metrics.val_loss < 1
+    return spec.model(LLAMA), state.params, loaded.train
+
+
+def weights(run):
+    """The newest parameters and router biases of a run."""
+    return PretrainedSource(run).weights()
 
 
 # The command
@@ -267,8 +271,8 @@ def test_the_rate_falls_along_a_line_to_zero(finished):
 
 
 def test_the_held_out_answers_get_likelier(finished, source, data):
-    start, loaded = pretrained(source), prompts.load(data, LLAMA.context)
-    before = judge(start.model, start.params, start.bias, loaded.held_out, 8).loss
+    loaded = prompts.load_prompts(data, LLAMA.context)
+    before = evaluate(spec.model(LLAMA), *weights(source), loaded.held_out, 8).loss
     assert finished[1][-1].val_loss < 0.7 * before
 
 
@@ -280,29 +284,29 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.Progress, "step", press_at_six)
+        patch.setattr(Progress, "step", press_at_six)
         with pytest.raises(SystemExit) as end:
             run(source, data, tmp_path)
-    assert end.value.code == Interrupted.exit_code
+    assert end.value.code == EXIT_CODES[Interrupted]
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "go on with: optax-muon finetune" in said
+    assert "resume with: optax-muon finetune" in said
     assert said.endswith("--resume")
     again = run(source, data, tmp_path, "--resume")
     whole = finished[1]
     assert [dataclasses.replace(r, seconds=0) for r in again] == [
         dataclasses.replace(r, seconds=0) for r in whole
     ]
-    one, other = (pretrained(runs / f"{source.name}-adamw") for runs in (tmp_path, finished[0]))
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    one, other = (weights(runs / f"{source.name}-adamw") for runs in (tmp_path, finished[0]))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.slow
 def test_a_moonlight_keeps_its_router_biases(data, tmp_path):
     source, before = source_of(tmp_path, MOONLIGHT)
-    np.testing.assert_array_equal(pretrained(source).bias, before.bias)
+    np.testing.assert_array_equal(weights(source)[1], before.bias)
     run(source, data, tmp_path / "runs", "--epochs", "1")
     path = tmp_path / "runs" / f"{source.name}-adamw"
-    np.testing.assert_array_equal(pretrained(path).bias, before.bias)
+    np.testing.assert_array_equal(weights(path)[1], before.bias)
 
 
 def test_spectra_reads_the_run(finished, source):
@@ -313,18 +317,50 @@ def test_spectra_reads_the_run(finished, source):
 
 def test_what_cannot_be_begun_with_is_refused_in_a_line(finished, source, data, tmp_path, capsys):
     options = ["--data", data, "--runs", tmp_path]
-    assert "there is no run in" in refused(capsys, "--from", tmp_path / "none", *options)
-    named = refused(capsys, "--from", source, *options, "--trial", "muon")
+    assert "there is no run in" in refused(
+        capsys, "finetune", "--from", tmp_path / "none", *options
+    )
+    named = refused(capsys, "finetune", "--from", source, *options, "--trial", "muon")
     assert "has no trial 'muon'; it has adamw" in named
-    assert "--epochs is 0" in refused(capsys, "--from", source, *options, "--epochs", "0")
+    assert "--epochs is 0" in refused(
+        capsys, "finetune", "--from", source, *options, "--epochs", "0"
+    )
     lost = tmp_path / "lost"
     shutil.copytree(source, lost, ignore=lambda *_: ["checkpoints"])
-    assert "has no checkpoint of adamw" in refused(capsys, "--from", lost, *options)
-    taken = ["--runs", finished[0], "--optimizer", "adamw"]
-    exists = refused(capsys, "--from", source, "--data", data, *taken)
+    assert "has no checkpoint of adamw" in refused(capsys, "finetune", "--from", lost, *options)
+    taken = ["--runs", finished[0], "--optimizers", "adamw"]
+    exists = refused(capsys, "finetune", "--from", source, "--data", data, *taken)
     assert "exists; --resume goes on with it" in exists
-    other = refused(capsys, "--from", source, "--data", data, *taken, "--resume", "--epochs", "3")
-    assert "was made with another config" in other
+    other = ["--data", data, *taken, "--resume", "--epochs", "3"]
+    line = refused(capsys, "finetune", "--from", source, *other)
+    assert "does not fit what is to be restored" in line
+    assert "training.epochs is 2 there and 3 here" in line
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_a_mesh_is_that_on_one_device(finished, source, data, tmp_path):
+    records = run(source, data, tmp_path, "--mesh", "data=2,fsdp=2,tensor=2", "--accumulate", "2")
+    for one, other in zip(finished[1], records, strict=True):
+        # Sums in another order, through fifteen steps.
+        np.testing.assert_allclose(other.loss, one.loss, rtol=1e-3)
+        if one.val_loss is not None:
+            np.testing.assert_allclose(other.val_loss, one.val_loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize("key", ["finetuned", "twice"])
+def test_an_exported_run_keeps_the_tokens_of_the_import_it_descends_from(key, tmp_path):
+    runs = {name: RunFolder(tmp_path / name) for name in ("imported", "finetuned", "twice")}
+    configs = {
+        "imported": {"model": {}, "huggingface": {"bos_token_id": 7}},
+        "finetuned": {"trials": [], "pretrained": str(tmp_path / "imported")},
+        "twice": {"trials": [], "pretrained": str(tmp_path / "finetuned")},
+    }
+    for name, folder in runs.items():
+        folder.path.mkdir()
+        folder.config.write_text(json.dumps(configs[name]))
+    assert export.origin(runs[key]) == {"bos_token_id": 7}
+    shutil.rmtree(runs["imported"].path)
+    assert export.origin(runs[key]) is None
 
 
 # The table of pretraining and fine-tuning

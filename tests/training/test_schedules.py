@@ -7,9 +7,18 @@ import optax
 import pytest
 
 import optax_muon
+from optax_muon.training.config import TrainConfig
+from optax_muon.training.presets import PRESETS
 from optax_muon.training.schedules import MOONLIGHT, three_stage_schedule
 
-SMALL = {"warmup": 10, "decay": 110, "floor": 0.1, "rewarm": 5, "again": 0.25, "cooldown": 40}
+SMALL = {
+    "warmup": 10,
+    "decay_end": 110,
+    "floor": 0.1,
+    "rewarm": 5,
+    "rewarm_peak": 0.25,
+    "cooldown": 40,
+}
 
 
 def naive(step):
@@ -30,22 +39,32 @@ def test_every_step_is_as_one_would_say_it():
     np.testing.assert_allclose(found, [naive(step) for step in range(170)], atol=1e-6)
 
 
+def paper_config():
+    """The published run, of the published model."""
+    row = PRESETS["moonlight-16b-a3b"]
+    return TrainConfig(
+        row.model, row.batch, row.steps, 0, 100, 128, row.schedule, row.bias_update_speed
+    )
+
+
 def test_moonlights_corners_are_the_papers():
-    # 200e9 / (2048 x 8192), and from there on 4096 x 8192 tokens a step.
-    assert MOONLIGHT.batch(11_920) == 2048
-    assert MOONLIGHT.batch(11_921) == 4096
+    config = paper_config()
+    schedule = config.learning_rate(4.2e-4)
+    # 200e9 / (2048 x 8192), and from there on 4096 x 8192 tokens a step; steps count from 1 here.
+    assert config.batch_at(11_921) == 2048
+    assert config.batch_at(11_922) == 4096
     decayed = 11_921 + round((5.2e12 - 11_921 * 2048 * 8192) / (4096 * 8192))
     rates = {0: 0, 2000: 4.2e-4, decayed: 4.2e-5, decayed + 100: 1e-4, MOONLIGHT.steps: 0}
     for step, rate in rates.items():
-        np.testing.assert_allclose(MOONLIGHT.learning_rate(step), rate, rtol=1e-5, atol=1e-12)
-    assert float(MOONLIGHT.bias_update_speed(decayed - 1)) == pytest.approx(1e-3)
-    assert float(MOONLIGHT.bias_update_speed(decayed)) == 0
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5, atol=1e-12)
+    assert config.bias_update_speed_schedule(decayed - 1) == pytest.approx(1e-3)
+    assert config.bias_update_speed_schedule(decayed) == 0
     tokens = 8192 * (2048 * 11_921 + 4096 * (MOONLIGHT.steps - 11_921))
     assert tokens == pytest.approx(5.7e12, rel=1e-5)
 
 
 def test_it_drives_the_optimizer():
-    tx = optax_muon.muon(MOONLIGHT.learning_rate)
+    tx = optax_muon.muon(paper_config().learning_rate(4.2e-4))
     params = {"dense": {"kernel": jnp.ones((4, 8))}}
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     assert not np.asarray(updates["dense"]["kernel"]).any()  # the first step has rate 0
@@ -55,7 +74,7 @@ def test_it_drives_the_optimizer():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"decay": 10}, "decay=10 was given, more than warmup=10"),
+        ({"decay_end": 10}, "decay_end=10 was given, more than warmup=10"),
         ({"cooldown": 0}, "cooldown=0 was given, at least 1"),
         ({"warmup": 0}, "warmup=0 was given, at least 1"),
     ],

@@ -1,6 +1,9 @@
 """`optax-muon train`: what it leaves behind, going on after a stop, saying no in one line."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import math
 import signal
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,41 +19,41 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
+from commands import refused
 
+from optax_muon.cli.commands import COMMANDS
 from optax_muon.cli.main import main
 from optax_muon.cli.reports import training
 from optax_muon.errors import Diverged, Interrupted
+from optax_muon.training import loop
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.config import TrainConfig
-from optax_muon.training.data import corpus as data
-from optax_muon.training.flops import newton_schulz_flops, run_flops
-from optax_muon.training.loop import StepMetrics, init
-from optax_muon.training.optimizers import OPTIMIZERS, Trial, comparison, transformation
-from optax_muon.training.presets import PRESETS, HyperParams
+from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.data.corpus import load_corpus
+from optax_muon.training.flops import run_flops
+from optax_muon.training.initialize import initial_state
+from optax_muon.training.loop import StepMetrics
+from optax_muon.training.optimizers import (
+    DEFAULT,
+    REGISTRY,
+    HyperParams,
+    OptimizerSpec,
+    Trial,
+    comparison,
+    newton_schulz_flops,
+    register,
+    transformation,
+)
+from optax_muon.training.presets import PRESETS
+from optax_muon.training.pretrain import Pretraining
 from optax_muon.training.run_folder import RunFolder
-from optax_muon.training.trainer import RunConfig, Trainer
+from optax_muon.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 TINY = PRESETS["tiny"]
-SETUP = TrainConfig(TINY.model, TINY.batch, TINY.steps, seed=0, eval_every=10, eval_sequences=128)
-LINEUP = comparison(TINY.adamw, TINY.muon)
+CONFIG = TrainConfig(TINY.model, TINY.batch, TINY.steps, seed=0, eval_every=10, eval_sequences=128)
+TRIALS = comparison(DEFAULT, TINY.hyper_params)
 OPTIONS = ["--preset", "tiny", "--eval-every", "10", "--save-every", "20"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-    """`optax.adamw` itself raises a float to an int32 count, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Forty files of text that has something to learn."""
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        lines = (f"def f{j}(x):\n    return x + {i * j}\n" for j in range(30))
-        (folder / f"module{i}.py").write_text("\n".join(lines))
-    return f"{folder}/*.py"
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +85,16 @@ class StopAfter(Silence):
 
 
 def train(folder, trial, text, stop_after=math.inf):
-    corpus = data.load(text, SETUP.model.context)
-    run = RunConfig("tiny", text, corpus.fingerprint, SETUP, (trial,), save_every=20)
+    corpus = load_corpus(text, CONFIG.model.context)
+    run = RunConfig("tiny", text, corpus.fingerprint, CONFIG, (trial,), save_every=20)
     user = StopAfter(stop_after)
-    Trainer(run, corpus, folder, user, user).train(trial)
+    task = Pretraining(CONFIG, corpus)
+    Trainer(run, task, folder, user, user).train(trial)
 
 
 def saved(folder, trial):
     with Checkpoints(folder.checkpoints(trial.name)) as checkpoints:
-        state = init(SETUP, transformation(trial, SETUP))
+        state = initial_state(CONFIG, transformation(trial, CONFIG))
         return checkpoints.latest, checkpoints.restore(state)
 
 
@@ -97,29 +102,19 @@ def without_seconds(records):
     return [dataclasses.replace(record, seconds=0.0) for record in records]
 
 
-def refused(capsys, *arguments):
-    """The one line of a command that ends with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
-    assert len(lines) == 1
-    return lines[0]
-
-
 # What a run leaves behind
 
 
 def test_one_optimizer_is_trained_alone_as_among_others(finished, text, tmp_path):
-    alone = ["--optimizer", "muon", "--save-every", "10", "--keep-every", "20"]
+    alone = ["--optimizers", "muon", "--save-every", "10", "--keep-every", "20"]
     where = ["--data", text, "--runs", str(tmp_path), "--name", "alone"]
     main(["train", "--preset", "tiny", "--eval-every", "10", *where, *alone])
     folder = RunFolder(tmp_path / "alone")
     [trial] = folder.read_config()["trials"]
-    assert trial["name"] == LINEUP[-1].name
-    records, among = (f.journal.read(LINEUP[-1].name) for f in (folder, finished))
+    assert trial["name"] == TRIALS[-1].name
+    records, among = (f.journal.read(TRIALS[-1].name) for f in (folder, finished))
     assert without_seconds(records) == without_seconds(among)
-    with Checkpoints(folder.checkpoints(LINEUP[-1].name)) as checkpoints:
+    with Checkpoints(folder.checkpoints(TRIALS[-1].name)) as checkpoints:
         assert checkpoints.steps == [20, 30, 40]
     row = (folder.path / "summary.md").read_text().splitlines()[6]
     assert row.split(" | ")[4:7] == ["-", "-", "-"]  # AdamW's final loss, and when it was reached
@@ -131,14 +126,14 @@ def test_kept_steps_are_saved_steps(capsys):
 
 
 def test_every_step_of_every_contestant_is_written_once(finished):
-    for trial in LINEUP:
+    for trial in TRIALS:
         records = finished.journal.read(trial.name)
         assert [r.step for r in records] == list(range(1, 41))
         assert [r.step for r in records if r.val_loss is not None] == [10, 20, 30, 40]
 
 
 def test_every_contestant_learns_from_the_same_start(finished):
-    curves = [finished.journal.read(trial.name) for trial in LINEUP]
+    curves = [finished.journal.read(trial.name) for trial in TRIALS]
     assert len({records[0].loss for records in curves}) == 1
     assert all(records[-1].val_loss < 0.75 * math.log(256) for records in curves)
 
@@ -147,24 +142,24 @@ def test_the_first_update_has_no_learning_rate_and_the_peak_comes_after_the_warm
     lrs = [record.lr for record in finished.journal.read("adamw")]
     assert lrs[0] == 0
     assert np.argmax(lrs) == 4
-    assert math.isclose(max(lrs), TINY.adamw.lr, rel_tol=1e-6)
-    assert lrs[-1] < 0.12 * TINY.adamw.lr
+    assert math.isclose(max(lrs), TINY.hyper_params["adamw"].lr, rel_tol=1e-6)
+    assert lrs[-1] < 0.12 * TINY.hyper_params["adamw"].lr
 
 
 def test_the_config_holds_what_was_asked_for(finished, text):
     config = json.loads(finished.config.read_text())
     assert config["preset"] == "tiny"
     assert config["data"] == text
-    assert config["setup"]["model"] == dataclasses.asdict(TINY.model)
-    assert [c["tuning"]["lr"] for c in config["trials"]] == [0.01, 0.01, 0.02]
+    assert config["training"]["model"] == dataclasses.asdict(TINY.model)
+    assert [c["hyper_params"]["lr"] for c in config["trials"]] == [0.01, 0.01, 0.02]
 
 
 def test_the_summary_holds_each_final_loss_and_learning_rate(finished):
     summary = (finished.path / "summary.md").read_text()
-    for trial in LINEUP:
+    for trial in TRIALS:
         final = finished.journal.read(trial.name)[-1].val_loss
         row = next(line for line in summary.splitlines() if f"| {trial.title} |" in line)
-        assert f"| {trial.tuning.lr:g} | 0.1 | {final:.4f} |" in row
+        assert f"| {trial.hyper_params.lr:g} | 0.1 | {final:.4f} |" in row
     assert "jax" in summary.splitlines()[-1]
 
 
@@ -194,7 +189,7 @@ def test_sample_writes_on_from_the_prompt(finished, capsys):
 # Stopping and going on
 
 
-@pytest.mark.parametrize("trial", [LINEUP[0], LINEUP[2]], ids=lambda c: c.name)
+@pytest.mark.parametrize("trial", [TRIALS[0], TRIALS[2]], ids=lambda c: c.name)
 def test_a_stopped_run_goes_on_bit_for_bit(finished, text, tmp_path, trial):
     folder = RunFolder(tmp_path)
     with pytest.raises(Interrupted, match="at step 23"):
@@ -212,8 +207,8 @@ def test_steps_after_the_last_checkpoint_and_half_lines_are_forgotten(tmp_path):
         journal.write("muon", StepMetrics(step, 1.0, 1.0, 0.1, 0.5))
         journal.write("adamw", StepMetrics(step, 1.0, 1.0, 0.1, 0.5))
     with journal.path.open("a") as file:
-        file.write('{"run": "muon", "st')
-    journal.forget("muon", after=1)
+        file.write('{"trial": "muon", "st')
+    journal.truncate("muon", after=1)
     assert [record.step for record in journal.read("muon")] == [1]
     assert [record.step for record in journal.read("adamw")] == [1, 2, 3]
 
@@ -229,7 +224,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
     last = process.communicate(timeout=120)[1].splitlines()[-1]
     assert process.returncode == 130
     step = folder.journal.read("adamw")[-1].step
-    assert f"saved adamw at step {step}; go on with: optax-muon train --preset tiny" in last
+    assert f"saved adamw at step {step}; resume with: optax-muon train --preset tiny" in last
     assert last.endswith("--steps 100000 --resume")
     assert (folder.checkpoints("adamw") / str(step)).is_dir()
 
@@ -247,18 +242,18 @@ def wait_for(condition, process, seconds=240):
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(text, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["train", *OPTIONS, "--data", text, "--runs", str(tmp_path), "--adamw-lr", "1e30"])
+        where = ["--data", text, "--runs", str(tmp_path)]
+        main(["train", *OPTIONS, *where, "--set", "adamw.lr=1e30"])
     assert end.value.code == 1
     # Step 1 has learning rate 0, step 2 the first large update, which step 3 meets.
     assert capsys.readouterr().err.splitlines()[-1].endswith("is nan at step 3")
 
 
-def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path, monkeypatch):
-    def explode(schedule, weight_decay, views):
+def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path):
+    def explode(schedule, hyper_params, views):
         return optax.sgd(lambda count: jnp.where(count < 25, 0.1, jnp.inf))
 
-    monkeypatch.setitem(OPTIMIZERS, "explosive", explode)
-    trial = Trial("explosive", "Explosive", "explosive", HyperParams(0.1, 0.0))
+    trial = Trial(OptimizerSpec("explosive", "Explosive", "red", explode), HyperParams(0.1, 0.0))
     folder = RunFolder(tmp_path)
     with pytest.raises(Diverged, match="at step 27"):
         train(folder, trial, text)
@@ -297,7 +292,7 @@ def test_a_run_that_exists_is_refused_without_resume_or_overwrite(finished, text
 def test_resuming_with_another_config_is_refused(finished, text, capsys):
     where = ["--runs", str(finished.path.parent), "--name", "whole", "--resume"]
     line = refused(capsys, "train", *OPTIONS, "--data", text, *where, "--seed", "7")
-    assert "made with another config: setup.seed is 0 there and 7 here" in line
+    assert "does not fit what is to be restored: training.seed is 0 there and 7 here" in line
 
 
 def test_resuming_with_other_text_is_refused(finished, text, capsys):
@@ -306,7 +301,7 @@ def test_resuming_with_other_text_is_refused(finished, text, capsys):
     where = ["--runs", str(finished.path.parent), "--name", "whole", "--resume"]
     line = refused(capsys, "train", *OPTIONS, "--data", text, *where)
     added.unlink()
-    assert "another config: fingerprint is" in line
+    assert "fingerprint is" in line
 
 
 def test_resuming_nothing_is_refused(tmp_path, text, capsys):
@@ -325,12 +320,17 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path, text, capsys):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (["--set", "muon=3"], "--set muon=3 is not OPTIMIZER.HYPERPARAMETER=NUMBER"),
+        (["--set", "muon.lr=1,2"], "--set muon.lr has 2 numbers; only sweep takes several"),
+        (["--set", "muon.beta=1"], "muon has no hyper-parameter 'beta'; it has lr, weight_decay"),
+        (["--set", "soap.lr=1"], "unknown optimizer 'soap'; there are adamw, muon-carried, muon"),
+        (["--optimizers", "soap"], "unknown optimizer 'soap'"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--save-every", "15"], "--save-every 15 must be a multiple of --eval-every 10"),
         (["--steps", "0"], "--steps is 0, it must be at least 1"),
         (["--batch", "-2"], "--batch is -2, it must be at least 1"),
         (["--seed", "-1"], "--seed is -1, it must be at least 0"),
-        (["--muon-lr", "0"], "lr is 0.0 and decay 0.1; lr must be positive"),
+        (["--set", "muon.lr=0"], "lr is 0 and weight_decay 0.1; lr must be positive"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, reason, text, tmp_path, capsys):
@@ -351,19 +351,87 @@ def test_without_the_extra_the_command_says_what_to_install(capsys, monkeypatch)
     assert line == "optax-muon: tyro not found; pip install 'optax-muon[train]'"
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "sample"])
-def test_help_explains_every_option(command, capsys):
+@pytest.mark.parametrize("command", get_args(COMMANDS), ids=lambda c: get_args(c)[0].__name__)
+def test_help_explains_every_command_and_option(command, capsys):
+    options, subcommand = get_args(command)
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([subcommand.name, "--help"])
     assert end.value.code == 0
-    assert "(default: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert options.__doc__.splitlines()[0] in " ".join(shown.split())
+    explained = explanations(options)
+    for field in dataclasses.fields(options):
+        text = explained[field.name]
+        assert len(text) > 10, f"{field.name} is not explained"
+        assert text[:15] in shown
+
+
+def explanations(options):
+    """The text below each field of a dataclass and its bases."""
+    found = {}
+    for kind in reversed(options.__mro__[:-1]):
+        [body] = [node.body for node in ast.parse(inspect.getsource(kind)).body]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign):
+                is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                found[field.target.id] = text.value.value if is_text else ""
+    return found
+
+
+# An optimizer from outside
+
+
+def test_an_optimizer_from_outside_is_one_row(text, tmp_path, monkeypatch):
+    outside = OptimizerSpec(
+        "outside",
+        "From Outside",
+        "#123456",
+        lambda schedule, numbers, views: optax.adafactor(
+            schedule, weight_decay_rate=numbers.weight_decay * 1e-3
+        ),
+        step_flops=lambda params, views: 10**6,
+        lr_ratio=0.5,
+    )
+    monkeypatch.setitem(REGISTRY, "outside", outside)
+    with pytest.raises(ValueError, match="'outside' is registered already"):
+        register(outside)
+    where = ["--data", text, "--runs", str(tmp_path), "--name", "a"]
+    main(["train", *OPTIONS, *where, "--steps", "20", "--optimizers", "adamw", "outside"])
+    folder = RunFolder(tmp_path / "a")
+    [_, trial] = folder.read_config()["trials"]
+    assert trial["hyper_params"] == {"lr": 0.5 * 0.01, "weight_decay": 0.2}
+    curve = folder.journal.read("outside")
+    assert curve[-1].val_loss < curve[9].val_loss
+    assert "| From Outside | 0.005 | 0.2 |" in (folder.path / "summary.md").read_text()
+    picture = matplotlib.image.imread(folder.path / "loss.png")[..., :3]
+    assert (np.round(255 * picture) == (0x12, 0x34, 0x56)).all(axis=-1).any()
+    params = initial_state(CONFIG, optax.identity()).params
+    trials = comparison(("adamw", "outside"), TINY.hyper_params)
+    one, other = (run_flops(CONFIG, trial, params, 3) for trial in trials)
+    assert other - one == 3 * 10**6
+    sizes = ["--preset", "tiny", "--data", text, "--steps", "4", "--weight-decay", "0.1"]
+    sweep = ["--optimizers", "outside", "--set", "outside.lr=1e-3", "--out", str(tmp_path / "s")]
+    main(["sweep", *sizes, *sweep])
+    assert "| From Outside | 0.001 | 0.1 | **" in (tmp_path / "s" / "sweep.md").read_text()
+    main(["spectra", str(folder.path)])
+    assert "outside" in (folder.path / "spectra.csv").read_text()
+
+
+def test_every_registered_optimizer_learns(text, finished):
+    corpus = load_corpus(text, CONFIG.model.context)
+    task = Pretraining(CONFIG, corpus)
+    for name in set(REGISTRY) - set(DEFAULT):
+        [trial] = comparison([name], TINY.hyper_params)
+        state = initial_state(CONFIG, transformation(trial, CONFIG))
+        *_, (last, _) = loop.train(CONFIG, trial, task, state)
+        assert last.val_loss < 0.75 * math.log(256)
 
 
 # Arithmetic of the report
 
 
 def outcome(name, losses, flops, step_seconds=0.1):
-    trial = Trial(name, name, "adamw", HyperParams(1e-3, 0.1))
+    trial = Trial(REGISTRY[name], HyperParams(1e-3, 0.1))
     steps = range(10, 10 * len(losses) + 1, 10)
     records = [
         StepMetrics(step, 1.0, 1.0, 1e-3, step_seconds, loss)
@@ -391,19 +459,20 @@ def test_a_level_that_is_never_reached_says_so():
 
 def test_flops_are_six_per_weight_and_token_and_the_products_of_newton_schulz():
     model = TINY.model
-    params = init(SETUP, optax.identity()).params
+    params = initial_state(CONFIG, optax.identity()).params
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
     weights = 256 * 32 + 2 * layer + 32
-    scores = 12 * model.depth * model.context * model.width
-    assert run_flops(SETUP, LINEUP[0], params) == 8 * 32 * (6 * weights + scores)
+    scores = 12 * model.num_hidden_layers * model.context * model.hidden_size
+    assert run_flops(CONFIG, TRIALS[0], params) == 8 * 32 * (6 * weights + scores)
 
     def products(m, n):  # X X^T, A A, (b A + c A A) X: five times, two operations each
         return 5 * 2 * (m * m * n + m * m * m + m * m * n)
 
     layer = 2 * products(32, 32) + 2 * products(16, 32) + 3 * products(32, 64)
     assert newton_schulz_flops(params) == 2 * layer
-    assert run_flops(SETUP, LINEUP[1], params) - run_flops(SETUP, LINEUP[0], params) == 2 * layer
+    assert run_flops(CONFIG, TRIALS[1], params) - run_flops(CONFIG, TRIALS[0], params) == 2 * layer
 
 
 def test_muon_at_adamws_numbers_is_not_run_twice():
-    assert [c.name for c in comparison(TINY.adamw, TINY.adamw)] == ["adamw", "muon-carried"]
+    same = dict.fromkeys(("adamw", "muon"), TINY.hyper_params["adamw"])
+    assert [trial.name for trial in comparison(DEFAULT, same)] == ["adamw", "muon-carried"]

@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.config import TrainConfig
-from optax_muon.training.data import corpus as data
-from optax_muon.training.loop import init
+from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.data.corpus import load_corpus
+from optax_muon.training.initialize import initial_state
 from optax_muon.training.optimizers import comparison, transformation
 from optax_muon.training.presets import PRESETS
+from optax_muon.training.pretrain import Pretraining
 from optax_muon.training.run_folder import RunFolder
-from optax_muon.training.trainer import RunConfig, Trainer
+from optax_muon.training.trainer import Trainer
 
 TINY = PRESETS["tiny"]
 STEPS = 60
-SETUP = TrainConfig(TINY.model, TINY.batch, STEPS, seed=0, eval_every=4, eval_sequences=8)
-MUON = comparison(TINY.adamw, TINY.muon)[2]
+CONFIG = TrainConfig(TINY.model, TINY.batch, STEPS, seed=0, eval_every=4, eval_sequences=8)
+[MUON] = comparison(["muon"], TINY.hyper_params)
 CHILD = """
 import sys, conftest
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/training"]
 from test_train_killed import train
 train(*sys.argv[1:])
 """
@@ -45,11 +46,12 @@ class Nobody:
 
 def train(path, text):
     """Train, or go on."""
-    corpus = data.load(text, SETUP.model.context)
-    run = RunConfig("tiny", text, corpus.fingerprint, SETUP, (MUON,), save_every=4)
+    corpus = load_corpus(text, CONFIG.model.context)
+    run = RunConfig("tiny", text, corpus.fingerprint, CONFIG, (MUON,), save_every=4)
     Path(path).mkdir(exist_ok=True)
     with jax.numpy_dtype_promotion("standard"):  # parts of optax.adamw need it
-        Trainer(run, corpus, RunFolder(Path(path)), Nobody(), Nobody()).train(MUON)
+        task = Pretraining(CONFIG, corpus)
+        Trainer(run, task, RunFolder(Path(path)), Nobody(), Nobody()).train(MUON)
 
 
 def outcome(path):
@@ -57,19 +59,10 @@ def outcome(path):
     folder = RunFolder(path)
     with Checkpoints(folder.checkpoints(MUON.name)) as checkpoints:
         assert checkpoints.latest == STEPS
-        like = jax.eval_shape(lambda: init(SETUP, transformation(MUON, SETUP)))
+        like = jax.eval_shape(lambda: initial_state(CONFIG, transformation(MUON, CONFIG)))
         state = checkpoints.restore(like)
     records = folder.journal.read(MUON.name)
     return state, [dataclasses.replace(record, seconds=0.0) for record in records]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Forty files of text."""
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 30)
-    return f"{folder}/*.py"
 
 
 @pytest.mark.slow
@@ -88,7 +81,7 @@ def test_a_killed_run_goes_on_to_the_same_end(text, tmp_path):
         child.kill()
         child.wait()
         with killed.journal.path.open("a") as file:
-            file.write('{"run": "muon", "st')  # as a kill in the midst of a line
+            file.write('{"trial": "muon", "st')  # as a kill in the midst of a line
     train(killed.path, text)
     (state, records), (expected, whole) = outcome(killed.path), outcome(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, state, expected)

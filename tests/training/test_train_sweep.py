@@ -11,8 +11,11 @@ import pytest
 from optax_muon.cli.main import main
 from optax_muon.cli.reports import sweep as sweep_report
 from optax_muon.training import sweep
-from optax_muon.training.presets import PRESETS, HyperParams
-from optax_muon.training.sweep import Point, Table
+from optax_muon.training.optimizers import HyperParams
+from optax_muon.training.presets import PRESETS
+from optax_muon.training.sweep import Point, SweepTable
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 COMMITTED = {"small": RESULTS / "sweep", "moonlight-tiny": RESULTS / "moonlight" / "sweep"}
@@ -22,13 +25,6 @@ POINTS = [
     Point("muon", 2e-3, 0.1, 2.0),
     Point("muon", 4e-3, 0.1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """`optax.adamw` itself raises a float to an int32 count, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def run(folder, *options):
@@ -60,17 +56,20 @@ def test_the_grid_is_every_rate_with_every_decay():
 
 def test_unequal_budgets_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
-        main(["sweep", "--adamw-lr", "1e-3", "--muon-lr", "1e-3", "2e-3"])
+        main(["sweep", "--set", "adamw.lr=1e-3", "muon.lr=1e-3,2e-3"])
     assert end.value.code == 2
-    assert "same budget, but learning rates are 1 for adamw, 2 for muon" in capsys.readouterr().err
+    assert (
+        "same budget, but the numbers of learning rates are 1 for adamw, 2 for muon"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_with_the_points_that_are_missing(folder, capsys):
-    first = run(folder, "--adamw-lr", "1e30", "--muon-lr", "1e-3", "--decay", "0.1")
-    both = ["--adamw-lr", "1e30", "1e-3", "--muon-lr", "1e-3", "4e-3", "--decay", "0.1"]
+    first = run(folder, "--set", "adamw.lr=1e30", "muon.lr=1e-3", "--weight-decay", "0.1")
+    both = ["--set", "adamw.lr=1e30,1e-3", "muon.lr=1e-3,4e-3", "--weight-decay", "0.1"]
     assert run(folder, *both).startswith(first)
-    points = Table(folder / "sweep" / "sweep.csv").read()
+    points = SweepTable(folder / "sweep" / "sweep.csv").read()
     assert [(p.optimizer, p.lr) for p in points] == [
         ("adamw", 1e30),
         ("muon", 1e-3),
@@ -82,11 +81,11 @@ def test_a_sweep_goes_on_with_the_points_that_are_missing(folder, capsys):
     with pytest.raises(SystemExit) as end:
         run(folder, *both, "--seed", "1")
     assert end.value.code == 2
-    assert "setup.seed is 0 there and 1 here" in capsys.readouterr().err
+    assert "training.seed is 0 there and 1 here" in capsys.readouterr().err
 
 
 def test_points_survive_the_file(tmp_path):
-    table = Table(tmp_path / "sweep.csv")
+    table = SweepTable(tmp_path / "sweep.csv")
     for point in POINTS:
         table.append(point)
     assert [repr(p) for p in table.read()] == [repr(p) for p in POINTS]  # NaN equals itself here
@@ -111,23 +110,27 @@ def test_an_optimizer_that_always_diverged_has_no_best_point():
 @pytest.mark.parametrize("name", COMMITTED)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_presets_run_at_the_committed_sweeps_best_inside_its_grid(name, optimizer):
-    points = Table(COMMITTED[name] / "sweep.csv").read()
+    points = SweepTable(COMMITTED[name] / "sweep.csv").read()
     points = [point for point in points if point.optimizer == optimizer]
     winner = sweep.best(points, optimizer)
     row = PRESETS[name]
-    assert getattr(row, optimizer) == HyperParams(winner.lr, winner.weight_decay)
+    assert row.hyper_params[optimizer] == HyperParams(winner.lr, winner.weight_decay)
     assert min(p.lr for p in points) < winner.lr < max(p.lr for p in points)
     decays = {p.weight_decay for p in points}
     # Moonlight's decay was not swept, it is that of `small`.
     inside = min(decays) < winner.weight_decay < max(decays)
-    assert inside if len(decays) > 1 else decays == {PRESETS["small"].muon.weight_decay}
-    setup = json.loads((COMMITTED[name] / "config.json").read_text())["setup"]
-    assert setup["model"] == dataclasses.asdict(row.model)
-    assert (setup["batch"], setup["steps"]) == (row.batch, row.steps)
+    assert (
+        inside
+        if len(decays) > 1
+        else decays == {PRESETS["small"].hyper_params["muon"].weight_decay}
+    )
+    config = json.loads((COMMITTED[name] / "config.json").read_text())["training"]
+    assert config["model"] == dataclasses.asdict(row.model)
+    assert (config["batch"], config["steps"]) == (row.batch, row.steps)
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="results are not part of a source archive")
 @pytest.mark.parametrize("folder", COMMITTED.values(), ids=COMMITTED)
 def test_the_committed_sweeps_gave_both_optimizers_the_same_budget(folder):
-    names = [point.optimizer for point in Table(folder / "sweep.csv").read()]
+    names = [point.optimizer for point in SweepTable(folder / "sweep.csv").read()]
     assert names.count("adamw") == names.count("muon") == len(names) / 2

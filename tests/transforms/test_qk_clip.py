@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +107,14 @@ def test_a_shared_key_takes_what_its_queries_have_in_common():
 
 CONFIG = dataclasses.replace(
     moonlight.CONFIGS["moonlight-tiny"],
-    **{"width": 32, "depth": 2, "v_dim": 5, "mlp": 40, "expert_mlp": 16, "context": 12},
+    **{
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "v_head_dim": 5,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "context": 12,
+    },
 )
 
 
@@ -118,23 +126,23 @@ def sharp(config):
         scale = leaf.shape[-2:][0] ** -0.5 * 2 if len(leaf.shape) > 2 else 1.0
         return jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32)
 
-    tokens = jnp.asarray(rng.integers(0, config.vocab, [2, config.context]), jnp.int32)
-    return jax.tree.map(draw, moonlight.leaves(config)), tokens
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, [2, config.context]), jnp.int32)
+    return jax.tree.map(draw, moonlight.Moonlight(config).abstract_params), tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def report(config, params, tokens):
-    return moonlight.forward(moonlight.Moonlight(config), params, tokens)[1].max_logits
+    return moonlight.Moonlight(config).forward(params, tokens)[1].max_logits
 
 
 @pytest.mark.parametrize(("q_rank", "layer"), [(None, 0), (20, 1)])
 def test_moonlight_reports_the_threshold_after_the_step(q_rank, layer):
-    config = dataclasses.replace(CONFIG, q_rank=q_rank)
+    config = dataclasses.replace(CONFIG, q_lora_rank=q_rank)
     params, tokens = sharp(config)
     before = np.asarray(report(config, params, tokens))
     threshold = between(before[layer])
     # One layer at a time: clipping it moves what the later ones see.
-    seen = np.where(np.arange(config.depth)[:, None] == layer, before, 0)
+    seen = np.where(np.arange(config.num_hidden_layers)[:, None] == layer, before, 0)
     link = qk_clip(moonlight.attentions(config), threshold)
     new = step(link, params, max_logits=seen)
     after, over = np.asarray(report(config, new, tokens)), before[layer] > threshold
@@ -152,8 +160,8 @@ def test_latent_attention_scales_what_the_algorithm_names_and_nothing_else():
     for stack, layer, head, gamma in (("dense_layers", 0, 1, 1 / 4), ("moe_layers", 0, 0, 1 / 16)):
         attn = expected[stack]["attn"]
         for name, dim, nope in (
-            ("q_proj", CONFIG.qk_dim, CONFIG.nope_dim),
-            ("kv_b_proj", CONFIG.nope_dim + CONFIG.v_dim, CONFIG.nope_dim),
+            ("q_proj", CONFIG.qk_head_dim, CONFIG.qk_nope_head_dim),
+            ("kv_b_proj", CONFIG.qk_nope_head_dim + CONFIG.v_head_dim, CONFIG.qk_nope_head_dim),
         ):
             own = attn[name]["kernel"][layer][:, head * dim : (head + 1) * dim]
             own[:, :nope] *= gamma**0.5
@@ -170,17 +178,24 @@ def test_latent_attention_scales_what_the_algorithm_names_and_nothing_else():
 
 
 def test_llama_comes_to_the_threshold():
-    config = llama.LlamaConfig(width=24, depth=2, heads=6, kv_heads=2, mlp=32, context=8)
-    tokens = jax.random.randint(jax.random.key(1), [8], 0, config.vocab)
-    params = jax.jit(llama.Llama(config).init)(jax.random.key(0), tokens[None])["params"]
+    config = llama.LlamaConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        context=8,
+    )
+    tokens = jax.random.randint(jax.random.key(1), [8], 0, config.vocab_size)
+    params = jax.jit(llama.Llama(config).init)(jax.random.key(0))
 
     def first_layer(params):
         """Largest logits of the first layer, whose input no clipping changes: `[heads]`."""
         p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
         x = p["embed"]["embedding"][np.asarray(tokens)]
-        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.eps)
+        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps)
         x = x * p["layers"]["attn_norm"]["scale"][0]
-        angles = np.arange(8)[:, None] * config.theta ** (-np.arange(2) / 2)
+        angles = np.arange(8)[:, None] * config.rope_theta ** (-np.arange(2) / 2)
 
         def turned(name, count):
             y = (x @ p["layers"]["attn"][name]["kernel"][0]).reshape(8, count, 2, 2)
@@ -199,7 +214,7 @@ def test_llama_comes_to_the_threshold():
     np.testing.assert_allclose(after[over], threshold, rtol=2e-6)
     np.testing.assert_array_equal(after[~over], before[~over])
     second = [jax.tree.map(lambda leaf: leaf[1], tree["layers"]) for tree in (new, params)]
-    jax.tree.map(np.testing.assert_array_equal, *second)
+    chex.assert_trees_all_equal(*second)
 
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -215,7 +230,7 @@ def test_every_layout_of_the_same_heads_gives_the_same_parameters():
 
     def check(attention, given, expected):
         found = step(qk_clip(attention), given, max_logits=s)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        chex.assert_trees_all_equal(found, expected)
 
     own_axis = MHA(
         Heads("q", Split.equal(-2, heads, parts=heads)),
@@ -367,7 +382,7 @@ def test_multi_steps_take_the_logits_of_the_last_micro_batch():
         return optax.apply_updates(params, updates), state
 
     between_steps, state = run(params, tx.init(params), jnp.full_like(SEEN, 1e6))
-    jax.tree.map(np.testing.assert_array_equal, between_steps, params)
+    chex.assert_trees_all_equal(between_steps, params)
     found, _ = run(between_steps, state, SEEN)
     moved = jax.tree.map(lambda g: -0.01 * g, grads)
     expected = step(qk_clip(HEADS), params, moved, max_logits=SEEN)
@@ -448,8 +463,11 @@ def test_update_names_what_is_missing():
             MHA(kernel("q", 4, layers=2), kernel("k", 4)),
             "q/kernel has layers and heads on one axis",
         ),
-        (MHA(kernel("q", 4), kernel("k", 4, layers=None)), "one number of layers, found {"),
-        (MHA(kernel("q", 4), kernel("q", 4)), "q/kernel has entries that two Heads claim"),
+        (
+            MHA(kernel("q", 4), kernel("k", 4, layers=None)),
+            "must have the same number of layers, found {",
+        ),
+        (MHA(kernel("q", 4), kernel("q", 4)), "q/kernel has entries that belong to two Heads"),
         (
             MHA(kernel("q", 4), dataclasses.replace(kernel("q", 2, 8), layers=None)),
             "q/kernel has Heads with different splits",
@@ -468,11 +486,11 @@ def test_descriptions_that_cannot_be():
         MHA(q4, k3)
     with refuses("alpha is 2; it must be between 0 and 1."):
         MHA(q4, q4, alpha=2)
-    with refuses("as many heads, found {'q/kernel': 4, 'k/kernel': 3}"):
+    with refuses("must have the same number of heads, found {'q/kernel': 4, 'k/kernel': 3}"):
         MLA(q4, q4, k3)
-    with refuses("q/kernel is split into 1 parts; part 1 is none."):
+    with refuses("q/kernel is split into 1 parts; part 1 does not exist."):
         dataclasses.replace(q4, part=1)
-    with refuses("Attentions must have one number of heads between them, found [4, 3]."):
+    with refuses("All attentions must have the same number of heads, found [4, 3]."):
         qk_clip([HEADS, MHA(k3, k3)])
     with refuses("threshold is 0; it must be positive."):
         qk_clip(HEADS, 0)

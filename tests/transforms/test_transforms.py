@@ -1,5 +1,6 @@
 """Each link of the chain alone, against naive loops over matrices."""
 
+import dataclasses
 import functools
 import re
 
@@ -406,3 +407,16 @@ def test_any_callable_orthogonalizes_and_is_counted_as_the_plain_form(foreign):
     planned = optax_muon.plan(params, orthogonalizer=foreign)
     assert planned.cost.flops == Plain().count(4, 8, KELLER.rows).flops
     assert {a.form for bucket in planned.buckets for a in bucket.assignments} == {"plain"}
+
+
+def test_an_orthogonalizer_that_cannot_be_hashed_is_refused_by_name():
+    @dataclasses.dataclass
+    class Unhashable:
+        def __call__(self, x):
+            return x
+
+    params = {"kernel": jnp.ones((4, 8))}
+    with pytest.raises(TypeError, match="Unhashable is not hashable"):
+        orthogonalize(Unhashable()).update(params, optax.EmptyState())
+    with pytest.raises(TypeError, match="Unhashable is not hashable"):
+        optax_muon.plan(params, orthogonalizer=Unhashable())

@@ -1,4 +1,4 @@
-"""What a Moonlight's run says of its attention and its experts: a table and a picture.
+"""The report of a run with routers: attention logits and expert load, as a table and a picture.
 
 The largest attention logit and the share above 100 are the paper's figure 7 (arXiv 2502.16982); the
 imbalance of experts is that of the worst layer, the largest load over the mean, less one.
@@ -18,14 +18,14 @@ from optax_muon.training.optimizers import Trial
 COLUMNS = ("optimizer", "largest logit", "at the end", "above 100", "imbalance", "router entropy")
 
 LAST = 0.1
-"""Part of the steps that the imbalance at the end is the mean of; it is noisy from step to step."""
+"""Fraction of the steps over which the final imbalance is averaged; single steps are noisy."""
 
-Records = Mapping[Trial, Sequence[StepMetrics]]
+MetricsByTrial = Mapping[Trial, Sequence[StepMetrics]]
 
 
-def table(runs: Records) -> list[Sequence[str]]:
-    """The heads, and a row for every trial."""
-    return [COLUMNS, *(_row(trial.title, records) for trial, records in runs.items())]
+def table(runs: MetricsByTrial) -> list[Sequence[str]]:
+    """The heading, and a row for every trial."""
+    return [COLUMNS, *(_row(trial.title, metrics) for trial, metrics in runs.items())]
 
 
 def explain() -> str:
@@ -38,15 +38,15 @@ def explain() -> str:
     )
 
 
-def plot(runs: Records, colors: Mapping[str, str], path: Path) -> None:
+def plot(runs: MetricsByTrial, path: Path) -> None:
     """Imbalance and largest attention logit over the steps."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for trial, records in runs.items():
-        steps = [record.step for record in records]
-        style = {"color": colors[trial.name], "label": trial.title, "linewidth": 1.2}
-        upper.plot(steps, _series(records, "imbalance"), **style)
-        lower.plot(steps, _series(records, "max_logit"), **style)
+    for trial, metrics in runs.items():
+        steps = [each.step for each in metrics]
+        style = {"color": trial.spec.color, "label": trial.title, "linewidth": 1.2}
+        upper.plot(steps, _series(metrics, "imbalance"), **style)
+        lower.plot(steps, _series(metrics, "max_logit"), **style)
     upper.set(ylabel="imbalance of experts,\nworst layer", ylim=0)
     lower.set(ylabel="largest attention logit", xlabel="step")
     for axes in (upper, lower):
@@ -55,19 +55,19 @@ def plot(runs: Records, colors: Mapping[str, str], path: Path) -> None:
     figure.savefig(path)
 
 
-def _row(title: str, records: Sequence[StepMetrics]) -> Sequence[str]:
-    logits, imbalance = _series(records, "max_logit"), _series(records, "imbalance")
-    last = max(1, round(LAST * len(records)))
+def _row(title: str, metrics: Sequence[StepMetrics]) -> Sequence[str]:
+    logits, imbalance = _series(metrics, "max_logit"), _series(metrics, "imbalance")
+    last = max(1, round(LAST * len(metrics)))
     return (
         title,
         f"{logits.max():.1f}",
         f"{logits[-1]:.1f}",
-        f"{_series(records, 'high_logits').max():.1e}",
+        f"{_series(metrics, 'high_logits').max():.1e}",
         f"{imbalance[-last:].mean():.2f}",
-        f"{_series(records, 'router_entropy')[-1]:.3f}",
+        f"{_series(metrics, 'router_entropy')[-1]:.3f}",
     )
 
 
-def _series(records: Sequence[StepMetrics], name: str) -> np.ndarray:
+def _series(metrics: Sequence[StepMetrics], name: str) -> np.ndarray:
     """A number of every step; NaN where the model has none."""
-    return np.array([getattr(record, name) for record in records], np.float64)
+    return np.array([each.model.get(name) for each in metrics], np.float64)

@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from optax_muon.training.optimizers import REGISTRY
 from optax_muon.training.spectra import GROUPS, Row, SpectraTrial, Spectrum
 
-COLORS = ("#6b7280", "#2b8cbe", "#d95f0e", "#31a354", "#7a6b9e", "#c51b8a")
-"""Of the trials in their order, AdamW first, as in the run's loss.png."""
+UNKNOWN = "#c51b8a"
+"""Color of a trial that no optimizer of the registry is called like, such as an import."""
 PANEL = (3.6, 2.7)
 """Inches: width and height."""
 ACROSS = 3
@@ -36,7 +37,8 @@ def entropies(trials: Sequence[SpectraTrial], lines: Sequence[Row]) -> matplotli
         count = next(line.matrices for line in lines if line.group == group)
         axes.set_title(_title(group, count), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        for trial, color in zip(trials, COLORS, strict=False):
+        for trial in trials:
+            color = _color(trial)
             mine = [r for r in lines if (r.trial, r.group) == (trial.name, group)]
             steps = [line.step for line in mine]
             mark = "o-" if len(steps) < 30 else "-"
@@ -65,7 +67,8 @@ def singular_values(
         "singular value / largest",
     )
     for group, axes in zip(groups, panels, strict=True):
-        for trial, color in zip(trials, COLORS, strict=False):
+        for trial in trials:
+            color = _color(trial)
             mine = [s for s in found if (s.trial, s.group) == (trial.name, group)]
             steps = sorted({spectrum.step for spectrum in mine})
             for step in {steps[0], steps[-1]} if steps else ():
@@ -79,9 +82,14 @@ def singular_values(
                     axes.plot(RANKS, median, color=color, linestyle=":", linewidth=1.2)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
-    there = {spectrum.trial for spectrum in found}
-    _legend(figure, [*_named(trials, there), *_styles(sorted({s.step for s in found}))])
+    present = {spectrum.trial for spectrum in found}
+    _legend(figure, [*_named(trials, present), *_styles(sorted({s.step for s in found}))])
     return figure
+
+
+def _color(trial: SpectraTrial) -> str:
+    """As in the run's loss.png."""
+    return REGISTRY[trial.name].color if trial.name in REGISTRY else UNKNOWN
 
 
 def _panels(
@@ -114,11 +122,11 @@ def _title(group: str, matrices: int) -> str:
     return f"{group}: {matrices} {'matrix' if matrices == 1 else 'matrices'}"
 
 
-def _named(trials: Sequence[SpectraTrial], there: set[str]) -> list[Line2D]:
+def _named(trials: Sequence[SpectraTrial], present: set[str]) -> list[Line2D]:
     return [
-        Line2D([], [], color=color, label=trial.title)
-        for trial, color in zip(trials, COLORS, strict=False)
-        if trial.name in there
+        Line2D([], [], color=_color(trial), label=trial.title)
+        for trial in trials
+        if trial.name in present
     ]
 
 

@@ -1,4 +1,4 @@
-"""The sweep's result for people: `sweep.md` with the table, `sweep.png` with the curves."""
+"""The report of a sweep: `sweep.md` with the table, `sweep.png` with the curves."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import matplotlib.figure
 
-from optax_muon.cli.reports.training import COLORS, machine
-from optax_muon.training.optimizers import TITLES
+from optax_muon.cli.reports.tables import markdown_table
+from optax_muon.cli.reports.training import machine
+from optax_muon.training.optimizers import REGISTRY
 from optax_muon.training.sweep import Point, best
 
-HUES = {"adamw": COLORS["adamw"], "muon": COLORS["muon-tuned"]}
+COLUMNS = ("optimizer", "lr", "decay", "held-out loss")
 LINES = ("-", "--", ":", "-.")
 
 
@@ -24,17 +25,15 @@ def publish(points: Sequence[Point], heading: str, unit: str, folder: Path) -> N
 
 def markdown(points: Sequence[Point], heading: str, unit: str) -> str:
     """The table, the best points and the machine."""
-    winners = [point for name in TITLES if (point := best(points, name))]
+    winners = [point for name in _names(points) if (point := best(points, name))]
     lines = [
         f"# Sweep: {heading}",
         "",
         f"Final held-out loss, nats per {unit}; every point is one whole run on the same batches.",
         "",
-        "| optimizer | lr | decay | held-out loss |",
-        "| --- | --- | --- | --- |",
-        *(_row(point, point in winners) for point in points),
+        markdown_table([COLUMNS, *(_row(point, point in winners) for point in points)]),
         "",
-        *(f"- Best {TITLES[p.optimizer]}: lr {p.lr:g}, decay {p.weight_decay:g}." for p in winners),
+        *(f"- Best {_title(p)}: lr {p.lr:g}, decay {p.weight_decay:g}." for p in winners),
         "",
         f"Made by `optax-muon sweep`. {machine()}",
         "",
@@ -49,17 +48,17 @@ def plot(points: Sequence[Point], unit: str, path: Path) -> None:
         xscale="log", xlabel="peak learning rate", ylabel=f"final held-out loss, nats per {unit}"
     )
     decays = sorted({point.weight_decay for point in points})
-    for name, title in TITLES.items():
+    for spec in (REGISTRY[name] for name in _names(points)):
         for decay, line in zip(decays, LINES, strict=False):
-            mine = [p for p in points if (p.optimizer, p.weight_decay) == (name, decay)]
+            mine = [p for p in points if (p.optimizer, p.weight_decay) == (spec.name, decay)]
             mine.sort(key=lambda point: point.lr)
             axes.plot(
                 [p.lr for p in mine],
                 [p.val_loss for p in mine],
-                color=HUES[name],
+                color=spec.color,
                 linestyle=line,
                 marker="o",
-                label=f"{title}, decay {decay:g}",
+                label=f"{spec.title}, decay {decay:g}",
             )
     rates = sorted({point.lr for point in points})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -69,7 +68,16 @@ def plot(points: Sequence[Point], unit: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def _row(point: Point, is_best: bool) -> str:
+def _names(points: Sequence[Point]) -> list[str]:
+    """The optimizers, in the order of their first points."""
+    return list(dict.fromkeys(point.optimizer for point in points))
+
+
+def _title(point: Point) -> str:
+    return REGISTRY[point.optimizer].title
+
+
+def _row(point: Point, is_best: bool) -> list[str]:
     loss = f"{point.val_loss:.4f}" if math.isfinite(point.val_loss) else "diverged"
     loss = f"**{loss}**" if is_best else loss
-    return f"| {TITLES[point.optimizer]} | {point.lr:g} | {point.weight_decay:g} | {loss} |"
+    return [_title(point), f"{point.lr:g}", f"{point.weight_decay:g}", loss]

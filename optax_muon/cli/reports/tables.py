@@ -1,24 +1,30 @@
-"""The commands by name: dataclasses whose fields are their options; tyro does the rest."""
+"""Tables of text, in the terminal and in Markdown."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
 
-import tyro
+from rich import box
+from rich.table import Table
 
-from optax_muon.cli.experiments import Sample, Sweep, Train
-from optax_muon.cli.finetune import Finetune
-from optax_muon.cli.huggingface import ExportHF, ImportHF
-from optax_muon.cli.plan import PlanModel
-from optax_muon.cli.spectra import Spectra
 
-COMMANDS = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Spectra, tyro.conf.subcommand("spectra")]
-    | Annotated[PlanModel, tyro.conf.subcommand("plan")]
-    | Annotated[ImportHF, tyro.conf.subcommand("import-hf")]
-    | Annotated[ExportHF, tyro.conf.subcommand("export-hf")]
-)
+def terminal_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """A table for the terminal; the first row is the heading, and numbers are on the right."""
+    table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
+    for column, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if column else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is the heading.
+
+    >>> print(markdown_table([["optimizer", "loss"], ["Muon", "1.44"]]))
+    | optimizer | loss |
+    | --- | --- |
+    | Muon | 1.44 |
+    """
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,10 +1,10 @@
-"""The outcome of a run: numbers from `metrics.jsonl`, as a table, a Markdown file and a picture.
+"""The report of a run: numbers from `metrics.jsonl`, as a table, a Markdown file and a picture.
 
-The question is the paper's: after which part of AdamW's training has Muon reached AdamW's final
-loss (arXiv 2502.16982, section 3.2: about 52% of the FLOPs on the scaling law)? Here both runs have
-schedules of the same length. AdamW's final loss comes at the end of its cosine, where a decayed
-learning rate has just bought it a last gain; Muon is credited with the first point of its own
-held-out curve at or below it, still in the middle of its schedule.
+The question is the paper's: after what fraction of AdamW's training does Muon reach AdamW's final
+loss (arXiv 2502.16982, section 3.2: about 52% of the FLOPs on the scaling law)? The first trial is
+the baseline. All runs have schedules of the same length. The baseline reaches its final loss at the
+end of its schedule, where the decayed learning rate has just lowered it once more; another run is
+credited with the first point of its own held-out curve at or below it, still in mid-schedule.
 """
 
 from __future__ import annotations
@@ -28,45 +28,41 @@ import optax
 from jax.sharding import Mesh
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from optax_muon.cli.reports import routing
-from optax_muon.models.moonlight.model import MoonlightConfig
-from optax_muon.models.spec import Config, model
-from optax_muon.training.config import TrainConfig
+from optax_muon.cli.reports.tables import markdown_table, terminal_table
+from optax_muon.models.spec import Model, model
+from optax_muon.training.config import RunConfig, TrainConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.flops import run_flops
-from optax_muon.training.loop import State, StepMetrics, init, shapes, update
+from optax_muon.training.initialize import initial_state
+from optax_muon.training.loop import StepMetrics
 from optax_muon.training.optimizers import Trial, transformation
 from optax_muon.training.run_folder import RunFolder
-from optax_muon.training.trainer import RunConfig
+from optax_muon.training.state import State, shapes, stats_shapes
+from optax_muon.training.step import update
 
 COLUMNS = ("optimizer", "lr", "decay", "loss", "reached", "steps", "FLOPs", "step", "share")
-COLORS = {"adamw": "#6b7280", "muon-carried": "#2b8cbe", "muon-tuned": "#d95f0e"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one trial came to.
-
-    Attributes:
-        trial: the optimizer and its numbers.
-        records: its steps.
-        flops: operations of so many first steps, the optimizer's with the model's.
-        update_seconds: median wall time of the optimizer's update alone.
-    """
+    """The result of one trial."""
 
     trial: Trial
-    records: Sequence[StepMetrics]
+    """The optimizer and its numbers."""
+    metrics: Sequence[StepMetrics]
+    """Of its steps."""
     flops: Callable[[float], float]
+    """Operations of so many first steps, the optimizer's with the model's."""
     update_seconds: float
+    """Median wall time of the optimizer's update alone."""
 
     @property
     def curve(self) -> list[tuple[int, float]]:
         """Steps and held-out losses."""
-        return [(r.step, r.val_loss) for r in self.records if r.val_loss is not None]
+        return [(r.step, r.val_loss) for r in self.metrics if r.val_loss is not None]
 
     @property
     def val_loss(self) -> float:
@@ -75,51 +71,57 @@ class Outcome:
 
     @property
     def step_seconds(self) -> float:
-        """Median wall time of a step; the median leaves compilation out."""
-        return statistics.median(record.seconds for record in self.records)
+        """Median wall time of a step; the median excludes compilation."""
+        return statistics.median(each.seconds for each in self.metrics)
 
     @property
     def share(self) -> float:
-        """Part of a step's time that the optimizer takes."""
+        """Fraction of a step's time that the optimizer takes."""
         return self.update_seconds / self.step_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A trial beside AdamW, or alone."""
+    """A trial compared with the baseline."""
 
     outcome: Outcome
-    adamw: Outcome | None
+    """The trial's."""
+    baseline: Outcome | None
+    """The first trial's; None in a run of one trial."""
 
     @property
     def reached(self) -> float | None:
-        """Step at which it reached AdamW's final held-out loss; None if it never did."""
-        return None if self.adamw is None else crossing(self.outcome.curve, self.adamw.val_loss)
+        """Step at which it reached the baseline's final held-out loss; None if it never did."""
+        return (
+            None if self.baseline is None else crossing(self.outcome.curve, self.baseline.val_loss)
+        )
 
     @property
     def steps(self) -> float | None:
-        """That step as a fraction of AdamW's steps."""
-        if self.adamw is None or self.reached is None:
+        """That step as a fraction of the baseline's steps."""
+        if self.baseline is None or self.reached is None:
             return None
-        return self.reached / self.adamw.records[-1].step
+        return self.reached / self.baseline.metrics[-1].step
 
     @property
     def flops(self) -> float | None:
-        """The operations up to that step as a fraction of all of AdamW's."""
-        if self.adamw is None or self.reached is None:
+        """The operations up to that step as a fraction of all of the baseline's."""
+        if self.baseline is None or self.reached is None:
             return None
-        return self.outcome.flops(self.reached) / self.adamw.flops(self.adamw.records[-1].step)
+        return self.outcome.flops(self.reached) / self.baseline.flops(
+            self.baseline.metrics[-1].step
+        )
 
     @property
     def cells(self) -> list[str]:
         """A row under `COLUMNS`."""
-        one, tuning = self.outcome, self.outcome.trial.tuning
-        never = "-" if self.adamw is None else "never"
+        one, numbers = self.outcome, self.outcome.trial.hyper_params
+        never = "-" if self.baseline is None else "never"
         reached = never if self.reached is None else f"{self.reached:.0f}"
         return [
             one.trial.title,
-            f"{tuning.lr:g}",
-            f"{tuning.weight_decay:g}",
+            f"{numbers.lr:g}",
+            f"{numbers.weight_decay:g}",
             f"{one.val_loss:.4f}",
             reached,
             _percent(self.steps),
@@ -150,45 +152,45 @@ Seconds = Mapping[Trial, float]
 
 
 def compare(run: RunConfig, folder: RunFolder, seconds: Seconds) -> list[Comparison]:
-    """Every trial beside AdamW, which is the first of several."""
+    """Every trial compared with the first one, if there are several."""
     outcomes = [_outcome(run, each, folder, seconds[each]) for each in run.trials]
-    adamw = outcomes[0] if len(outcomes) > 1 else None
-    return [Comparison(outcome, adamw) for outcome in outcomes]
+    baseline = outcomes[0] if len(outcomes) > 1 else None
+    return [Comparison(outcome, baseline) for outcome in outcomes]
 
 
-def update_times(run: RunConfig, placement: Devices = SINGLE_DEVICE) -> Seconds:
-    """Time every trial's update; the placement's mesh is ambient."""
-    return {each: _update_seconds(run.setup, each, placement.mesh) for each in run.trials}
+def update_times(run: RunConfig, devices: Devices = SINGLE_DEVICE) -> Seconds:
+    """Time every trial's update; the devices' mesh is ambient."""
+    return {each: _update_seconds(run.training, each, devices.mesh) for each in run.trials}
 
 
 def _update_seconds(
-    setup: TrainConfig, trial: Trial, mesh: Mesh | None, repeats: int = 11
+    config: TrainConfig, trial: Trial, mesh: Mesh | None, repeats: int = 11
 ) -> float:
-    """Median wall time of the compiled update alone; what gradients hold does not matter to it."""
-    tx = transformation(trial, setup)
-    state = init(setup, tx, mesh)
-    grads, max_logits = _gradients(setup.model, state)
+    """Median wall time of the compiled update alone; it does not depend on gradients' values."""
+    tx = transformation(trial, config)
+    state = initial_state(config, tx, mesh)
+    grads, max_logits = _gradients(model(config.model), state)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         state = _update(tx, state, grads, max_logits)
         jax.tree.map(lambda leaf: leaf.block_until_ready(), state)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one compiles
+    return statistics.median(times[1:])  # the first one includes compilation
 
 
 def publish(run: RunConfig, origin: str, folder: RunFolder, seconds: Seconds) -> None:
     """Write `summary.md` and the pictures, and print the tables."""
     comparisons = compare(run, folder, seconds)
-    heading = describe(run.preset, run.setup)
+    heading = describe(run.preset, run.training)
     (folder.path / "summary.md").write_text(markdown(run, origin, comparisons))
-    plot(comparisons, heading, run.setup.unit, folder.path / "loss.png")
+    plot(comparisons, heading, run.training.unit, folder.path / "loss.png")
     console = Console()
-    _print(console, heading, [COLUMNS, *(each.cells for each in comparisons)])
-    console.print(f"\n{explain(run.setup)}\n", highlight=False, markup=False)
-    if routed := _routed(run, comparisons):
-        routing.plot(routed, COLORS, folder.path / "experts.png")
-        _print(console, "attention and experts", routing.table(routed))
+    console.print(terminal_table(heading, [COLUMNS, *(each.cells for each in comparisons)]))
+    console.print(f"\n{explain(run)}\n", highlight=False, markup=False)
+    if routed := _routed(comparisons):
+        routing.plot(routed, folder.path / "experts.png")
+        console.print(terminal_table("attention and experts", routing.table(routed)))
         console.print(f"\n{routing.explain()}\n", highlight=False, markup=False)
     console.out(f"All of it is in {folder.path}", highlight=False)
 
@@ -196,39 +198,44 @@ def publish(run: RunConfig, origin: str, folder: RunFolder, seconds: Seconds) ->
 def markdown(run: RunConfig, origin: str, comparisons: Sequence[Comparison]) -> str:
     """The table, what it means, and where it was measured."""
     parts = [
-        f"# {describe(run.preset, run.setup)}",
+        f"# {describe(run.preset, run.training)}",
         f"{origin}.",
-        _markdown_table([COLUMNS, *(each.cells for each in comparisons)]),
-        explain(run.setup),
+        markdown_table([COLUMNS, *(each.cells for each in comparisons)]),
+        explain(run),
         "![loss](loss.png)",
     ]
-    if routed := _routed(run, comparisons):
-        table = _markdown_table(routing.table(routed))
+    if routed := _routed(comparisons):
+        table = markdown_table(routing.table(routed))
         parts += [table, routing.explain(), "![experts](experts.png)"]
     return "\n\n".join([*parts, machine()]) + "\n"
 
 
-def describe(preset: str, setup: TrainConfig) -> str:
+def describe(preset: str | None, config: TrainConfig) -> str:
     """An experiment in a line."""
-    sizes = setup.model
-    experts = f", {sizes.experts} experts" if isinstance(sizes, MoonlightConfig) else ""
-    growing = "" if setup.grows_at == setup.steps else f", twice that after {setup.grows_at}"
+    sizes = config.model
+    bias = shapes(model(sizes), optax.identity()).bias
+    experts = "" if bias is None else f", {bias.shape[-1]} experts"
+    doubles_at = config.batch_doubles_at
+    growing = "" if doubles_at == config.steps else f", twice that after {doubles_at}"
     return (
-        f"{preset}: {model(sizes).kind} of width {sizes.width}, depth {sizes.depth}{experts}; "
-        f"{setup.steps} steps of {setup.batch} x {sizes.context} {setup.unit}s{growing}, "
-        f"seed {setup.seed}"
+        f"{preset}: {model(sizes).kind} of width {sizes.hidden_size}, depth "
+        f"{sizes.num_hidden_layers}{experts}; "
+        f"{config.steps} steps of {config.batch} x {sizes.context} {config.unit}s{growing}, "
+        f"seed {config.seed}"
     )
 
 
-def explain(setup: TrainConfig) -> str:
+def explain(run: RunConfig) -> str:
     """How to read the table."""
+    config, baseline = run.training, run.trials[0].title
     return (
-        f"loss: final, on text held out of training, nats per {setup.unit}. reached: the step at "
-        "which a run had AdamW's final loss, and that as a part of AdamW's steps and of its FLOPs "
-        "(the model's and Newton-Schulz's). AdamW's final loss comes at the end of its schedule; a "
-        "Muon run is taken in the middle of its own, of the same length, linearly between "
-        f"evaluations {setup.eval_every} steps apart. step: median time. share: the "
-        "optimizer's part of it, the median time of its update alone, on this machine."
+        f"loss: final, on held-out text, nats per {config.unit}. reached: the step at which a run "
+        f"had the final loss of {baseline}, and that step as a fraction of the steps and of the "
+        f"FLOPs of {baseline} (the model's and the optimizer's matrix products). {baseline} has "
+        "its final loss at the end of its schedule; another run reaches it in the middle of its "
+        "own, of the same length, by linear interpolation between evaluations "
+        f"{config.eval_every} steps apart. step: median time. share: the optimizer's fraction of "
+        "it, the median time of its update alone, on this machine."
     )
 
 
@@ -245,7 +252,7 @@ def machine() -> str:
 
 
 def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -> None:
-    """Held-out curves, AdamW's final loss, and where each Muon run crosses it."""
+    """Held-out curves, the baseline's final loss, and where each other run crosses it."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot(
         title=textwrap.fill(title, 90),
@@ -255,11 +262,11 @@ def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -
     )
     for each in comparisons:
         _draw_curve(axes, each)
-    if adamw := comparisons[0].adamw:
-        _draw_level(axes, adamw.val_loss)
+    if baseline := comparisons[0].baseline:
+        _draw_level(axes, baseline)
         for row, each in enumerate(comparisons[1:], start=1):
             if each.reached is not None:
-                place = (each.reached, adamw.val_loss)
+                place = (each.reached, baseline.val_loss)
                 _mark_crossing(axes, each, place, drop=14 * row)
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -270,23 +277,24 @@ def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -
 
 
 def _draw_curve(axes: Axes, each: Comparison) -> None:
-    trial, color = each.outcome.trial, COLORS[each.outcome.trial.name]
-    label = f"{each.outcome.val_loss:.3f}  {trial.title} ({trial.tuning.lr:g})"
+    trial, color = each.outcome.trial, each.outcome.trial.spec.color
+    label = f"{each.outcome.val_loss:.3f}  {trial.title} ({trial.hyper_params.lr:g})"
     axes.plot(*zip(*each.outcome.curve, strict=True), color=color, linewidth=2, label=label)
 
 
-def _draw_level(axes: Axes, level: float) -> None:
-    left = axes.get_yaxis_transform()
-    axes.axhline(level, color=COLORS["adamw"], linestyle=":", linewidth=1)
-    axes.text(0.01, level, "AdamW's final loss", color=COLORS["adamw"], va="bottom", transform=left)
+def _draw_level(axes: Axes, baseline: Outcome) -> None:
+    left, spec = axes.get_yaxis_transform(), baseline.trial.spec
+    axes.axhline(baseline.val_loss, color=spec.color, linestyle=":", linewidth=1)
+    text = f"final loss of {spec.title}"
+    axes.text(0.01, baseline.val_loss, text, color=spec.color, va="bottom", transform=left)
 
 
 def _mark_crossing(axes: Axes, each: Comparison, place: tuple[float, float], drop: float) -> None:
-    """A dot where a curve meets AdamW's final loss, its share of the steps `drop` points below."""
-    color = COLORS[each.outcome.trial.name]
+    """A dot where a curve meets the final loss; `drop` points below it, the fraction of steps."""
+    color = each.outcome.trial.spec.color
     axes.plot(*place, "o", color=color)
     axes.annotate(
-        f"{_percent(each.steps)} of AdamW's steps",
+        f"{_percent(each.steps)} of the steps",
         place,
         xytext=(-2, -drop),
         textcoords="offset points",
@@ -300,36 +308,22 @@ _update = jax.jit(update, static_argnums=0, donate_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(config: Config, state: State) -> tuple[optax.Updates, jax.Array]:
-    """Gradients and largest attention logits such as a step makes."""
-    grads = jax.tree.map(jnp.ones_like, state.params)
-    return grads, jnp.zeros([config.depth, config.heads], jnp.float32)
+def _gradients(model: Model, state: State) -> tuple[optax.Updates, jax.Array | None]:
+    """Gradients, and largest attention logits if the model reports them, shaped as a step's."""
+    grads, stats = jax.tree.map(jnp.ones_like, state.params), stats_shapes(model)
+    return grads, None if stats is None else jnp.zeros(stats.max_logits.shape, jnp.float32)
 
 
 def _outcome(run: RunConfig, trial: Trial, folder: RunFolder, seconds: float) -> Outcome:
-    params = shapes(model(run.setup.model), optax.identity()).params
-    flops = functools.partial(run_flops, run.setup, trial, params)
+    params = shapes(model(run.training.model), optax.identity()).params
+    flops = functools.partial(run_flops, run.training, trial, params)
     return Outcome(trial, folder.journal.read(trial.name), flops, seconds)
 
 
-def _routed(run: RunConfig, comparisons: Sequence[Comparison]) -> routing.Records:
-    """The records of trials with a router; none of a Llama."""
-    setup = run.setup.model
-    if not (isinstance(setup, MoonlightConfig) and setup.moe_depth):
-        return {}
-    return {each.outcome.trial: each.outcome.records for each in comparisons}
-
-
-def _print(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*rows[0], title=title, box=box.SIMPLE, collapse_padding=True)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _routed(comparisons: Sequence[Comparison]) -> routing.MetricsByTrial:
+    """The metrics of trials whose model has a router; none of other models."""
+    outcomes = [each.outcome for each in comparisons]
+    return {one.trial: one.metrics for one in outcomes if "imbalance" in one.metrics[-1].model}
 
 
 def _percent(fraction: float | None) -> str:

@@ -1,21 +1,16 @@
 """Reading and writing Hugging Face checkpoints."""
 
+from optax_muon.models.huggingface.config import CONFIG, from_huggingface, to_huggingface
 from optax_muon.models.huggingface.convert import (
-    BIAS,
-    CONFIG,
     INDEX,
     PARAMS,
     SHARD_BYTES,
-    Tensor,
     export_checkpoint,
-    from_huggingface,
     import_checkpoint,
-    leaf_shapes,
     load,
     read_config,
-    tensors,
-    to_huggingface,
 )
+from optax_muon.models.huggingface.names import BIAS, Tensor, leaf_shapes, tensors
 
 __all__ = [
     "BIAS",

@@ -1,21 +1,16 @@
-"""A mixture of experts: which experts a token goes to, and what they make of it.
+"""Routed experts: each token's sum of the experts that the router chose for it (`router.py`).
 
-A token `x` goes to the `k` experts whose sigmoid score plus bias is largest; the bias has no other
-use and no gradient (`balance.py`). The gates are the scores of the chosen, made to add up to one,
-times a constant (DeepSeek-V3, arXiv 2412.19437, section 2.1.2):
-
-    s = sigmoid(x W),   chosen = top_k(s + bias),   g = scale * s[chosen] / sum(s[chosen])
     y = sum over the chosen i of  g_i down_i(silu(gate_i(x)) * up_i(x))
 
 Experts are stacked, `[experts, rows, cols]`. On a mesh with an `expert` axis each device holds some
-of them: it gathers the tokens of its expert group, applies its own experts, and the sums go back
-(an all-gather and a reduce-scatter of the tokens, nothing of the experts). No token is dropped,
-unless a capacity says how many an expert takes.
+of them: it gathers the tokens of its expert group, applies its own experts, and the sums are
+returned (an all-gather and a reduce-scatter of the tokens; no expert is moved). No token is
+dropped, unless a capacity limits how many an expert accepts.
 
-Without a capacity all tokens of a group may go to the experts of one device: with 16 sequences of
-8192 tokens and 6 choices, 786432 rows where 49152 are its fair share. Memory for the most that can
-come would be 16 times too much, so a device takes its rows `BLOCK` at a time, in as many turns as
-its rows need; the backward pass makes each block again.
+Without a capacity, all tokens of a group may go to the experts of one device: with 16 sequences of
+8192 tokens and 6 experts per token, 786432 rows where an even share is 49152. Memory for the worst
+case would be 16 times too much, so a device processes its rows `BLOCK` at a time, in as many
+iterations as its rows need; the backward pass computes each block again.
 """
 
 from __future__ import annotations
@@ -30,105 +25,42 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.models.layers import BATCH, place, there, varying
+from optax_muon.models.mesh import BATCH, mark_varying, present_axes
 from optax_muon.models.moe.grouped_matmul import grouped_dot
 
 EXPERT = "expert"
-"""The mesh axis that experts lie over."""
+"""The mesh axis that experts are sharded over."""
 
 BLOCK = 16384
-"""Rows that a device's experts work on at once: for Moonlight 64 MiB, and 44 MiB inside."""
-
-
-class Routing(NamedTuple):
-    """Where tokens go."""
-
-    chosen: jax.Array
-    """Experts of each token, `[b, t, k]` int32."""
-    gates: jax.Array
-    """Their weights, `[b, t, k]` float32."""
-    load: jax.Array
-    """How often each expert was chosen, `[experts]` int32."""
-    entropy: jax.Array
-    """Mean entropy of the scores, made to add up to one, in nats; `log(experts)` if all equal."""
-
-
-class Router(nn.Module):
-    """Chooses experts.
-
-    Args:
-        experts: how many there are.
-        chosen: how many a token goes to.
-        groups: parts of the experts, in order; a token's experts are all in `groups_chosen` of
-            them, those whose two best experts have the largest sum.
-        groups_chosen: how many groups a token goes to.
-        renormalise: whether the gates of a token add up to `scale`.
-        scale: factor of the gates.
-    """
-
-    experts: int
-    chosen: int
-    groups: int
-    groups_chosen: int
-    renormalise: bool
-    scale: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> Routing:
-        """Route `x`, `[b, t, width]`, with the experts' biases `[experts]`."""
-        shape = (x.shape[-1], self.experts)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        # In float32 always: rounding would change who is chosen.
-        kernel = place(kernel.astype(jnp.float32), None, None)
-        scores = nn.sigmoid(x.astype(jnp.float32) @ kernel)
-        bias = bias.astype(jnp.float32)[None, None]
-        chosen = self._choose(jax.lax.stop_gradient(scores) + bias)
-        gates = jnp.take_along_axis(scores, chosen, axis=-1)
-        if self.renormalise:
-            gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
-        load = jnp.zeros([self.experts], jnp.int32).at[chosen].add(1)
-        return Routing(chosen, gates * self.scale, load, _entropy(scores))
-
-    def _choose(self, ranks: jax.Array) -> jax.Array:
-        """The `[.., chosen]` experts with the largest `ranks`, `[.., experts]`."""
-        if self.groups > 1:
-            grouped = ranks.reshape(*ranks.shape[:-1], self.groups, -1)
-            best = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
-            kept = jax.lax.top_k(best, self.groups_chosen)[1]
-            open_ = jax.nn.one_hot(kept, self.groups, dtype=bool).any(axis=-2)[..., None]
-            ranks = jnp.where(open_, grouped, -jnp.inf).reshape(ranks.shape)
-        return jax.lax.top_k(ranks, self.chosen)[1]
+"""Rows that a device's experts process at once: for Moonlight 64 MiB, and 44 MiB inside."""
 
 
 class Experts(nn.Module):
-    """SwiGLUs, each for the tokens that go to it.
-
-    Args:
-        experts: how many.
-        hidden: features inside each.
-        dtype: of the products.
-        capacity: how many tokens an expert takes, as a multiple of its fair share of those that its
-            devices see together (all that differ in the `expert` axis alone); what comes later is
-            dropped, its share of the output zero. None drops nothing, for any distribution.
-    """
+    """SwiGLUs, each for the tokens that are routed to it."""
 
     experts: int
+    """How many."""
     hidden: int
+    """Features inside each."""
     dtype: str
+    """Dtype of the products."""
     capacity: float | None = None
+    """Tokens that an expert accepts, as a multiple of an even share of those that its devices see
+    together (all that differ in the `expert` axis alone). Later tokens are dropped: the expert adds
+    zero to their output. None drops no token, whatever the distribution."""
 
     @nn.compact
     def __call__(self, x: jax.Array, chosen: jax.Array, gates: jax.Array) -> jax.Array:
-        """Apply to `x`, `[b, t, width]`; experts and gates of its tokens are `[b, t, k]`."""
+        """Apply to `x`, `[b, t, hidden_size]`; experts and gates of its tokens are `[b, t, k]`."""
         kernels = (
             self._stack("gate_proj", x.shape[-1], self.hidden),
             self._stack("up_proj", x.shape[-1], self.hidden),
             self._stack("down_proj", self.hidden, x.shape[-1]),
         )
-        apply = functools.partial(_mix, experts=self.experts, capacity=self.capacity)
+        apply = functools.partial(expert_parallel, experts=self.experts, capacity=self.capacity)
         if not jax.sharding.get_abstract_mesh().empty:
-            tokens = P(there(BATCH))
-            expert, fsdp, tensor = (there(axis) for axis in (EXPERT, "fsdp", "tensor"))
+            tokens = P(present_axes(BATCH))
+            expert, fsdp, tensor = (present_axes(axis) for axis in (EXPERT, "fsdp", "tensor"))
             into, out = P(expert, fsdp, tensor), P(expert, tensor, fsdp)
             apply = jax.shard_map(
                 apply, in_specs=(tokens, tokens, tokens, (into, into, out)), out_specs=tokens
@@ -141,10 +73,10 @@ class Experts(nn.Module):
 
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
-"""Of gate and up `[experts, width, hidden]`, of down `[experts, hidden, width]`."""
+"""Of gate and up `[experts, hidden_size, hidden]`, of down `[experts, hidden, hidden_size]`."""
 
 
-def _mix(
+def expert_parallel(
     x: jax.Array,
     chosen: jax.Array,
     gates: jax.Array,
@@ -153,113 +85,126 @@ def _mix(
     experts: int,
     capacity: float | None,
 ) -> jax.Array:
-    """One device's part: its own experts on the tokens of its expert group."""
+    """One device's part: its own experts on the tokens of its expert group.
+
+    Args:
+        x: the device's tokens, `[b, t, hidden_size]`.
+        chosen: their experts, `[b, t, k]` int32.
+        gates: their gates, `[b, t, k]` float32.
+        kernels: the device's shards.
+        experts: how many there are on all devices.
+        capacity: as of `Experts`.
+
+    Returns:
+        The gated sums of the device's tokens, `[b, t, hidden_size]` in the dtype of `x`.
+    """
     first: int | jax.Array = 0
-    here, dtype = kernels[0].shape[0], x.dtype
-    if there("fsdp"):
+    held, dtype = kernels[0].shape[0], x.dtype
+    if present_axes("fsdp"):
         gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)
         gate, up, down = kernels
         kernels = gather(gate, axis=1), gather(up, axis=1), gather(down, axis=2)
-    if there(EXPERT):
+    if present_axes(EXPERT):
         x, chosen, gates = (
             jax.lax.all_gather(y, EXPERT, axis=0, tiled=True) for y in (x, chosen, gates)
         )
-        first = jax.lax.axis_index(EXPERT) * here
-    mine = chosen.reshape(-1) - first
-    mine = jnp.where((mine >= 0) & (mine < here), mine, here)
-    gate, up, down = (varying(kernel, "data") for kernel in kernels)
-    rows, flat = varying(x.reshape(-1, x.shape[-1]), "tensor"), varying(gates, "tensor").reshape(-1)
+        first = jax.lax.axis_index(EXPERT) * held
+    local = chosen.reshape(-1) - first
+    local = jnp.where((local >= 0) & (local < held), local, held)
+    gate, up, down = (mark_varying(kernel, "data") for kernel in kernels)
+    rows = mark_varying(x.reshape(-1, x.shape[-1]), "tensor")
+    flat = mark_varying(gates, "tensor").reshape(-1)
     if capacity is None:
-        y = _all(rows, flat, (gate, up, down), mine)
+        y = dropless(rows, flat, (gate, up, down), local)
     else:
-        tokens = rows.shape[0]  # an expert can have no more
-        most = min(tokens, math.ceil(capacity * mine.size / experts))
-        y = _first(rows, flat, (gate, up, down), mine, most)
+        tokens = rows.shape[0]  # no expert can have more
+        most = min(tokens, math.ceil(capacity * local.size / experts))
+        y = with_capacity(rows, flat, (gate, up, down), local, most)
     y = y.reshape(x.shape)
-    if there("tensor"):
+    if present_axes("tensor"):
         y = jax.lax.psum(y, "tensor")
-    return _home(y, dtype) if there(EXPERT) else y.astype(dtype)
+    return combine(y, dtype) if present_axes(EXPERT) else y.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _home(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Sums over devices, float32, each of the tokens that the device brought."""
+def combine(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sum over the devices of `expert`, float32; each device keeps the sums of its own tokens."""
     return jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True).astype(dtype)
 
 
-def _home_forward(y: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, None]:
-    return _home(y, dtype), None
+def _combine_forward(y: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return combine(y, dtype), None
 
 
-def _home_backward(dtype: jnp.dtype, saved: None, dy: jax.Array) -> tuple[jax.Array]:
-    """Gathered as it comes, half the bytes of float32 in bfloat16."""
+def _combine_backward(dtype: jnp.dtype, saved: None, dy: jax.Array) -> tuple[jax.Array]:
+    """Gather the cotangent in its own dtype: bfloat16 is half the bytes of float32."""
     del dtype, saved
     return (jax.lax.all_gather(dy, EXPERT, axis=0, tiled=True).astype(jnp.float32),)
 
 
-_home.defvjp(_home_forward, _home_backward)
+combine.defvjp(_combine_forward, _combine_backward)
 
 
 # ---- a device's tokens, gates and experts --------------------------------------------------------
 #
 # An assignment is one of the `n k` pairs of a token and an expert chosen for it, token-major. Each
-# has a gate, `[n k]` float32, and `mine`, `[n k]`, says which of a device's experts it is, or how
-# many experts there are where it is another device's. Results are gated sums, `[n, width]` float32:
-# sums of k and over devices are float32; only what is added is rounded.
+# has a gate, `[n k]` float32. `local`, `[n k]`, is the index of its expert among the device's own,
+# or their number if the expert is another device's. Results are gated sums, `[n, hidden_size]`:
+# the sums over k and over devices are float32, their terms have the dtype of the products.
 
 
-class Order(NamedTuple):
-    """Assignments by expert, those of other devices last, in blocks."""
+class Dispatch(NamedTuple):
+    """Assignments sorted by expert, in blocks; those of other devices come last."""
 
     source: jax.Array
     """Assignments, `[blocks, block]`."""
     ends: jax.Array
-    """How many the experts up to each have, `[experts]`."""
+    """Cumulative number of assignments of the device's experts, `[experts]`."""
 
     @property
-    def turns(self) -> jax.Array:
-        """Blocks that hold all assignments of the device."""
+    def num_blocks(self) -> jax.Array:
+        """Blocks that hold the assignments of the device's experts."""
         return -(-self.ends[-1] // self.source.shape[1])
 
     def block(self, i: jax.Array, assignments: int) -> tuple[jax.Array, jax.Array]:
-        """Assignments of a block and how many of them each expert has; `n k` past the last."""
+        """A block's assignments, `n k` past the last, and how many of them each expert has."""
         size = self.source.shape[1]
         ends = jnp.clip(self.ends - i * size, 0, size)
         source = jnp.where(jnp.arange(size) < ends[-1], self.source[i], assignments)
         return source, jnp.diff(ends, prepend=0)
 
 
-Saved = tuple[jax.Array, jax.Array, Kernels, Order]
+Saved = tuple[jax.Array, jax.Array, Kernels, Dispatch]
 
 
 @jax.custom_vjp
-def _all(x: jax.Array, gates: jax.Array, kernels: Kernels, mine: jax.Array) -> jax.Array:
-    """All of a device's assignments, in blocks."""
-    return _all_forward(x, gates, kernels, mine)[0]
+def dropless(x: jax.Array, gates: jax.Array, kernels: Kernels, local: jax.Array) -> jax.Array:
+    """Gated sums of all assignments of the device's experts, a block at a time."""
+    return _dropless_forward(x, gates, kernels, local)[0]
 
 
-def _all_forward(
-    x: jax.Array, gates: jax.Array, kernels: Kernels, mine: jax.Array
+def _dropless_forward(
+    x: jax.Array, gates: jax.Array, kernels: Kernels, local: jax.Array
 ) -> tuple[jax.Array, Saved]:
-    order = _ordered(mine, kernels[0].shape[0])
+    dispatch = _dispatch(local, kernels[0].shape[0])
     k = gates.size // x.shape[0]
 
     def add(i: jax.Array, y: jax.Array) -> jax.Array:
-        source, sizes = order.block(i, gates.size)
+        source, sizes = dispatch.block(i, gates.size)
         part = _gated(_rows(x, source // k), _rows(gates, source), kernels, sizes)
         return y.at[source // k].add(part, mode="drop")
 
-    y = jax.lax.fori_loop(0, order.turns, add, jnp.zeros_like(x, jnp.float32))
-    return y, (x, gates, kernels, order)
+    y = jax.lax.fori_loop(0, dispatch.num_blocks, add, jnp.zeros_like(x, jnp.float32))
+    return y, (x, gates, kernels, dispatch)
 
 
-def _all_backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array, jax.Array, Kernels, None]:
-    x, gates, kernels, order = saved
+def _dropless_backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array, jax.Array, Kernels, None]:
+    x, gates, kernels, dispatch = saved
     k = gates.size // x.shape[0]
 
     def add(i: jax.Array, total: Any) -> Any:
         dx, d_gates, d_kernels = total
-        source, sizes = order.block(i, gates.size)
+        source, sizes = dispatch.block(i, gates.size)
         gated = functools.partial(_gated, sizes=sizes)
         pull = jax.vjp(gated, _rows(x, source // k), _rows(gates, source), kernels)[1]
         dh, d_gate, more = pull(_rows(dy, source // k))
@@ -271,18 +216,18 @@ def _all_backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array, jax.Array, Ke
 
     given = (x, gates, kernels)
     zero = jax.tree.map(lambda y: jnp.zeros_like(y, jnp.float32), given)
-    total = jax.lax.fori_loop(0, order.turns, add, zero)
+    total = jax.lax.fori_loop(0, dispatch.num_blocks, add, zero)
     return *jax.tree.map(lambda y, like: y.astype(like.dtype), total, given), None
 
 
-_all.defvjp(_all_forward, _all_backward)
+dropless.defvjp(_dropless_forward, _dropless_backward)
 
 
-def _ordered(mine: jax.Array, experts: int) -> Order:
-    block = min(BLOCK, mine.size)
-    source = jnp.pad(jnp.argsort(mine, stable=True), (0, -mine.size % block))
-    sizes = jnp.zeros([experts], jnp.int32).at[mine].add(1, mode="drop")
-    return Order(source.reshape(-1, block), jnp.cumsum(sizes))
+def _dispatch(local: jax.Array, experts: int) -> Dispatch:
+    block = min(BLOCK, local.size)
+    source = jnp.pad(jnp.argsort(local, stable=True), (0, -local.size % block))
+    sizes = jnp.zeros([experts], jnp.int32).at[local].add(1, mode="drop")
+    return Dispatch(source.reshape(-1, block), jnp.cumsum(sizes))
 
 
 def _gated(h: jax.Array, gates: jax.Array, kernels: Kernels, sizes: jax.Array) -> jax.Array:
@@ -290,20 +235,20 @@ def _gated(h: jax.Array, gates: jax.Array, kernels: Kernels, sizes: jax.Array) -
     return y.astype(jnp.float32) * gates[:, None]
 
 
-def _first(
-    x: jax.Array, gates: jax.Array, kernels: Kernels, mine: jax.Array, capacity: int
+def with_capacity(
+    x: jax.Array, gates: jax.Array, kernels: Kernels, local: jax.Array, capacity: int
 ) -> jax.Array:
-    """Of every expert the `capacity` assignments that come first, each a slot of the expert."""
+    """Gated sums of the first `capacity` assignments of each expert; the others are dropped."""
     experts, k = kernels[0].shape[0], gates.size // x.shape[0]
-    order = jnp.argsort(mine, stable=True)
-    sizes = jnp.zeros([experts + 1], jnp.int32).at[mine].add(1)
+    order = jnp.argsort(local, stable=True)
+    sizes = jnp.zeros([experts + 1], jnp.int32).at[local].add(1)
     starts = jnp.cumsum(sizes) - sizes
     slot = jnp.arange(capacity)[None]
-    source = order.at[starts[:-1, None] + slot].get(mode="fill", fill_value=mine.size)
-    source = jnp.where(slot < sizes[:-1, None], source, mine.size).reshape(-1)
-    rank = jnp.argsort(order) - starts[mine]
-    fits = (rank < capacity) & (mine < experts)
-    target = jnp.where(fits, mine * capacity + rank, experts * capacity)
+    source = order.at[starts[:-1, None] + slot].get(mode="fill", fill_value=local.size)
+    source = jnp.where(slot < sizes[:-1, None], source, local.size).reshape(-1)
+    rank = jnp.argsort(order) - starts[local]
+    fits = (rank < capacity) & (local < experts)
+    target = jnp.where(fits, local * capacity + rank, experts * capacity)
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         stacked = jnp.einsum("ecd,edf->ecf", x.reshape(experts, capacity, -1), w)
@@ -317,7 +262,7 @@ def _first(
 def _swiglu(
     h: jax.Array, kernels: Kernels, product: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """`product` multiplies rows with each one's expert, `[experts, d, f]`."""
+    """SwiGLU of rows `h`; `product` multiplies each row with the matrix of its expert."""
     gate, up, down = kernels
     return product(nn.silu(product(h, gate)) * product(h, up), down)
 
@@ -325,9 +270,3 @@ def _swiglu(
 def _rows(x: jax.Array, at: jax.Array) -> jax.Array:
     """Rows of `x`, zero past the last."""
     return x.at[at].get(mode="fill", fill_value=0)
-
-
-def _entropy(scores: jax.Array) -> jax.Array:
-    shares = jax.lax.stop_gradient(scores / scores.sum(axis=-1, keepdims=True))
-    # Written so that a score that underflows to zero adds zero.
-    return -jax.scipy.special.xlogy(shares, shares).sum(axis=-1).mean()

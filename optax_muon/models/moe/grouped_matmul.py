@@ -1,11 +1,11 @@
-"""Products of rows with the matrix of their group: tokens, sorted by expert, times the experts.
+"""Grouped matrix multiplication: rows, sorted by expert, times the matrix of their expert.
 
-`jax.lax.ragged_dot` is the instruction for a TPU: libtpu 0.0.52 has a kernel for it, on v5p by
-default, on v5e and v6e with `LIBTPU_INIT_ARGS=--xla_tpu_enable_ragged_dot_kernel=true`. Without the
-kernel, and on other platforms, XLA multiplies every row with every matrix: 184 ms for 8192 rows and
-16 matrices of 128 x 64, forward and backward on two CPU cores, where one product of each row takes
-7.5 ms. So other platforms cut every group into blocks of `BLOCK` rows, the last of a group padded,
-and multiply block by block. The platform is that of the compiled program.
+`jax.lax.ragged_dot` is the instruction on TPU: libtpu 0.0.52 has a kernel for it, used by default
+on v5p, and on v5e and v6e with `LIBTPU_INIT_ARGS=--xla_tpu_enable_ragged_dot_kernel=true`. Without
+the kernel, and on other platforms, XLA multiplies every row with every matrix: 184 ms instead of
+7.5 ms for 8192 rows and 16 matrices of 128 x 64, forward and backward on two CPU cores. So on other
+platforms every group is cut into blocks of `BLOCK` rows, the last one padded, and multiplied block
+by block. The platform is that of the compiled program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 64
-"""Rows of a block: padding adds half of it per group, and each block reads its matrix once."""
+"""Rows of a block. Padding adds half a block per group on average; each block reads its matrix
+once."""
 
 Saved = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -46,7 +47,7 @@ def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, S
 
 
 def _backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    """A rule of our own, so that the residuals are not those of both platforms."""
+    """A custom rule, or the residuals of both platforms' branches would be kept."""
     dx, dw = jax.lax.platform_dependent(
         *saved, dy, tpu=_transposed(_ragged), default=_transposed(_blocked)
     )
@@ -68,14 +69,14 @@ def _transposed(
 
 
 def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    # What the instruction leaves in rows of no group is not said.
+    # ragged_dot does not specify the rows that belong to no group.
     grouped = (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
     product = jax.lax.ragged_dot(jnp.where(grouped, x, jnp.zeros_like(x)), w, sizes)
     return jnp.where(grouped, product, jnp.zeros_like(product))
 
 
 def _blocked(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Block `j` holds rows `rows[j]` of group `group[j]`; rows of no group are `n`."""
+    """Block `j` holds the rows `rows[j]`, of group `group[j]`; padding has row number `n`."""
     n, groups = x.shape[0], w.shape[0]
     blocks = jnp.arange(n // BLOCK + min(groups, n))
     of_group = -(-sizes // BLOCK)  # blocks of each group

@@ -76,11 +76,11 @@ def _products(a: jax.Array, b: jax.Array, tiles: Tiles | None, interpret: bool) 
     return products[:, :m, :m]
 
 
-def _tile(rows: Any, column_shards: Any, a: Any, b: Any, out: Any, *, tiles: Tiles) -> None:
+def _tile(rows: Any, columns: Any, a: Any, b: Any, out: Any, *, tiles: Tiles) -> None:
     """Compute one tile of one product, and write it to both its places."""
     program, count = pl.program_id(0), jnp.int32(rows.size)
     item, tile = jax.lax.div(program, count), jax.lax.rem(program, count)
-    row, column = rows[tile], column_shards[tile]
+    row, column = rows[tile], columns[tile]
     above = pl.ds(row * tiles.block, tiles.block)
     beside = pl.ds(column * tiles.block, tiles.block)
 

@@ -64,7 +64,7 @@ def _products(a: jax.Array, b: jax.Array, tiles: Tiles | None, interpret: bool) 
     tiles = tiles or Tiles.for_tpu(m, k, a.dtype)
     block, depth = tiles.block, tiles.depth
     pieces = pl.cdiv(k, depth)
-    rows, column_shards = tiles.places(m)
+    rows, columns = tiles.places(m)
 
     def operand(place: int) -> pl.BlockSpec:
         """Rows of the tile's row (0) or column (1); the mirroring step fetches nothing new."""
@@ -74,10 +74,8 @@ def _products(a: jax.Array, b: jax.Array, tiles: Tiles | None, interpret: bool) 
 
         return pl.BlockSpec((None, block, depth), index)
 
-    def result(
-        item: Any, tile: Any, step: Any, rows: Any, column_shards: Any
-    ) -> tuple[Any, Any, Any]:
-        row, column = rows[tile], column_shards[tile]
+    def result(item: Any, tile: Any, step: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
+        row, column = rows[tile], columns[tile]
         mirror = step == pieces
         return item, jnp.where(mirror, column, row), jnp.where(mirror, row, column)
 
@@ -102,11 +100,11 @@ def _products(a: jax.Array, b: jax.Array, tiles: Tiles | None, interpret: bool) 
         ),
         interpret=interpret,
         name="symmetric_product",
-    )(rows, column_shards, a, b)
+    )(rows, columns, a, b)
 
 
 def _step(
-    rows: Any, column_shards: Any, a: Any, b: Any, out: Any, total: Any, *, pieces: int, rest: int
+    rows: Any, columns: Any, a: Any, b: Any, out: Any, total: Any, *, pieces: int, rest: int
 ) -> None:
     """Add the product of one piece to the tile, or mirror the tile after the last.
 
@@ -132,4 +130,4 @@ def _step(
     def _mirror() -> None:
         # A tile on the diagonal is still where it was written, and is overwritten there.
         same, mirrored = total[...], total[...].T
-        out[...] = jnp.where(rows[tile] == column_shards[tile], 0.5 * (same + mirrored), mirrored)
+        out[...] = jnp.where(rows[tile] == columns[tile], 0.5 * (same + mirrored), mirrored)

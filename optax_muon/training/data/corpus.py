@@ -1,12 +1,13 @@
-"""The data: text as bytes, or tokens; a held-out part; batches as a function of seed and step.
+"""Corpora of text as bytes or tokens, split into a training and a held-out part.
 
-By default the sources of Python's own standard library, which every machine has (about 9 MB). A
-file is held out by a hash of its path inside the corpus, so every machine holds out the same ones.
-Tokens are bytes; a zero byte, which no text contains, stands before each file. Text in the tokens
-of another vocabulary is a `.npy` file of integers, which stays on disk; `numpy.save` writes it.
+The default is the source of Python's own standard library, which every machine has (about 9 MB). A
+hash of a file's path inside the corpus decides whether it is held out, so every machine holds out
+the same files. Tokens are bytes, with a zero byte, which no text contains, before each file. A
+corpus in tokens of another vocabulary is a `.npy` file of integers (`numpy.save`), which stays on
+disk.
 
-A batch depends on `(seed, step)` and on nothing else, so every optimizer sees the same data in the
-same order and a resumed run goes on where it stopped without any saved state.
+A batch is a function of `(seed, step)` alone, so every optimizer sees the same data in the same
+order, and a run resumes where it stopped without any saved state.
 """
 
 from __future__ import annotations
@@ -24,48 +25,45 @@ import numpy as np
 
 from optax_muon.errors import UsageError
 
-# Tests and installed packages differ from machine to machine; `encodings` and `pydoc_data` are
-# generated tables, not text that somebody wrote.
+# Tests and installed packages differ between machines; `encodings` and `pydoc_data` are generated
+# tables, not written text.
 NOT_TEXT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "pydoc_data"}
 )
 HELD_OUT = 1 / 20
 FEWEST_FILES = 20
-PIECE = 2**24
-"""Tokens looked at at once."""
+CHUNK = 2**24
+"""Tokens scanned per chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text as tokens, in two parts that share nothing.
-
-    Attributes:
-        train: integers, `[train tokens]`; uint8 where tokens are bytes.
-        held_out: integers, `[held-out tokens]`, never trained on.
-        origin: where the text is from and how it was split, for people.
-    """
+    """Text as tokens, in two disjoint parts."""
 
     train: np.ndarray
+    """Integers, `[train tokens]`; uint8 where tokens are bytes."""
     held_out: np.ndarray
+    """Integers, `[held-out tokens]`, never trained on."""
     origin: str
+    """Where the text is from and how it was split, for people."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of both parts: equal on two machines exactly if their texts are."""
+        """SHA-256 of both parts: equal on two machines exactly if their texts are equal."""
         digest = hashlib.sha256()
-        for piece in (*_pieces(self.train), np.frombuffer(b"|", np.uint8), *_pieces(self.held_out)):
-            digest.update(np.ascontiguousarray(piece).data)
+        for chunk in (*_chunks(self.train), np.frombuffer(b"|", np.uint8), *_chunks(self.held_out)):
+            digest.update(np.ascontiguousarray(chunk).data)
         return digest.hexdigest()
 
 
-def load(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
+def load_corpus(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
     """Read the corpus.
 
     Args:
-        pattern: a file, a folder, or a glob (`**` goes into folders), or a `.npy` file of tokens;
+        pattern: a file, a folder, or a glob (`**` matches subfolders), or a `.npy` file of tokens;
             None is the standard library.
-        context: tokens of one sequence; each part must hold at least one and its next token.
-        vocab: tokens that the model knows.
+        context: tokens of one sequence; each part must hold at least one, and the token after it.
+        vocab: size of the model's vocabulary.
 
     Returns:
         The corpus.
@@ -74,7 +72,7 @@ def load(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
         UsageError: when no file matches, there is too little text, or a token is not in the
             vocabulary.
 
-    >>> corpus = load(None, context=128)
+    >>> corpus = load_corpus(None, context=128)
     >>> corpus.train.dtype, len(corpus.train) > 10 * len(corpus.held_out) > 0
     (dtype('uint8'), True)
     """
@@ -96,19 +94,19 @@ def load(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
         if low < 0 or high >= vocab:
             wrong = low if low < 0 else high
             raise UsageError(
-                f"--data has a token {wrong}, the model's vocabulary is 0 to {vocab - 1}"
+                f"--data has a token {wrong}; the model's vocabulary is 0 to {vocab - 1}"
             )
     return corpus
 
 
 def starts(tokens: np.ndarray, seed: int, step: int, size: int, context: int) -> np.ndarray:
-    """Random places of windows, int64 `[size]`, a pure function of its arguments."""
+    """Random indices of windows' first tokens, int64 `[size]`; a pure function of its arguments."""
     random = np.random.Generator(np.random.Philox(key=[seed, step]))
     return random.integers(0, len(tokens) - context, size)
 
 
 def held_out_starts(tokens: np.ndarray, size: int, context: int) -> np.ndarray:
-    """Places of at most `size` windows spread evenly, int64; no two windows overlap."""
+    """First tokens of at most `size` evenly spread windows, int64; no two windows overlap."""
     count = min(size, len(tokens) // (context + 1))
     return np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
 
@@ -129,7 +127,7 @@ def is_held_out(name: str) -> bool:
 
 
 def _tokens(path: Path) -> Corpus:
-    """The tokens of a file, which are read where they are needed."""
+    """The tokens of a file, memory-mapped."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -143,19 +141,19 @@ def _tokens(path: Path) -> Corpus:
     return Corpus(tokens[:cut], tokens[cut:], f"{path}: {how}")
 
 
-def _pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """All of it, a part at a time: a file of tokens may be larger than memory."""
-    return (tokens[i : i + PIECE] for i in range(0, len(tokens), PIECE))
+def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """All tokens, chunk by chunk: a file may be larger than memory."""
+    return (tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK))
 
 
 def _range(tokens: np.ndarray) -> tuple[int, int]:
     """The smallest and the largest token."""
-    ends = [(int(piece.min()), int(piece.max())) for piece in _pieces(tokens)]
+    ends = [(int(chunk.min()), int(chunk.max())) for chunk in _chunks(tokens)]
     return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def _split(texts: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Hold out whole files, or with few files the end of each."""
+    """Hold out whole files, or, of few files, the end of each."""
     names = sorted(texts)
     if len(names) >= FEWEST_FILES:
         train = [texts[name] for name in names if not is_held_out(name)]

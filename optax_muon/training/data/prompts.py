@@ -1,12 +1,12 @@
-r"""Prompts and their answers: lines of JSON to tokens, and batches of which only answers count.
+r"""Prompt-completion pairs: lines of JSON to tokens, and weights that count completions alone.
 
-A line is `{"prompt": "reverse abc =", "answer": " cba"}`. It becomes one sequence of bytes,
+A line is `{"prompt": "reverse abc =", "completion": " cba"}`. It becomes one sequence of bytes,
 
-    \0 prompt answer \0             weights 0 for \0 and the prompt, 1 for the answer and its end
+    \0 prompt completion \0     weights 0 for \0 and the prompt, 1 for the completion and its end
 
-filled up with zeros of weight 0. The zero byte is what pretraining puts between texts (`data.py`),
-so that a model knows where a text begins and learns to say where an answer ends. Some of the lines
-are held out, by a hash of their prompts: no prompt is in both parts.
+padded with zeros of weight 0. Pretraining puts the same zero byte between texts (`corpus.py`), so a
+model knows where a text begins and learns to mark where a completion ends. Some of the lines are
+held out, by a hash of their prompts: no prompt is in both parts.
 """
 
 from __future__ import annotations
@@ -23,41 +23,38 @@ import numpy as np
 from optax_muon.errors import UsageError
 from optax_muon.training.data.corpus import HELD_OUT
 
-KEYS = ("prompt", "answer")
+KEYS = ("prompt", "completion")
 END = b"\0"
 VOCAB = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """Prompts and answers as a model takes them.
-
-    Attributes:
-        tokens: int32 `[examples, context + 1]`.
-        weights: of the predictions of `tokens[:, 1:]`, float32 `[examples, context]`: 1 where that
-            is part of an answer or its end, else 0.
-    """
+    """Prompts and completions as a model takes them."""
 
     tokens: np.ndarray
+    """int32 `[examples, context + 1]`."""
     weights: np.ndarray
+    """Of the predictions of `tokens[:, 1:]`, float32 `[examples, context]`: 1 where that is part of
+    a completion or its end, else 0."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def at(self, rows: np.ndarray) -> TokenBatch:
-        """These rows; -1 is a row that weighs nothing."""
-        there = (rows >= 0).astype(np.float32)
-        return TokenBatch(self.tokens[rows], self.weights[rows] * there[:, None])
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and weights of these rows; -1 is a row of weight 0."""
+        is_row = (rows >= 0).astype(np.float32)
+        return self.tokens[rows], self.weights[rows] * is_row[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptDataset:
-    """A file's examples, in two parts that share no prompt."""
+    """The pairs of a file, in two parts that share no prompt."""
 
     train: TokenBatch
-    """Those to learn."""
+    """Pairs to learn."""
     held_out: TokenBatch
-    """Those never trained on."""
+    """Pairs never trained on."""
 
     @property
     def fingerprint(self) -> str:
@@ -67,22 +64,24 @@ class PromptDataset:
         return hashlib.sha256(b"|".join(array.tobytes() for array in arrays)).hexdigest()
 
 
-def load(path: Path, context: int) -> PromptDataset:
-    """Read a file of prompts and answers.
+def load_prompts(path: Path, context: int) -> PromptDataset:
+    """Read a file of prompt-completion pairs.
 
     Args:
         path: a line of JSON per example, UTF-8; empty lines are skipped.
-        context: tokens of one sequence; prompt, answer and one zero byte must fit.
+        context: tokens of one sequence; prompt, completion and one zero byte must fit.
 
     Raises:
-        UsageError: when the file cannot be read; when a line is no JSON, lacks a key, has an empty
-            answer or is too long, with its number; or when there are fewer than two prompts.
+        UsageError: when the file cannot be read; when a line is not JSON, lacks a key, has an empty
+            completion or is too long, with its number; or when it has fewer than two prompts.
     """
     pairs = [_pair(path, number, line) for number, line in _lines(path)]
     sequences = [_sequence(path, number, context, *pair) for number, *pair in pairs]
     held_out = _held_out([prompt for _, prompt, _ in pairs])
     if all(held_out):
-        raise UsageError(f"{path} has {len(set(p for _, p, _ in pairs))} prompts, two are needed")
+        raise UsageError(
+            f"{path} has {len(set(p for _, p, _ in pairs))} prompts, at least two are needed"
+        )
     return PromptDataset(
         _stacked([s for s, out in zip(sequences, held_out, strict=True) if not out]),
         _stacked([s for s, out in zip(sequences, held_out, strict=True) if out]),
@@ -101,8 +100,8 @@ def steps(examples: int, batch: int, epochs: int) -> int:
 def rows(examples: int, seed: int, step: int, batch: int, epochs: int) -> np.ndarray:
     """The examples of a step, counted from 1: int64 `[batch]`, a pure function of its arguments.
 
-    Every epoch has its own order, and a batch may reach into the next one. The last batch is filled
-    up with -1.
+    Every epoch has its own order, and a batch may extend into the next one. The last batch is
+    padded with -1.
 
     >>> [rows(examples=3, seed=0, step=step, batch=2, epochs=1).tolist() for step in (1, 2)]
     [[1, 2], [0, -1]]
@@ -122,7 +121,7 @@ def rows(examples: int, seed: int, step: int, batch: int, epochs: int) -> np.nda
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that hold something, with their numbers from 1."""
+    """The lines that are not empty, with their numbers from 1."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -132,42 +131,42 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _pair(path: Path, number: int, line: str) -> tuple[int, bytes, bytes]:
-    """Prompt and answer of a line."""
+    """Number, prompt and completion of a line."""
     where = f"{path}, line {number}"
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise UsageError(f"{where} is no JSON: {error}") from error
+        raise UsageError(f"{where} is not JSON: {error}") from error
     for key in KEYS:
         if not isinstance(row, dict) or not isinstance(row.get(key), str):
             raise UsageError(
-                f'{where} has no text "{key}"; a line is {{"prompt": "...", "answer": "..."}}'
+                f'{where} has no text "{key}"; a line is {{"prompt": "...", "completion": "..."}}'
             )
-    if not row["answer"]:
-        raise UsageError(f"{where} has an empty answer")
-    return number, row["prompt"].encode(), row["answer"].encode()
+    if not row["completion"]:
+        raise UsageError(f"{where} has an empty completion")
+    return number, row["prompt"].encode(), row["completion"].encode()
 
 
 def _sequence(
-    path: Path, number: int, context: int, prompt: bytes, answer: bytes
+    path: Path, number: int, context: int, prompt: bytes, completion: bytes
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens `[context + 1]` and weights `[context]` of a line."""
-    used = len(END) + len(prompt) + len(answer)
+    used = len(END) + len(prompt) + len(completion)
     if used > context:
         raise UsageError(
             f"{path}, line {number} is too long: {used} tokens (1 + {len(prompt)} of the prompt + "
-            f"{len(answer)} of the answer), the model's context is {context}"
+            f"{len(completion)} of the completion), the model's context is {context}"
         )
-    text = END + prompt + answer + END
+    text = END + prompt + completion + END
     tokens = np.zeros([context + 1], np.int32)
     tokens[: len(text)] = np.frombuffer(text, np.uint8)
     weights = np.zeros([context], np.float32)
-    weights[len(prompt) : used] = 1  # the answer begins at len(prompt) + 1, predicted one before
+    weights[len(prompt) : used] = 1  # it begins at len(prompt) + 1, predicted one before
     return tokens, weights
 
 
 def _held_out(prompts: Sequence[bytes]) -> list[bool]:
-    """The twentieth of the smallest hashes, at least one; equal prompts on the same side."""
+    """The twentieth with the smallest hashes, at least one; equal prompts are in the same part."""
     hashes = [hashlib.sha256(prompt).digest() for prompt in prompts]
     last = sorted(hashes)[: max(1, round(HELD_OUT * len(hashes)))][-1:]
     return [each <= last[0] for each in hashes]

@@ -1,0 +1,84 @@
+"""`optax-muon sweep` finds learning rates and weight decays.
+
+The work is done in `training/sweep.py`, the result is shown by `reports/sweep.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from optax_muon.cli.options import assignments
+from optax_muon.cli.reports import sweep as sweep_report
+from optax_muon.cli.reports import training as training_report
+from optax_muon.cli.train import Experiment
+from optax_muon.errors import UsageError
+from optax_muon.training import sweep
+from optax_muon.training.optimizers import hyper_params, optimizer
+from optax_muon.training.run_folder import RunFolder
+
+RATIOS = (0.5, 1.0, 2.0)
+"""Learning rates to try, over the preset's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep(Experiment):
+    """Find the learning rate and weight decay of each optimizer, with the same budget.
+
+    Every point is one whole training run. Writes sweep.csv line by line, then sweep.md and
+    sweep.png; the same command continues after the last finished point.
+    """
+
+    out: Path = Path("runs/sweep")
+    """Folder of the result."""
+    optimizers: tuple[str, ...] = ("adamw", "muon")
+    """Optimizers to tune: adamw, muon, normuon, lion."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
+    """Peak learning rates to try, such as adamw.lr=3e-3,6e-3 muon.lr=6e-3,1.2e-2: the same number
+    of them for each optimizer. By default half, once and twice the preset's."""
+    weight_decay: tuple[float, ...] = (0.1, 0.3, 1.0)
+    """Weight decays to try with each learning rate."""
+
+    def __call__(self) -> None:
+        """Run the missing points, then report."""
+        self.check()
+        points = sweep.grid(self._rates(), self.weight_decay)
+        # Only the final loss counts, so one evaluation at the end is enough.
+        config = dataclasses.replace(self.config, eval_every=self.row.steps)
+        task, folder = self.task(config), RunFolder(self.out)
+        asked = {
+            "training": dataclasses.asdict(config),
+            "fingerprint": task.corpus.fingerprint,
+        }
+        folder.create_or_resume(asked, resume=folder.config.exists(), overwrite=False)
+        table = sweep.SweepTable(self.out / "sweep.csv")
+        with task.devices.mesh_context():
+            sweep.run_all(task, points, table)
+        heading = training_report.describe(self.model, config)
+        sweep_report.publish(table.read(), heading, config.unit, self.out)
+
+    def _rates(self) -> dict[str, tuple[float, ...]]:
+        """Learning rates by optimizer.
+
+        Raises:
+            UsageError: when something else than the rates of these optimizers is set.
+        """
+        given = assignments(self.overrides)
+        for name, numbers in given.items():
+            if name not in self.optimizers or numbers.keys() != {"lr"}:
+                accepted = ", ".join(f"{each}.lr" for each in self.optimizers)
+                raise UsageError(
+                    f"--set has {', '.join(f'{name}.{key}' for key in numbers)}; sweep takes "
+                    f"{accepted}, and --weight-decay for all of them"
+                )
+        return {
+            optimizer(name).name: given[name]["lr"] if name in given else self._default_rates(name)
+            for name in self.optimizers
+        }
+
+    def _default_rates(self, name: str) -> tuple[float, ...]:
+        peak = hyper_params(name, self.row.hyper_params).lr
+        return tuple(ratio * peak for ratio in RATIOS)

@@ -1,0 +1,321 @@
+"""What a whole tree of parameters shows: stack axes, widths, vocabulary, who reads whose outputs.
+
+A parameter's own name and shape are often not enough: `[32, 32, 128, 4096]` is one stack of layers
+along the first or along the second axis. Its siblings tell: all parameters of a scanned module
+share the length of the stack at one place, a norm's scale `[4096, 32]` shows which place that is,
+and its other axis is the width of the model. A `Tree` collects this once, in a pass that is linear
+in the number of parameters.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+
+from optax_muon.matrices.rules import ParamInfo, is_stacked_name
+from optax_muon.matrices.views import Axes
+
+Mark = tuple[int, int]
+"""An axis, counted from the front (>= 0) or from the end (< 0), and its length."""
+
+# Layers are stacked in fewer numbers than they are wide, but for toys: 12 layers of width 8.
+LONG_STACK = 2
+
+_NORM = re.compile(
+    r"(.*/)?((\w*norm\w*|\w*rms\w*|(\w+_)?(ln|bn)\d*|(ln|bn)_\w+)(/(scale|weight|w|gamma|gain|beta|offset"
+    r"|bias|b|shift))?|(\w+_)?(gamma|gammas?)(_\w+)?)"
+)
+_HEAD_NORM = re.compile(
+    r"(.*/)?(([qk]|query|key)_?(layer)?_?(norm|ln)\w*|(\w+_)?[qk]_gamma)(/\w+)?"
+)
+_BIAS = re.compile(r"(.*/)?(\w+_)?(bias|b)")
+_VALUE = re.compile(r"kernel|w|weight|embeddings?|value|raw_value")
+_EMBEDDING = re.compile(r"(.*/)?(\w*embed\w*|wte|(\w+_)?emb|tok\w*)(/.*)?")
+_NOT_VOCABULARY = re.compile(r"(.*/)?\w*(pos|segment|type|patch|time|rel|label|class)\w*(/.*)?")
+_ATTENTION = re.compile(r"\w*att(n|ention)\w*")
+
+
+@dataclasses.dataclass(slots=True)
+class _Node:
+    """A module: what all parameters below it have in common."""
+
+    children: dict[str, _Node] = dataclasses.field(default_factory=dict)
+    leaves: list[str] = dataclasses.field(default_factory=list)
+    count: int = 0
+    common: frozenset[Mark] | None = None
+    norms: list[str] = dataclasses.field(default_factory=list)
+    vectors: bool = False
+
+
+class Tree:
+    """The evidence of a tree of parameters.
+
+    Args:
+        shapes: path to shape, of every parameter that is visible.
+        partial: whether some parameters are hidden by a mask; then nothing follows from absence.
+        stacks: stack axes that are known beforehand, by path.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        partial: bool = False,
+        stacks: Mapping[str, Axes] | None = None,
+    ) -> None:
+        self.shapes = shapes
+        self.partial = partial
+        self.plain = {path: ParamInfo.of(path, shape) for path, shape in shapes.items()}
+        self._root = _Node()
+        for path in shapes:
+            self._insert(path)
+        _summarize(self._root, self.plain)
+        self._stacks: dict[str, list[Axes]] = {}
+        self._walk(self._root, "", (), [()], False)
+        self._stacks |= {path: [axes] for path, axes in (stacks or {}).items()}
+        self.homes: dict[str, list[str]] = collections.defaultdict(list)
+        self.modules: dict[str, list[str]] = collections.defaultdict(list)
+        for path in shapes:
+            module = module_of(path)
+            self.modules[module].append(path)
+            self.homes[module.rpartition("/")[0]].append(path)
+
+    def infos(self, path: str) -> list[ParamInfo]:
+        """The parameter, once for every set of stack axes that it may have."""
+        plain = self.plain[path]
+        return [dataclasses.replace(plain, stack=axes) for axes in self._stacks[path]]
+
+    def info(self, path: str) -> ParamInfo:
+        """The parameter with its likeliest stack axes."""
+        return dataclasses.replace(self.plain[path], stack=self._stacks[path][0])
+
+    def settled(self, path: str) -> bool:
+        """Whether the stack axes of a parameter are known."""
+        return len(self._stacks[path]) == 1
+
+    def bias(self, path: str) -> tuple[int, ...] | None:
+        """Shape of one layer's bias beside a kernel: `q/bias` of `q/kernel`, `q_bias` of `q`."""
+        module = module_of(path)
+        beside = [
+            p for p in self.modules[module] if p != path and _BIAS.fullmatch(self.plain[p].role)
+        ]
+        beside += [f"{path}_bias"] if f"{path}_bias" in self.shapes else []
+        return self.info(beside[0]).own if len(beside) == 1 else None
+
+    def widths(self, path: str) -> frozenset[int]:
+        """Widths of the features around a parameter: those that the nearest norms scale."""
+        node, found = self._root, self._norm_widths("")
+        prefix = ""
+        for name in path.split("/")[:-1]:
+            node = node.children[name]
+            prefix = f"{prefix}/{name}" if prefix else name
+            if node.norms:
+                found = self._norm_widths(prefix) or found
+        return found or self.embedding_widths
+
+    def all_widths(self) -> frozenset[int]:
+        """Widths of all features in the tree."""
+        return self._norm_widths("") | self.embedding_widths
+
+    @functools.cached_property
+    def vocabularies(self) -> dict[int, list[str]]:
+        """Length of a vocabulary to the tables that have it as rows."""
+        found: dict[int, list[str]] = collections.defaultdict(list)
+        for path, info in self.plain.items():
+            named = _EMBEDDING.fullmatch(info.role) and not _NOT_VOCABULARY.fullmatch(info.role)
+            own = self.info(path)
+            # A table under a `kernel` is a projection.
+            if named and not info.role.endswith(("kernel", "/w")) and len(own.own) == 2:
+                found[own.own[0]].append(path)
+        return found
+
+    @functools.cached_property
+    def embedding_widths(self) -> frozenset[int]:
+        """Widths of the tables with a vocabulary."""
+        tables = itertools.chain(*self.vocabularies.values())
+        return frozenset(self.info(path).own[1] for path in tables)
+
+    @functools.cached_property
+    def repeats(self) -> collections.Counter[tuple[str, tuple[int, ...]]]:
+        """How often a role occurs with a shape."""
+        return collections.Counter((info.role, info.shape) for info in self.plain.values())
+
+    def inside(self, path: str) -> bool:
+        """Whether a parameter lies in a block that is repeated or stacked."""
+        info = self.info(path)
+        if info.stack or self.repeats[info.role, info.shape] > 1:
+            return True
+        if not info.indexed:
+            return False
+        # `layers/3/weight` may be one layer of a sequence, `layers/3/mlp/weight` is in a block.
+        return not module_of(path).rpartition("/")[2].isdigit()
+
+    def peers(self, path: str) -> list[ParamInfo]:
+        """The parameters of the modules beside a parameter's own, itself included."""
+        home = module_of(path).rpartition("/")[0]
+        return [self.info(peer) for peer in self.homes[home]]
+
+    def _norm_widths(self, prefix: str) -> frozenset[int]:
+        if prefix not in self._widths:
+            node = self._root
+            for name in prefix.split("/") if prefix else ():
+                node = node.children[name]
+            owns = [self.info(path) for path in node.norms]
+            self._widths[prefix] = frozenset(
+                info.shape[info.long_axes[0]] for info in owns if len(info.long_axes) == 1
+            )
+        return self._widths[prefix]
+
+    @functools.cached_property
+    def _widths(self) -> dict[str, frozenset[int]]:
+        return {}
+
+    def _insert(self, path: str) -> None:
+        node = self._root
+        for name in path.split("/")[:-1]:
+            node = node.children.setdefault(name, _Node())
+        node.leaves.append(path)
+
+    def _walk(
+        self,
+        node: _Node,
+        name: str,
+        taken: tuple[Mark, ...],
+        ways: list[tuple[Mark, ...]],
+        plain: bool,
+    ) -> None:
+        """Find the modules that stack their layers, from the root downward.
+
+        Args:
+            node: the module.
+            name: its name.
+            taken: stack axes of the modules above.
+            ways: every set of stack axes that is possible here.
+            plain: whether a vector shows that no module above stacks.
+        """
+        plain = plain or node.vectors
+        found = self._stack_marks(node, name, ways[0])
+        if found:
+            ways, plain = found, True
+        for path in node.leaves:
+            self._stacks[path] = self._axes(path, ways, plain)
+        for child, below in node.children.items():
+            listed = child.isdigit() and bool(found) is False
+            self._walk(
+                below, "" if listed else child, taken, ways, plain and not _opens(child, below)
+            )
+
+    def _stack_marks(
+        self, node: _Node, name: str, known: tuple[Mark, ...]
+    ) -> list[tuple[Mark, ...]]:
+        """The stack axes that a module adds to those known; empty if it stacks nothing."""
+        free = sorted(node.common or (), key=lambda mark: (mark[0] < 0, abs(mark[0])))
+        free = [mark for mark in free if mark not in known]
+        if not free or _ATTENTION.fullmatch(name):
+            return []
+        named = is_stacked_name(name) and not all(map(str.isdigit, node.children or "x"))
+        if node.norms and node.count > len(node.norms):
+            return self._by_norms(node, free, known)
+        return self._by_name(node, free, known) if named else []
+
+    def _by_norms(
+        self, node: _Node, free: list[Mark], known: tuple[Mark, ...]
+    ) -> list[tuple[Mark, ...]]:
+        """A norm has one axis of its own; its others are stacks, shared by all beside it."""
+        shape = min((self.shapes[path] for path in node.norms), key=len)
+        extra = len(shape) - 1 - len(known)
+        places = {mark[0] % len(shape): mark for mark in reversed(free) if mark[0] < len(shape)}
+        for mark in known:
+            places.pop(mark[0] % len(shape), None)
+        if extra < 1 or len(places) < extra:
+            return []
+        return [(*known, *marks) for marks in itertools.combinations(places.values(), extra)]
+
+    def _by_name(
+        self, node: _Node, free: list[Mark], known: tuple[Mark, ...]
+    ) -> list[tuple[Mark, ...]]:
+        """A module whose name is a plural of layers stacks them at a place that all share."""
+        front = [mark for mark in free if mark[0] >= 0] or free
+        likely = [mark for mark in front if mark[0] == 0 and self._short(node, mark)]
+        if node.count > 1 and len(front) > 1 and not likely:
+            return [(*known, mark) for mark in front]
+        ways = likely if node.count == 1 or len(front) == 1 else front
+        return [(*known, mark) for mark in ways or front[:2]]
+
+    def _short(self, node: _Node, mark: Mark) -> bool:
+        """Whether a stack is not longer than its matrices are wide."""
+        others = [
+            length
+            for path in _paths(node)
+            for axis, length in enumerate(self.shapes[path])
+            if axis != mark[0] and length > 1
+        ]
+        return not others or mark[1] <= LONG_STACK * min(others)
+
+    def _axes(self, path: str, ways: list[tuple[Mark, ...]], plain: bool) -> list[Axes]:
+        shape = self.shapes[path]
+        found = dict.fromkeys(
+            tuple(sorted({a % len(shape) for a, _ in way})) if shape else () for way in ways
+        )
+        known = list(found)
+        if known != [()] or plain or self.plain[path].indexed or len(shape) < 3:
+            return known
+        rest = [length for length in shape[1:] if length > 1]
+        hidden = len(rest) > 1 and shape[0] <= LONG_STACK * min(rest)
+        return [(), (0,)] if hidden else [()]
+
+
+def module_of(path: str) -> str:
+    """The module that owns a parameter: the path without `kernel`, `weight`, `weight/0` or `bias`.
+
+    >>> module_of("attn/q_proj/weight/0"), module_of("attn/q")
+    ('attn/q_proj', 'attn/q')
+    """
+    above, _, last = path.rpartition("/")
+    if last.isdigit() and _VALUE.fullmatch(above.rpartition("/")[2]):
+        above, _, last = above.rpartition("/")
+    if last.isdigit() and _BIAS.fullmatch(above.rpartition("/")[2]):
+        above, _, last = above.rpartition("/")
+    return above if above and (_VALUE.fullmatch(last) or last in ("bias", "b")) else path
+
+
+def is_norm(role: str) -> bool:
+    """Whether a role is a norm's scale or offset."""
+    return _NORM.fullmatch(role) is not None
+
+
+def _paths(node: _Node) -> Iterable[str]:
+    yield from node.leaves
+    for child in node.children.values():
+        yield from _paths(child)
+
+
+def _opens(name: str, node: _Node) -> bool:
+    """Whether a module may stack its layers though those around it are not stacked."""
+    return is_stacked_name(name) and not all(map(str.isdigit, node.children or "x"))
+
+
+def _summarize(node: _Node, infos: Mapping[str, ParamInfo]) -> None:
+    """Fill in what the parameters below a module share, from the leaves upward."""
+    shared: list[frozenset[Mark]] = []
+    for path in node.leaves:
+        info = infos[path]
+        rank = len(info.shape)
+        marks = [(a, n) for a, n in enumerate(info.shape)]
+        shared.append(frozenset([*marks, *((a - rank, n) for a, n in marks)]))
+        if _NORM.fullmatch(info.role) and not _HEAD_NORM.fullmatch(info.role) and rank:
+            node.norms.append(path)
+        node.vectors = node.vectors or rank == 1
+    node.count = len(node.leaves)
+    for child in node.children.values():
+        _summarize(child, infos)
+        node.count += child.count
+        node.norms += child.norms
+        node.vectors = node.vectors or child.vectors
+        if child.common is not None:
+            shared.append(child.common)
+    node.common = frozenset.intersection(*shared) if shared else None

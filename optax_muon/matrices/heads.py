@@ -1,0 +1,156 @@
+"""Output heads that their names do not show: they write a vocabulary, or what nobody reads.
+
+A kernel outside all blocks that maps the model's width onto the rows of an embedding is a head. So
+is a last layer, `Dense_0` of a ResNet or `layers/8` of a sequence: nothing in the tree reads its
+outputs, though something writes its inputs. Where that is not certain, the parameter is ambiguous.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterator, Mapping
+
+from optax_muon.matrices.evidence import Tree, module_of
+from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo
+from optax_muon.matrices.views import BoundView, View
+
+# Names of a layer that may stand anywhere, so in the last place too.
+_ANYWHERE = re.compile(
+    r"\w*dense\w*|\w*linear\w*|fc\w*|layers?|\w*conv\w*|affine|proj\w*|lin\w*|kernel|w|weight|"
+    r"out\w*|\w*_out(put)?|final\w*|last\w*|pred\w*|\w*class\w*|\w*logit\w*|to_\w+|decoder|net|mlp|seq\w*|"
+    r"sequential|model|policy\w*|actor\w*|critic\w*|q\w*_values?"
+)
+_INNER = re.compile(
+    r"(.*/)?(\w*att(n|ention)\w*|\w*mlp\w*|\w*ffn?w?|\w*feed_?forward\w*|\w*lstm\w*|\w*gru\w*|\w*rnn\w*"
+    r"|\w*cell\w*|\w*modulation\w*|\w*ada_?ln\w*|\w*film\w*|\w*mixer\w*|\w*block\w*)(/.*)?"
+)
+# A fused or conditioning layer writes a few times its own width.
+_FUSED_AT_MOST = 9
+
+
+def find_heads(decisions: dict[str, Decision], tree: Tree) -> dict[str, Decision]:
+    """Decide again the matrices that may be output heads."""
+    bound = {
+        path: decision.view.bind(tree.shapes[path])
+        for path, decision in decisions.items()
+        if decision.view is not None
+    }
+    flow = _Flow(bound, tree)
+    changed = (
+        (path, _decide(tree.info(path), bound[path], decisions[path], tree, flow))
+        for path in bound
+        if not tree.inside(path)
+    )
+    return decisions | dict(changed)
+
+
+def _decide(
+    info: ParamInfo, bound: BoundView, decision: Decision, tree: Tree, flow: _Flow
+) -> Decision:
+    if len(info.long_axes) == 2 and not bound.batch_axes:
+        vocabulary = _vocabulary(info, tree)
+        if vocabulary is not None:
+            return vocabulary
+    fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
+    if flow.is_read(info.path, bound) or len(flow.bounds) < 2 or not flow.is_fed(info.path, bound):
+        return decision
+    name = _last_name(info)
+    if _INNER.fullmatch(info.role) or not _ANYWHERE.fullmatch(name):
+        return decision
+    fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
+    if tree.partial or fused:
+        return _either(info, bound, "a layer that nothing reads may be the output head")
+    return Decision(None, f"output head: nothing reads its {fan_out} outputs")
+
+
+def _vocabulary(info: ParamInfo, tree: Tree) -> Decision | None:
+    """A head by its shape: the width of an embedding onto its rows."""
+    for rows, tables in tree.vocabularies.items():
+        widths = {tree.info(path).own[1] for path in tables}
+        if sorted(info.own) not in ([sorted((rows, width)) for width in widths]):
+            continue
+        if rows not in widths:
+            return Decision(None, f"output head: the rows of {tables[0]!r}".replace("'", ""))
+        beside = {module_of(path).rpartition("/")[0] for path in tables}
+        if module_of(info.path).rpartition("/")[0] in beside and _generic(info):
+            return Decision(None, "output head: beside an embedding of its shape")
+    return None
+
+
+def _generic(info: ParamInfo) -> bool:
+    return _ANYWHERE.fullmatch(_last_name(info)) is not None and not _INNER.fullmatch(info.role)
+
+
+def _either(info: ParamInfo, bound: BoundView, reason: str) -> Decision:
+    view = View(bound.row_axes, bound.col_axes)
+    offered = (
+        Interpretation.of(view, info.shape),
+        Interpretation.of(None, info.shape, "the output head"),
+    )
+    return Decision(None, reason, offered)
+
+
+class _Flow:
+    """Which lengths are read and written, and by how many parameters."""
+
+    def __init__(self, bounds: Mapping[str, BoundView], tree: Tree) -> None:
+        self.bounds = bounds
+        self.readers: collections.Counter[int] = collections.Counter()
+        self.writers: collections.Counter[int] = collections.Counter()
+        for path, shape in tree.shapes.items():
+            bound = bounds.get(path)
+            if bound is not None:
+                self.readers.update(_lengths(bound, bound.row_axes))
+                self.writers.update(_lengths(bound, bound.col_axes))
+            elif len(long := tree.info(path).long_axes) == 1 and len(shape) > 1:
+                # A kernel onto a single output reads its width.
+                self.readers[shape[long[0]]] += 1
+            elif len(long) == 2:
+                self.writers[shape[long[1]]] += 1
+        for width in tree.all_widths():
+            self.readers[width] += 1
+            self.writers[width] += 1
+        # Dense kernels of inputs that nothing writes: a flattened picture.
+        self.orphans = {
+            _size(b, b.row_axes)
+            for b in bounds.values()
+            if len(b.row_axes) == 1 and not self.writers[_size(b, b.row_axes)]
+        }
+
+    def is_read(self, path: str, bound: BoundView) -> bool:
+        """Whether another parameter reads what this one writes."""
+        own = set(_lengths(bound, bound.row_axes))
+        lengths = set(_lengths(bound, bound.col_axes))
+        if lengths & own or any(self.readers[length] - (length in own) > 0 for length in lengths):
+            return True
+        out = _size(bound, bound.col_axes)
+        spatial = len(bound.shape) > 2
+        return spatial and any(orphan > out and orphan % out == 0 for orphan in self.orphans)
+
+    def is_fed(self, path: str, bound: BoundView) -> bool:
+        """Whether another parameter writes what this one reads, or it flattens a picture."""
+        own = set(_lengths(bound, bound.col_axes))
+        lengths = set(_lengths(bound, bound.row_axes))
+        return any(self.writers[length] - (length in own) > 0 for length in lengths)
+
+
+def _lengths(bound: BoundView, axes: tuple[int, ...]) -> Iterator[int]:
+    if len(axes) > 2:
+        # Of a convolution, the channels in, which stand beside the channels out.
+        axes = tuple(axis for axis in axes if abs(axis - bound.col_axes[0]) == 1) or axes
+    yield from dict.fromkeys([*(bound.shape[axis] for axis in axes), _size(bound, axes)])
+
+
+def _size(bound: BoundView, axes: tuple[int, ...]) -> int:
+    size = 1
+    for axis in axes:
+        size *= bound.shape[axis]
+    return size
+
+
+def _last_name(info: ParamInfo) -> str:
+    parts = info.role.split("/")
+    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "value"):
+        parts.pop()
+    return parts[-1]

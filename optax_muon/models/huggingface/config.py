@@ -1,0 +1,96 @@
+"""A checkpoint's `config.json`, read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from optax_muon.models.moonlight import MoonlightConfig
+
+CONFIG = "config.json"
+"""The config of a checkpoint, and of a run."""
+
+CONTEXT = "max_position_embeddings"
+"""The key whose value is our `context`."""
+
+_OURS = {"context", "capacity", "query_block", "dtype", "rope_theta", "rope_interleave"}
+_SAME = [f.name for f in dataclasses.fields(MoonlightConfig) if f.name not in _OURS]
+"""Fields that have the same name and must stand in both configs."""
+
+_FIXED: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "rope_scaling": None,
+    "quantization_config": None,
+}
+"""Values that a checkpoint of this architecture has; another value is another architecture."""
+
+
+def from_huggingface(config: Mapping[str, Any]) -> MoonlightConfig:
+    """The sizes in a checkpoint's `config.json`.
+
+    Raises:
+        ValueError: a size is missing, or the config is of another architecture.
+    """
+    if refusals := list(_refusals(config)):
+        raise ValueError(f"{CONFIG} is of no Moonlight: {'; '.join(refusals)}")
+    return MoonlightConfig(
+        **{name: config[name] for name in _SAME},
+        context=config[CONTEXT],
+        rope_theta=float(_rope(config)["rope_theta"]),
+        rope_interleave=config.get("rope_interleave", True),
+        dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+    )
+
+
+def to_huggingface(
+    config: MoonlightConfig, dtype: str, like: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A `config.json` that `transformers` loads.
+
+    Args:
+        config: the sizes.
+        dtype: numpy's name for the dtype of most parameters.
+        like: the config of the checkpoint that the run started from; its other entries, such as
+            the tokens that begin and end a text, are kept.
+    """
+    fixed = {key: value for key, value in _FIXED.items() if value is not None}
+    base = dict(like or {"architectures": ["DeepseekV3ForCausalLM"], **fixed})
+    sizes = {name: getattr(config, name) for name in _SAME} | {CONTEXT: config.context}
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta}
+    if base.get("rope_parameters"):
+        rope = {"rope_parameters": {**base["rope_parameters"], **rope}}
+    # transformers 5 writes `dtype`, and still reads the older `torch_dtype`.
+    dtype_key = "dtype" if "dtype" in base else "torch_dtype"
+    derived = {"num_key_value_heads": config.num_attention_heads, dtype_key: dtype}
+    if base.get("rope_interleave", True) != config.rope_interleave:
+        derived["rope_interleave"] = config.rope_interleave
+    return {**base, **sizes, **rope, **derived}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the rotary parameters, which transformers 5 nests, at its top."""
+    return {**config, **(config.get("rope_parameters") or {})}
+
+
+def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            yield f"{key} is {config[key]!r}, it must be {value!r}"
+    for key in (*_SAME, CONTEXT):
+        if key not in config:
+            yield f"{key} is missing"
+    if "rope_theta" not in _rope(config):
+        yield "rope_theta is missing"
+    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if rope_type != "default":
+        yield f"rope_type is {rope_type!r}, it must be 'default'"
+    heads = config.get("num_attention_heads")
+    if config.get("num_key_value_heads", heads) != heads:
+        yield f"num_key_value_heads must be num_attention_heads, {heads}"
