@@ -121,7 +121,7 @@ class CostModel:
         )
 
 
-class Work(Protocol):
+class MatrixWork(Protocol):
     """Work on one matrix whose columns lie on some number of devices: `polar.work.Work`."""
 
     @property
@@ -144,7 +144,7 @@ class Work(Protocol):
 class Counted(Protocol):
     """An orthogonalizer that counts its work."""
 
-    def count(self, m: int, n: int, devices: int = 1, *, platform: str) -> Work:
+    def count(self, m: int, n: int, devices: int = 1, *, platform: str) -> MatrixWork:
         """The work on one matrix `[m, n]` of each of the devices that share its columns."""
 
 
@@ -173,7 +173,7 @@ class WorkModel:
         dtype = self.dtype or get_platform(platform).compute_dtype
         return dataclasses.replace(self, dtype=dtype, platform=platform)
 
-    def work_of(self, rows: int, cols: int, devices: int = 1) -> Work:
+    def work_of(self, rows: int, cols: int, devices: int = 1) -> MatrixWork:
         """The work of each of the devices that share the columns of one matrix `[rows, cols]`."""
         return self.orthogonalizer.count(rows, cols, devices, platform=self.platform)
 
@@ -181,7 +181,7 @@ class WorkModel:
         """Cost of one matrix `[rows, cols]`, its columns spread over so many devices."""
         return self.cost(self.work_of(rows, cols, devices), rows, cols, devices)
 
-    def cost(self, work: Work, rows: int, cols: int, devices: int = 1) -> Cost:
+    def cost(self, work: MatrixWork, rows: int, cols: int, devices: int = 1) -> Cost:
         """Cost of this work on a matrix `[rows, cols]`, per device that shares it."""
         gram = rows * rows
         memory = rows * cols // devices * (2 * self.itemsize + 4) + gram * (2 * self.itemsize + 8)
