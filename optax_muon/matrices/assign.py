@@ -28,7 +28,7 @@ from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
 from optax_muon.matrices.paths import is_masked, longest_prefix, named_leaves
 from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, as_view
-from optax_muon.matrices.summary import Labels, Row, ambiguity, listed
+from optax_muon.matrices.summary import LabelRow, Labels, ambiguity, listed
 from optax_muon.matrices.views import Axes, View
 
 __all__ = ["DEFAULT_RULES", "MATRICES", "Rule", "Stacked", "assign", "label"]
@@ -369,10 +369,10 @@ def _blocks(path: str, shape: tuple[int, ...], view: View) -> tuple[Any, ...]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _row(path: str, leaf: Any, decision: Decision) -> Row:
+def _row(path: str, leaf: Any, decision: Decision) -> LabelRow:
     shape = _shape(leaf)
     blocks = () if decision.view is None else _blocks(path, shape, decision.view)
-    return Row(
+    return LabelRow(
         path,
         shape,
         str(_dtype(leaf)),

@@ -16,7 +16,7 @@ _LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LabelRow:
     """One parameter."""
 
     path: str
@@ -59,7 +59,7 @@ class Row:
 class Labels:
     """How a tree of parameters is shared out; prints as a table. Made by `label`."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[LabelRow, ...]
     """One row per parameter, in the tree's order."""
 
     @property

@@ -196,8 +196,8 @@ def model_of(config: Mapping[str, Any]) -> Model:
     """The model of a `config.json`.
 
     Args:
-        config: `{"model": sizes}` of a training run or of a folder
-            that `import-hf` has made.
+        config: `{"model": sizes}` of a training run or of a folder that
+            `import-hf` has made.
 
     Raises:
         ValueError: the sizes have the keys of no registered model.

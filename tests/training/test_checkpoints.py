@@ -134,7 +134,9 @@ def test_another_optimizer_or_other_settings_are_refused(tmp_path):
     with Checkpoints(tmp_path / "muon", settings=settings) as checkpoints:
         checkpoints.save(1, state_at(1))
         other = state_at(1)._replace(opt_state=optax.trace(0.9).init(state_at(1).params))
-        with pytest.raises(UsageError, match="kernel was trained by AdamW and is now trained by Trace"):
+        with pytest.raises(
+            UsageError, match="kernel was trained by AdamW and is now trained by Trace"
+        ):
             checkpoints.restore(other)
         larger = {"dense": {"kernel": jnp.zeros((5, 8))}}
         with pytest.raises(UsageError, match=r"params/dense/kernel is float32 \[4, 8\] there and"):

@@ -292,7 +292,10 @@ def test_a_run_that_exists_is_refused_without_resume_or_overwrite(finished, text
 def test_resuming_with_another_config_is_refused(finished, text, capsys):
     where = ["--runs", str(finished.path.parent), "--name", "whole", "--resume"]
     line = refused(capsys, "train", *OPTIONS, "--data", text, *where, "--seed", "7")
-    assert "does not fit what is to be restored: training.seed is 0 in the checkpoint and 7 now" in line
+    assert (
+        "does not fit what is to be restored: training.seed is 0 in the checkpoint and 7 now"
+        in line
+    )
 
 
 def test_resuming_with_other_text_is_refused(finished, text, capsys):

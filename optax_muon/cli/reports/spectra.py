@@ -27,7 +27,9 @@ RANKS = np.linspace(0, 1, 101)
 """Where spectra of different lengths are compared, as parts of their length."""
 
 
-def entropies(trials: Sequence[SpectraTrial], lines: Sequence[SpectraRow]) -> matplotlib.figure.Figure:
+def entropies(
+    trials: Sequence[SpectraTrial], lines: Sequence[SpectraRow]
+) -> matplotlib.figure.Figure:
     """SVD entropy over steps: the mean, and a band between the quartiles of the matrices."""
     groups = [group for group in GROUPS if any(line.group == group for line in lines)]
     figure, panels = _panels(
