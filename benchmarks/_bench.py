@@ -1,8 +1,9 @@
-"""What the benchmarks share: options, implementations measured in turn, and pages of results.
+"""What the benchmarks share: options, interleaved measurements, and pages of results.
 
-Implementations of a case run one after the other, turn by turn in one process, so that whatever
-slows the machine slows all of them. Their ratio is the median of the ratios of single turns. A time
-is that of one call, waited for, after a call that warms up; compilation is never part of it.
+In every round, the implementations of a case run one after the other in one process, so whatever
+slows the machine slows all of them. The ratio of two implementations is the median of their ratios
+within single rounds. A time is that of one call, including the wait for its result, after a warm-up
+call; compilation is never part of it.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from rich.console import Console
 from rich.progress import track
 
 HERE = Path(__file__).parent
-SHORTEST = 0.02
-"""Seconds that a measurement takes at least; short calls are repeated in it."""
-LONGEST = 20.0
-"""Seconds that the turns of a case take at most, unless there would be fewer than `LEAST`."""
-LEAST = 3
-"""Turns of a case, however long."""
+MIN_SECONDS = 0.02
+"""The shortest measurement; shorter calls are repeated within it."""
+MAX_SECONDS = 20.0
+"""The longest that the rounds of a case may take, unless that leaves fewer than `MIN_ROUNDS`."""
+MIN_ROUNDS = 3
+"""The fewest rounds of a case."""
 PAUSE = 0.005
-"""Seconds between implementations, for the threads of one library to stop spinning."""
+"""Seconds between implementations, in which the threads of one library stop spinning."""
 
 Case = TypeVar("Case")
 Row = TypeVar("Row")
@@ -44,28 +45,28 @@ class Options:
     """Options that every benchmark has."""
 
     only: tuple[str, ...] = ()
-    """Cases to measure, by parts of their names; the others stay in the table as they stand."""
+    """Measure the cases whose names contain one of these; other rows of the table stay."""
     repeats: int = 9
-    """Turns of a case; long cases have fewer."""
+    """Rounds of a case; long cases have fewer."""
     quick: bool = False
-    """Toy sizes, written to runs/bench: whether the script works, not how fast anything is."""
+    """Check in toy sizes that the script works; the results go to runs/bench."""
     out: Path | None = None
-    """Folder of the results; benchmarks/results if not given."""
+    """Folder for the results; benchmarks/results by default."""
 
     @property
     def folder(self) -> Path:
-        """Where the results go."""
-        usual = HERE.parent / "runs" / "bench" if self.quick else HERE / "results"
-        return self.out or usual
+        """Folder for the results."""
+        default = HERE.parent / "runs" / "bench" if self.quick else HERE / "results"
+        return self.out or default
 
     def picks(self, case: str) -> bool:
-        """Whether a case is to be measured."""
+        """Whether to measure a case."""
         return not self.only or any(part in case for part in self.only)
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one call, turn by turn."""
+    """Seconds of one call, round by round."""
 
     seconds: tuple[float, ...]
 
@@ -78,7 +79,7 @@ class Times:
         return low, middle, high
 
     def over(self, other: Times) -> float:
-        """Median ratio to another implementation of the same turns."""
+        """Median, over the rounds, of the ratio to another implementation of the same case."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
@@ -104,24 +105,24 @@ class TimedRow:
     """Median, milliseconds."""
     upper_ms: float
     """Upper quartile, milliseconds."""
-    turns: int
-    """How many measurements."""
+    rounds: int
+    """Number of measurements."""
 
 
 Implementation = Callable[[], Any]
-"""Does the work once, and returns what to wait for."""
+"""Does the work once and returns the arrays to wait for."""
 
 
-def in_turn(
-    implementations: Mapping[str, Implementation], repeats: int, longest: float = LONGEST
+def measure_in_rounds(
+    implementations: Mapping[str, Implementation], repeats: int, longest: float = MAX_SECONDS
 ) -> dict[str, Times]:
-    """Measure implementations that are compiled, in turn."""
+    """Time compiled implementations, all of them once in every round."""
     guess = {name: _seconds(run, 1) for name, run in implementations.items()}
-    calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in implementations}
-    turn = sum(guess[name] * calls[name] for name in implementations)
-    turns = min(repeats, max(LEAST, int(longest / turn)))
+    calls = {name: max(1, math.ceil(MIN_SECONDS / guess[name])) for name in implementations}
+    one_round = sum(guess[name] * calls[name] for name in implementations)
+    rounds = min(repeats, max(MIN_ROUNDS, int(longest / one_round)))
     taken: dict[str, list[float]] = {name: [] for name in implementations}
-    for _ in range(turns):
+    for _ in range(rounds):
         for name, run in implementations.items():
             time.sleep(PAUSE)
             taken[name].append(_seconds(run, calls[name]))
@@ -129,7 +130,7 @@ def in_turn(
 
 
 def _seconds(run: Implementation, calls: int) -> float:
-    """Seconds of one of some calls. A CPU would run calls that do not wait side by side."""
+    """Mean seconds of a call. On CPU, calls that nobody waits for would overlap."""
     wait = jax.default_backend() == "cpu"
     start = time.perf_counter()
     for _ in range(calls):
@@ -141,18 +142,18 @@ def _seconds(run: Implementation, calls: int) -> float:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean; not a number where there are no values."""
+    """The geometric mean; NaN if there are no values."""
     logarithms = [math.log(value) for value in values]
     return math.exp(statistics.fmean(logarithms)) if logarithms else math.nan
 
 
 def each(cases: Sequence[Case], title: str) -> Iterable[Case]:
-    """The cases, with a bar of progress."""
+    """The cases, with a progress bar."""
     return track(cases, description=title, console=Console(stderr=True))
 
 
 def merged(path: Path, kind: type[Row], rows: Sequence[Row], cases: Sequence[str]) -> list[Row]:
-    """The new rows and those of other cases that stand in the file, in the order of the cases."""
+    """The new rows and those of other cases from the file, in the order of the cases."""
     new = {row.case for row in rows}
     kept = [row for row in _table.read(path, kind) if row.case in cases and row.case not in new]
     return sorted([*kept, *rows], key=lambda row: cases.index(row.case))
@@ -168,17 +169,17 @@ def run(
     picture: Callable[[Sequence[Row]], matplotlib.figure.Figure],
     finish: Callable[[Sequence[Row]], list[Row]] = list,
 ) -> None:
-    """Measure the cases that are picked, and write the tables.
+    """Measure the picked cases and write the results.
 
     Args:
-        options: Which cases, and where the tables go.
+        options: Which cases to measure, and where the results go.
         name: Name of the files.
         kind: The dataclass of the rows.
-        cases: All of them; `str` names a case, in its rows too.
+        cases: All cases; `str(case)` is the name in its rows.
         measure: Makes the rows of a case.
-        page: The lines of the table for people.
-        picture: The figure of the same rows.
-        finish: Completes rows that depend on others, once all of them are there.
+        page: Makes the lines of the Markdown page.
+        picture: Makes the figure.
+        finish: Completes rows that depend on other rows, once all are known.
     """
     picked = [case for case in cases if options.picks(str(case))]
     rows = [row for case in each(picked, name) for row in measure(case)]
@@ -194,7 +195,7 @@ def publish(
     page: Sequence[str],
     figure: matplotlib.figure.Figure,
 ) -> None:
-    """Write `name`.csv, .md and .png; the page gets the picture and the machine at its end."""
+    """Write `name`.csv, .md and .png; the page ends with the figure and the machine."""
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     _table.write(folder / f"{name}.csv", kind, rows)
@@ -206,13 +207,22 @@ def publish(
     console.print(f"Written to {folder / name}.csv, .md and .png")
 
 
-def about(description: str | None) -> str:
-    """A script's description without its first line and without the command."""
-    return (description or "").partition("\n\n")[2].partition("\n\n    python")[0]
+def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """The rows of each case by implementation, in their order."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.case, {})[row.implementation] = row
+    return found
+
+
+def page_head(title: str, description: str | None) -> list[str]:
+    """The title of a page and its script's description, without first line and command."""
+    text = (description or "").partition("\n\n")[2].partition("\n\n    python")[0]
+    return [f"# {title}", "", text, ""]
 
 
 def machine() -> str:
-    """Processor, device, cores and versions."""
+    """The processor or accelerator, the number of cores, and the versions."""
     versions = ", ".join(f"{name} {_version(name)}" for name in ("jax", "optax", "torch"))
     device = jax.devices()[0]
     where = _processor() if device.platform == "cpu" else device.device_kind
@@ -230,7 +240,7 @@ def _version(name: str) -> str:
 
 
 def _processor() -> str:
-    """The processor by its name, where Linux tells it."""
+    """The name of the processor, from Linux if it has one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -240,7 +250,7 @@ def _processor() -> str:
 def ratios(
     cases: Sequence[str], series: Mapping[str, Mapping[str, float]], title: str, label: str
 ) -> matplotlib.figure.Figure:
-    """A row per case, a dot per series, on a logarithmic axis with a line at 1."""
+    """A row for each case and a dot for each series, on a logarithmic axis with a line at 1."""
     figure = matplotlib.figure.Figure(
         figsize=(9, 1.6 + 0.3 * len(cases)), dpi=120, layout="constrained"
     )

@@ -10,11 +10,11 @@ import optax
 from optax_muon.matrices import assign, paths
 
 MUON = {"learning_rate": 1e-3, "weight_decay": 0.1}
-"""The numbers of every update; no time depends on them."""
+"""Hyperparameters of every update; no time depends on them."""
 
 
 def contrib_muon(params: Any, **options: Any) -> optax.GradientTransformation:
-    """The same update from optax, told which axes are stacks and which leaves are AdamW's."""
+    """The same update by optax, which is told the stack axes and the leaves for AdamW."""
     views = assign.assign(params)
 
     def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
@@ -33,7 +33,7 @@ def contrib_muon(params: Any, **options: Any) -> optax.GradientTransformation:
 
 
 def compile_update(tx: optax.GradientTransformation, params: Any) -> Any:
-    """Compile `(params, state, grads) -> (params, state)`, parameters and state donated."""
+    """Compile `(params, state, grads) -> (params, state)`; parameters and state are donated."""
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
@@ -44,7 +44,7 @@ def compile_update(tx: optax.GradientTransformation, params: Any) -> Any:
 
 
 class Update:
-    """The optimizer at work: every call takes a step from where the last one ended."""
+    """An optimizer and its state: every call takes the next step."""
 
     def __init__(self, tx: optax.GradientTransformation, params: Any, grads: Any):
         self._step = compile_update(tx, jax.eval_shape(lambda: params))

@@ -1,4 +1,4 @@
-"""Rows of a table: dataclasses of text and numbers in Python, CSV on disk, Markdown for people."""
+"""Tables: dataclasses of strings and numbers in Python, CSV on disk, Markdown for readers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _KINDS = {"str": str, "int": int, "float": float}
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
-    """The rows of a CSV file, none without a file; fields of `kind` are text or numbers."""
+    """The rows of a CSV file, none if there is no file; fields are strings or numbers."""
     if not path.exists():
         return []
-    of = {field.name: _KINDS[str(field.type)] for field in dataclasses.fields(kind)}
+    parsers = {field.name: _KINDS[str(field.type)] for field in dataclasses.fields(kind)}
     with path.open() as file:
         return [
-            kind(**{name: of[name](value) for name, value in row.items()})
+            kind(**{name: parsers[name](value) for name, value in row.items()})
             for row in csv.DictReader(file)
         ]
 
@@ -33,7 +33,7 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """A table's lines, numbers on the right."""
+    """The lines of a table; all columns but the first are right-aligned."""
     rows = [[str(cell) for cell in row] for row in rows]
     rule = ["---", *["---:"] * (len(heads) - 1)]
     return [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]

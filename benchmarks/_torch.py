@@ -1,7 +1,7 @@
-"""torch.optim.Muon as a peer: as it comes, in float32, and compiled.
+"""torch.optim.Muon as a peer: unmodified, in float32, and compiled.
 
-Its Newton-Schulz casts to bfloat16 whatever it is given. In float32 here means that function itself
-with the cast replaced by a copy.
+Its Newton-Schulz always casts to bfloat16. "In float32" means the same function with that cast
+replaced by a copy.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 @contextlib.contextmanager
 def float32() -> Iterator[None]:
-    """Casts to bfloat16 are copies meanwhile."""
+    """Within this context, casts to bfloat16 are copies."""
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
         yield
 
 
 @contextlib.contextmanager
 def compiled() -> Iterator[None]:
-    """The Newton-Schulz of torch.optim.Muon is compiled meanwhile."""
+    """Within this context, the Newton-Schulz of torch.optim.Muon is compiled."""
     with mock.patch.object(_muon, "_zeropower_via_newtonschulz", _compiled()):
         yield
 
 
 def can_compile() -> bool:
-    """Whether torch.compile has the C++ compiler that it needs."""
+    """Whether the C++ compiler that torch.compile needs is installed."""
     return shutil.which("c++") is not None
 
 
@@ -53,11 +53,11 @@ def _compiled() -> Callable[..., torch.Tensor]:
 _zeropower = _muon._zeropower_via_newtonschulz
 
 Setting = Callable[[], contextlib.AbstractContextManager[None]]
-"""`float32`, `compiled`, or `contextlib.nullcontext` for torch as it comes."""
+"""`float32`, `compiled`, or `contextlib.nullcontext` for unmodified torch."""
 
 
 def newton_schulz(matrices: np.ndarray, setting: Setting, device: str = "cpu") -> Any:
-    """A implementation that orthogonalizes `[B, m, n]`, one matrix after the other."""
+    """An implementation that orthogonalizes `[B, m, n]`, one matrix after the other."""
     stack = torch.from_numpy(np.array(matrices)).to(device)
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class Update:
             torch.optim.Muon(self.matrices, 1e-3, 0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, 1e-3, betas=(0.9, 0.95), foreach=True),
         ]
-        self()  # makes the state, and compiles
+        self()  # creates the state, and compiles
 
     def __call__(self) -> None:
         """Take one step."""
@@ -108,7 +108,7 @@ def _split(
             continue
         stacks = (views[path].bind(leaf.shape).to_matrices(x) for x in (leaf, grad))
         for leaf_stack, grad_stack in zip(*stacks, strict=True):
-            # A Linear of torch holds [out, in].
+            # torch.nn.Linear stores [out, in].
             matrices += map(functools.partial(_parameter, device), leaf_stack.mT, grad_stack.mT)
     return matrices, others
 

@@ -1,8 +1,8 @@
-"""Time the compilation of an update, and measure the program, as a model gets deeper.
+"""Time the compilation of an update and measure the program as a model gets deeper.
 
-The matrices of a Llama of width 64, 7 to a layer, a leaf each or scanned into 7 leaves; so small
-that nothing but their number counts. Seconds of lowering and compiling together, caches cleared
-before; the program's size is that of its HLO text.
+The parameters are the matrices of a Llama of width 64, 7 per layer: one leaf each, or scanned into
+7 leaves. They are so small that only their number matters. Seconds include lowering and
+compilation, with caches cleared before; the program's size is that of its HLO text.
 
     python benchmarks/compile_time.py
 """
@@ -33,7 +33,7 @@ LAYERS = (4, 16, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A depth, as a leaf per matrix or scanned."""
+    """A depth, with one leaf per matrix or scanned."""
 
     layers: int
     scanned: bool
@@ -49,20 +49,20 @@ class CompileTime(_bench.TimedRow):
     hlo_bytes: int
     over_optax: float
     over_shallowest: float
-    """The median over this implementation's at the least depth."""
+    """Ratio to the median of the same implementation at the smallest depth."""
 
 
 def main(options: _bench.Options) -> None:
-    """Measure, and write the tables."""
+    """Measure and write the results."""
     layers = (1, 2) if options.quick else LAYERS
     cases = [Case(depth, scanned) for scanned in (False, True) for depth in layers]
-    jax.jit(jnp.sin).lower(0.0).compile()  # the compiler itself starts once
-    measured = functools.partial(measure, turns=min(3, options.repeats))
+    jax.jit(jnp.sin).lower(0.0).compile()  # the first compilation also starts the compiler
+    measured = functools.partial(measure, rounds=min(3, options.repeats))
     _bench.run(options, "compile_time", CompileTime, cases, measured, page, picture, growth)
 
 
-def measure(case: Case, turns: int) -> list[CompileTime]:
-    """Compile the update of a tree, in turn with ours and with optax."""
+def measure(case: Case, rounds: int) -> list[CompileTime]:
+    """Compile the update of a tree with ours and with optax, in every round."""
     params = _trees.abstract(_trees.matrices_of_llama(case.layers, scanned=case.scanned))
     implementations = {
         OURS: optax_muon.muon(**_jax.MUON),
@@ -70,7 +70,7 @@ def measure(case: Case, turns: int) -> list[CompileTime]:
     }
     taken: dict[str, list[float]] = {name: [] for name in implementations}
     sizes: dict[str, int] = {}
-    for _ in range(turns):
+    for _ in range(rounds):
         for name, tx in implementations.items():
             seconds, sizes[name] = compiled(tx, params)
             taken[name].append(seconds)
@@ -80,7 +80,7 @@ def measure(case: Case, turns: int) -> list[CompileTime]:
             str(case),
             name,
             **each.milliseconds(),
-            turns=turns,
+            rounds=rounds,
             hlo_bytes=sizes[name],
             over_optax=round(each.over(times[OPTAX]), 3),
             over_shallowest=0.0,
@@ -90,7 +90,7 @@ def measure(case: Case, turns: int) -> list[CompileTime]:
 
 
 def compiled(tx: optax.GradientTransformation, params: Any) -> tuple[float, int]:
-    """Seconds of compiling an update from nothing, and bytes of its text."""
+    """Seconds to compile an update from scratch, and bytes of its HLO text."""
     jax.clear_caches()
     start = time.perf_counter()
     program = _jax.compile_update(tx, params)
@@ -114,7 +114,7 @@ def growth(rows: Sequence[CompileTime]) -> list[CompileTime]:
 
 
 def page(rows: Sequence[CompileTime]) -> list[str]:
-    """The table for people."""
+    """The Markdown page."""
     heads = ("matrices", "implementation", "seconds", "/ optax", "/ shallowest", "HLO, kB")
     cells = (
         (
@@ -127,7 +127,7 @@ def page(rows: Sequence[CompileTime]) -> list[str]:
         )
         for row in rows
     )
-    return ["# Compiling an update", "", _bench.about(__doc__), "", *_table.markdown(heads, cells)]
+    return [*_bench.page_head("Compiling an update", __doc__), *_table.markdown(heads, cells)]
 
 
 def picture(rows: Sequence[CompileTime]) -> matplotlib.figure.Figure:

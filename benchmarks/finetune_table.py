@@ -186,8 +186,8 @@ def page(rows: Sequence[Row]) -> list[str]:
         ),
     ]
     table = _table.markdown(("pretrained / fine-tuned with", *names), lines)
-    title = "# Pretraining and fine-tuning, with AdamW and with Muon"
-    return [title, "", _bench.about(__doc__), "", *table, "", *_gaps(rows)]
+    title = "Pretraining and fine-tuning, with AdamW and with Muon"
+    return [*_bench.page_head(title, __doc__), *table, "", *_gaps(rows)]
 
 
 def _gaps(rows: Sequence[Row]) -> Iterator[str]:

@@ -40,24 +40,24 @@ TOY = ((16, 64),)
 
 @dataclasses.dataclass(frozen=True)
 class UpdateWork:
-    """One implementation on one tree."""
+    """The work of one implementation on one tree."""
 
     case: str
     implementation: str
     gflop: float
     """Operations of the products, 1e9."""
     over_plain: float
-    """The same over plain Newton-Schulz's."""
+    """Ratio to the operations of plain Newton-Schulz."""
     mbyte: float
     """Bytes that XLA counts, 1e6."""
     over_least: float
-    """The same over one pass over gradients, parameters and state."""
+    """Ratio to the bytes of one pass over gradients, parameters and state."""
     loops: str
-    """`loops` if the program has any; their bytes are counted once."""
+    """`loops` if the program has any: XLA counts their bytes once."""
 
 
 def main(options: _bench.Options) -> None:
-    """Count, and write the tables."""
+    """Count and write the results."""
     cases = every(options.quick)
 
     def measured(case: str) -> list[UpdateWork]:
@@ -80,7 +80,7 @@ def _single(shape: tuple[int, ...]) -> _trees.Tree:
 
 
 def measure(case: str, params: Any) -> list[UpdateWork]:
-    """Compile the update of a tree with each optimizer, and count."""
+    """Compile the update of a tree with each optimizer and count its work."""
     short = functools.partial(optax_muon.newton_schulz, dtype=jnp.bfloat16)
     transformations = {
         OURS: optax_muon.muon(**_jax.MUON),
@@ -128,8 +128,7 @@ def least_work(params: Any) -> tuple[int, int]:
 
 
 def page(rows: Sequence[UpdateWork]) -> list[str]:
-    """The table for people."""
-    found = {(row.case, row.implementation): row for row in rows}
+    """The Markdown page."""
     names = (OURS, OURS_SHORT, OPTAX)
     heads = (
         "parameters",
@@ -139,14 +138,14 @@ def page(rows: Sequence[UpdateWork]) -> list[str]:
     cells = (
         (
             case,
-            *(f"{found[case, name].over_plain:.3f}" for name in names),
-            *(_bytes(found[case, name]) for name in names),
+            *(f"{found[name].over_plain:.3f}" for name in names),
+            *(_bytes(found[name]) for name in names),
         )
-        for case in dict.fromkeys(row.case for row in rows)
+        for case, found in _bench.by_case(rows).items()
     )
-    title = "# Operations and bytes of a compiled update"
+    title = "Operations and bytes of a compiled update"
     marked = "(≥): the program has loops."
-    return [title, "", _bench.about(__doc__), "", *_table.markdown(heads, cells), "", marked]
+    return [*_bench.page_head(title, __doc__), *_table.markdown(heads, cells), "", marked]
 
 
 def _bytes(row: UpdateWork) -> str:

@@ -1,10 +1,10 @@
 """Check and time Newton-Schulz and a whole update on a GPU, in one call.
 
-Every form, with and without the kernel of symmetric products, must give the update of the plain
-form in float32 up to twice the error of the plain form in bfloat16. Then ours by form, optax and
-torch orthogonalize stacks with bfloat16 operands, and ours, optax.contrib.muon and torch.optim.Muon
+Every form, with and without the kernel for symmetric products, must match the plain form in float32
+to within twice the error of the plain form in bfloat16. Then ours by form, optax and torch
+orthogonalize stacks with bfloat16 operands, and ours, optax.contrib.muon and torch.optim.Muon
 update Llama 3.2 1B. The ceiling is one bfloat16 product of 8192 x 8192 matrices, timed in the same
-turns; effective rates count the operations of the plain form. On one GPU: the first.
+rounds; effective rates count the operations of the plain form. Only the first GPU is used.
 
     python benchmarks/gpu.py
 """
@@ -56,13 +56,13 @@ class GpuTime:
     implementation: str
     form: str
     outcome: str
-    """`ran`, or why not."""
+    """`ran`, or the reason why it did not."""
     lower_ms: float = 0.0
     median_ms: float = 0.0
     upper_ms: float = 0.0
-    turns: int = 0
+    rounds: int = 0
     tflops: float = 0.0
-    """Operations of the plain form per second, 1e12; of the ceiling, its own."""
+    """Operations of the plain form per second, 1e12; for the ceiling, its own operations."""
     over_ceiling: float = 0.0
     over_optax: float = 0.0
 
@@ -74,13 +74,13 @@ class Check:
     case: str
     form: str
     error: float
-    """Relative to the plain form in float32; not a number if it did not run."""
+    """Relative to the plain form in float32; NaN if it did not run."""
     allowed: float
-    """Twice that of the plain form in bfloat16."""
+    """Twice the error of the plain form in bfloat16."""
 
 
 def main(options: _bench.Options) -> int:
-    """Check, measure and write the tables; 1 if a check failed."""
+    """Check, measure and write the results; returns 1 if a check failed."""
     if jax.default_backend() != "gpu":
         print(f"gpu.py needs a GPU that jax sees; here it sees {jax.default_backend()} only.")
         return 0
@@ -96,7 +96,7 @@ def main(options: _bench.Options) -> int:
 
 
 def forms() -> tuple[Form, ...]:
-    """The forms, as they are chosen and by the kernel."""
+    """The forms without a kernel, and with it."""
     restarts = default_restarts(len(KELLER.rows), "bfloat16")
     kernel = Kernel("gpu")
     return Plain(), Plain(kernel), Gram(restarts), Gram(restarts, kernel)
@@ -133,7 +133,7 @@ def matrices(case: _stacks.Case, repeats: int) -> list[GpuTime]:
 
 
 def whole_update(repeats: int) -> list[GpuTime]:
-    """Time updates of a Llama, float32, its matrices in bfloat16."""
+    """Time updates of a float32 Llama; the products of its matrices have bfloat16 operands."""
     tree = spec.model(spec.named_configs()["llama3-1b"]).abstract_params
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), (2, len(leaves)))
@@ -160,7 +160,7 @@ def timed(
     work: dict[str, int],
     stack: _stacks.Case | None,
 ) -> list[GpuTime]:
-    """Rows of the implementations that can be made and run once, and of those that cannot."""
+    """Time the implementations that run once; those that fail get a row with the reason."""
     ready: dict[str, _bench.Implementation] = {}
     failed = []
     for name, make in makers.items():
@@ -169,7 +169,7 @@ def timed(
             failed.append(GpuTime(case, name, named.get(name, ""), outcome))
         else:
             ready[name] = run
-    times = _bench.in_turn(ready, repeats)
+    times = _bench.measure_in_rounds(ready, repeats)
     operations = {name: work.get(name, stack.plain_flops if stack else 0) for name in ready}
     rate = {name: operations[name] / times[name].quartiles[1] for name in ready}
     return failed + [
@@ -179,7 +179,7 @@ def timed(
             named.get(name, ""),
             "ran",
             **each.milliseconds(),
-            turns=len(each.seconds),
+            rounds=len(each.seconds),
             tflops=round(rate[name] / 1e12, 1),
             over_ceiling=round(rate[name] / rate[CEILING], 3) if CEILING in rate else 0.0,
             over_optax=round(each.over(times[OPTAX]), 3) if OPTAX in times else 0.0,
@@ -189,14 +189,14 @@ def timed(
 
 
 def ran_once(make: Callable[[], _bench.Implementation]) -> _bench.Implementation:
-    """Make an implementation and run it."""
+    """Make an implementation and run it once."""
     run = make()
     jax.block_until_ready(run())
     return run
 
 
 def attempted(work: Callable[[], Result]) -> tuple[Result | None, str]:
-    """The result and `ran`, or None and why: one failure must not take the other rows along."""
+    """The result and `ran`, or None and the reason: one failure must not cost the other rows."""
     try:
         return work(), "ran"
     except Exception as error:
@@ -214,7 +214,7 @@ def ceiling() -> _bench.Implementation:
 
 
 def torch_on_gpu() -> Any:
-    """The implementations of torch, or None where it sees no GPU."""
+    """The implementations of torch, or None if it sees no GPU."""
     if importlib.util.find_spec("torch") is None:
         return None
     usable = importlib.import_module("torch").cuda.is_available()
@@ -222,7 +222,7 @@ def torch_on_gpu() -> Any:
 
 
 def page(rows: Sequence[GpuTime], checks: Sequence[Check]) -> list[str]:
-    """The tables for people."""
+    """The Markdown page."""
     heads = ("case", "implementation", "form", "ms", "TFLOP/s", "/ ceiling", "/ optax")
     cells = (
         (
@@ -249,10 +249,7 @@ def page(rows: Sequence[GpuTime], checks: Sequence[Check]) -> list[str]:
         for check in checks
     )
     return [
-        "# On a GPU",
-        "",
-        _bench.about(__doc__),
-        "",
+        *_bench.page_head("On a GPU", __doc__),
         "## Errors against the plain form in float32",
         "",
         *_table.markdown(("matrices", "form", "error", "allowed", "within"), errors),

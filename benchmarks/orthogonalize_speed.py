@@ -1,12 +1,11 @@
 """Time Newton-Schulz alone: ours form by form, optax and torch, on matrices of many shapes.
 
-Five steps of Keller Jordan's table each. Ours runs as the optimizer runs it, the link
-`optax_muon.orthogonalize` on one leaf `[batch, rows, cols]`; optax vectorizes over the batch, as
-its Muon does; torch takes one matrix after the other, as its Muon does. Arrays come and go in
-float32; operands of the products are float32 or bfloat16: ours rounds the operands alone, optax
-computes in what it is given, torch as it comes computes in bfloat16, and in float32 with its cast
-replaced by a copy. Two buckets of 1000 small matrices are compared with one product of the same
-operations.
+All run five steps of Keller Jordan's coefficients, the way their optimizers run them: ours as the
+link `optax_muon.orthogonalize` on one leaf `[batch, rows, cols]`, optax vectorized over the batch,
+torch one matrix after the other. Inputs and outputs are float32; the operands of the products are
+float32 or bfloat16. Ours rounds only the operands, optax computes in the dtype of its input, and
+torch computes in bfloat16, or in float32 with its cast replaced by a copy. Two buckets of 1000
+small matrices are compared with one product of as many operations.
 
     python benchmarks/orthogonalize_speed.py
 """
@@ -38,9 +37,9 @@ class OrthogonalizeTime(_bench.TimedRow):
     """One implementation on one case."""
 
     form: str
-    """Of ours: how the polynomial is evaluated."""
+    """How ours evaluates the polynomial; empty for the others."""
     gflops: float
-    """Operations of the plain form per second, 1e9, whatever the implementation really does."""
+    """Operations of the plain form per second, 1e9, whatever form the implementation uses."""
     over_optax: float
     over_torch: float
 
@@ -53,10 +52,10 @@ SIZES = (
     *((1000, 64, 512), (1000, 128, 256)),
 )
 LARGEST = (1, 4096, 4096)
-"""In float32 alone: a call takes ten seconds on two cores."""
+"""In float32 only: a call takes ten seconds on two cores."""
 TOY = ((3, 16, 64),)
 MANY = 1000
-"""Matrices of a bucket that is compared with one product."""
+"""The fewest matrices of a case that is compared with one product."""
 
 
 def cases(quick: bool) -> list[_stacks.Case]:
@@ -69,7 +68,7 @@ KINDS = ("float32", "bfloat16")
 
 
 def main(options: _bench.Options) -> None:
-    """Measure, and write the tables."""
+    """Measure and write the results."""
     measured = functools.partial(measure, repeats=options.repeats)
     _bench.run(
         options,
@@ -90,19 +89,19 @@ def measure(case: _stacks.Case, repeats: int) -> list[OrthogonalizeTime]:
         name: _stacks.ours(x, case.operands, form) for name, form in forms.items()
     }
     implementations[OPTAX] = _stacks.of_optax(x, case.operands)
-    as_it_comes = case.operands == "bfloat16"
-    setting = contextlib.nullcontext if as_it_comes else _torch.float32
+    unmodified = case.operands == "bfloat16"
+    setting = contextlib.nullcontext if unmodified else _torch.float32
     implementations[TORCH] = _torch.newton_schulz(x, setting)
     if case.batch >= MANY:
         implementations[PRODUCT] = one_product(case)
-    times = _bench.in_turn(implementations, repeats)
+    times = _bench.measure_in_rounds(implementations, repeats)
     return [
         OrthogonalizeTime(
             str(case),
             name,
             str(forms.get(name, "")),
             **each.milliseconds(),
-            turns=len(each.seconds),
+            rounds=len(each.seconds),
             gflops=round(case.plain_flops / each.quartiles[1] / 1e9, 1),
             over_optax=round(each.over(times[OPTAX]), 3),
             over_torch=round(each.over(times[TORCH]), 3),
@@ -112,7 +111,7 @@ def measure(case: _stacks.Case, repeats: int) -> list[OrthogonalizeTime]:
 
 
 def forms_of(case: _stacks.Case) -> dict[str, Form]:
-    """The chosen form and, where a call is short, the others."""
+    """The chosen form and, if a call is short, the others."""
     restarts = default_restarts(len(KELLER.rows), case.operands)
     others = (Plain(), Plain(Panels(4)), Gram(restarts), Gram(restarts, Panels(4)))
     few = (case.batch, case.rows, case.cols) not in (LARGEST, *TOY)
@@ -122,7 +121,7 @@ def forms_of(case: _stacks.Case) -> dict[str, Form]:
 
 
 def one_product(case: _stacks.Case) -> _bench.Implementation:
-    """A square product of as many operations as the chosen form takes for the bucket."""
+    """A square product of as many operations as the chosen form of the bucket."""
     flops = case.batch * case.form.count(*case.sides, KELLER.rows).flops
     side = round((flops / 2) ** (1 / 3))
     square = np.random.default_rng(0).standard_normal((side, side), np.float32)
@@ -135,14 +134,11 @@ def one_product(case: _stacks.Case) -> _bench.Implementation:
 
 
 def page(rows: Sequence[OrthogonalizeTime]) -> list[str]:
-    """The table for people."""
+    """The Markdown page."""
     lines = [
-        "# Newton-Schulz alone",
-        "",
-        _bench.about(__doc__),
-        "",
-        "Milliseconds a call, median [quartiles]; ratios are medians over single turns. GFLOP/s: "
-        "operations of the plain form by the time of ours.",
+        *_bench.page_head("Newton-Schulz alone", __doc__),
+        "Milliseconds per call, median [quartiles]; ratios are medians over rounds. GFLOP/s: "
+        "operations of the plain form divided by the time of ours.",
     ]
     for kind in KINDS:
         lines += ["", f"## {kind} operands", "", *_table.markdown(*timings(rows, kind))]
@@ -167,15 +163,14 @@ def page(rows: Sequence[OrthogonalizeTime]) -> list[str]:
 def timings(
     rows: Sequence[OrthogonalizeTime], kind: str
 ) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Heads and cells: a line per case, ours beside the peers."""
+    """Heads and cells: a line for each case, ours and the peers."""
     heads = ("matrices", "form", "ours", "optax", "torch", "/ optax", "/ torch", "GFLOP/s")
-    found = {(row.case, row.implementation): row for row in rows if row.case.endswith(kind)}
     cells = []
-    for case in dict.fromkeys(case for case, _ in found):
-        one = found[case, "ours"]
+    for case, found in _bench.by_case(row for row in rows if row.case.endswith(kind)).items():
+        one = found["ours"]
         spread = (
             f"{each.median_ms:.3g} [{each.lower_ms:.3g}, {each.upper_ms:.3g}]"
-            for each in (found[case, name] for name in ("ours", OPTAX, TORCH))
+            for each in (found[name] for name in ("ours", OPTAX, TORCH))
         )
         compared = f"{one.over_optax:.2f}", f"{one.over_torch:.2f}", f"{one.gflops:.0f}"
         cells.append((case.removesuffix(kind), one.form, *spread, *compared))
@@ -183,7 +178,7 @@ def timings(
 
 
 def by_form(rows: Sequence[OrthogonalizeTime]) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Heads and cells: a line per case, a column per form."""
+    """Heads and cells: a line for each case, a column for each form."""
     ours_rows = [row for row in rows if row.implementation.startswith("ours")]
     forms = sorted({row.form for row in ours_rows})
     base = {row.case: row.median_ms for row in ours_rows if row.implementation == "ours"}
@@ -196,7 +191,7 @@ def by_form(rows: Sequence[OrthogonalizeTime]) -> tuple[Sequence[str], list[Sequ
 
 
 def picture(rows: Sequence[OrthogonalizeTime]) -> Any:
-    """Ours over optax and torch, case by case."""
+    """Time of ours over optax and torch, by case."""
     mine = [row for row in rows if row.implementation == "ours"]
     series = {
         "over optax": {row.case: row.over_optax for row in mine},

@@ -1,8 +1,8 @@
 """Time the optimizer's share of a training step: AdamW, ours and optax.contrib.muon.
 
-Models are presets of `optax-muon train` at several batch sizes; tokens are random. A step is loss,
-gradient, update and its application, one program, parameters and state donated. The optimizer's
-share is what a step takes longer than the gradient alone.
+The models are presets of `optax-muon train` at several batch sizes, on random tokens. A step
+computes loss and gradient, updates the parameters, and is one program that donates parameters and
+state. The optimizer's share is the part of the step's time by which it exceeds the gradient alone.
 
     python benchmarks/share_of_step.py
 """
@@ -36,7 +36,7 @@ TOY = {"tiny": (1,)}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A preset's model, and sequences in a step."""
+    """A preset's model and the number of sequences in a step."""
 
     preset: str
     batch: int
@@ -50,13 +50,13 @@ class StepTime(_bench.TimedRow):
     """A step with one optimizer, or the gradient alone."""
 
     share: float
-    """Part of the step that is the optimizer's."""
+    """Fraction of the step's time that the optimizer takes."""
     over_adamw: float
-    """The step's time over that with AdamW."""
+    """Ratio of the step's time to that with AdamW."""
 
 
 def main(options: _bench.Options) -> None:
-    """Measure, and write the tables."""
+    """Measure and write the results."""
     batches = TOY if options.quick else BATCHES
     cases = [Case(preset, batch) for preset in batches for batch in batches[preset]]
     measured = functools.partial(measure, repeats=options.repeats)
@@ -64,14 +64,14 @@ def main(options: _bench.Options) -> None:
 
 
 def measure(case: Case, repeats: int) -> list[StepTime]:
-    """Time the steps of a case in turn."""
-    times = _bench.in_turn(implementations(case), repeats)
+    """Time the steps of a case."""
+    times = _bench.measure_in_rounds(implementations(case), repeats)
     return [
         StepTime(
             str(case),
             name,
             **each.milliseconds(),
-            turns=len(each.seconds),
+            rounds=len(each.seconds),
             share=round(1 - times[GRADIENT].over(each), 4),
             over_adamw=round(each.over(times[ADAMW]), 4),
         )
@@ -80,7 +80,7 @@ def measure(case: Case, repeats: int) -> list[StepTime]:
 
 
 def implementations(case: Case) -> dict[str, _bench.Implementation]:
-    """The gradient alone, and the steps of all optimizers."""
+    """The gradient alone, and a step with each optimizer."""
     sizes = PRESETS[case.preset].model
     model = spec.model(sizes)
     shape = (case.batch, sizes.context + 1)
@@ -103,7 +103,7 @@ def implementations(case: Case) -> dict[str, _bench.Implementation]:
 
 
 class Step:
-    """Training: every call takes a step from where the last one ended, on the same tokens."""
+    """A training state: every call takes the next step, on the same tokens."""
 
     def __init__(
         self, gradient: Any, tx: optax.GradientTransformation, params: Any, tokens: jax.Array
@@ -123,8 +123,7 @@ class Step:
 
 
 def page(rows: Sequence[StepTime]) -> list[str]:
-    """The table for people."""
-    found = {(row.case, row.implementation): row for row in rows}
+    """The Markdown page."""
     optimizers = (ADAMW, OURS, OPTAX)
     heads = (
         "model and batch",
@@ -135,14 +134,14 @@ def page(rows: Sequence[StepTime]) -> list[str]:
     cells = (
         (
             case,
-            *(_spread(found[case, name]) for name in (GRADIENT, *optimizers)),
-            *(f"{found[case, name].share:.1%}" for name in optimizers),
-            *(f"{found[case, name].over_adamw:.2f}" for name in (OURS, OPTAX)),
+            *(_spread(found[name]) for name in (GRADIENT, *optimizers)),
+            *(f"{found[name].share:.1%}" for name in optimizers),
+            *(f"{found[name].over_adamw:.2f}" for name in (OURS, OPTAX)),
         )
-        for case in dict.fromkeys(row.case for row in rows)
+        for case, found in _bench.by_case(rows).items()
     )
-    title = "# The optimizer's share of a training step"
-    return [title, "", _bench.about(__doc__), "", *_table.markdown(heads, cells)]
+    title = "The optimizer's share of a training step"
+    return [*_bench.page_head(title, __doc__), *_table.markdown(heads, cells)]
 
 
 def _spread(row: StepTime) -> str:
@@ -150,7 +149,7 @@ def _spread(row: StepTime) -> str:
 
 
 def picture(rows: Sequence[StepTime]) -> Any:
-    """The steps over AdamW's."""
+    """The steps' times over that with AdamW."""
     cases = list(dict.fromkeys(row.case for row in rows))
     series = {
         name: {row.case: row.over_adamw for row in rows if row.implementation == name}

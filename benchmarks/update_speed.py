@@ -1,14 +1,15 @@
 """Time a whole update of five parameter trees: ours, optax.contrib.muon, torch.optim.Muon, AdamW.
 
-An update is the optimizer's and its application to the parameters; parameters, gradients and
-state are float32. The jax implementations are one program each, parameters and state donated.
-optax.contrib.muon is told which axes are matrices, so that it orthogonalizes those that ours does
-and gives the same leaves to Adam. torch.optim.Muon takes matrices only: each is a parameter of its
-own, stacks taken apart, convolutions flattened; torch.optim.AdamW(foreach=True) has the other
-leaves. torch's Newton-Schulz runs in bfloat16 as it comes, in float32 with its cast replaced by a
-copy, and in bfloat16 through torch.compile. Ours is timed in float32 and with bfloat16 operands.
-"The rest" is ours with the orthogonalization left out: momentum, casts, stacking and unstacking,
-scale, decay and learning rate. optax.adamw on all leaves is there for scale.
+An update is the optimizer's step and its application to the parameters; parameters, gradients and
+state are float32. Each JAX implementation is one program that donates parameters and state.
+optax.contrib.muon is told which axes form matrices, so that it orthogonalizes the same matrices as
+ours and gives the same leaves to Adam. torch.optim.Muon accepts matrices only, so every matrix is a
+parameter of its own: stacks are split and convolutions flattened.
+torch.optim.AdamW(foreach=True) updates the other leaves. torch's Newton-Schulz runs unmodified in
+bfloat16, in float32 with its cast replaced by a copy, and in bfloat16 through torch.compile. Ours
+runs in float32 and with bfloat16 operands. "The rest" is ours without the orthogonalization:
+momentum, casts, stacking and unstacking, scale, decay and learning rate. optax.adamw on all leaves
+is included for comparison.
 
     python benchmarks/update_speed.py
 """
@@ -39,7 +40,7 @@ TORCH, TORCH_SHORT = "torch float32", "torch bfloat16"
 TORCH_COMPILED = "torch compiled"
 IMPLEMENTATIONS = (OURS, OURS_SHORT, OPTAX, TORCH, TORCH_SHORT, TORCH_COMPILED, REST, ADAMW)
 COMPARISONS = ((OURS, OPTAX), (OURS, TORCH), (OURS_SHORT, OPTAX), (OURS_SHORT, TORCH_SHORT))
-"""Ours and the peer, for the geometric means."""
+"""Pairs of ours and a peer, for the ratios."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class UpdateTime(_bench.TimedRow):
 
 
 def main(options: _bench.Options) -> None:
-    """Measure, and write the tables."""
+    """Measure and write the results."""
     trees = _trees.TOYS if options.quick else _trees.TREES
 
     def measured(case: str) -> list[UpdateTime]:
@@ -66,13 +67,13 @@ def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Updat
     """Time all implementations on a tree."""
     params, grads = _trees.normal(tree, 0), _trees.normal(tree, 1)
     made = implementations(params, grads, options.quick)
-    times = _bench.in_turn(made, options.repeats, longest=60)
+    times = _bench.measure_in_rounds(made, options.repeats, longest=60)
     return [
         UpdateTime(
             case,
             name,
             **each.milliseconds(),
-            turns=len(each.seconds),
+            rounds=len(each.seconds),
             ours_over=round(times[OURS].over(each), 3),
             ours_bfloat16_over=round(times[OURS_SHORT].over(each), 3),
         )
@@ -81,7 +82,7 @@ def measure(case: str, tree: _trees.Tree, options: _bench.Options) -> list[Updat
 
 
 def implementations(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench.Implementation]:
-    """All optimizers at work on a tree; `quick` leaves torch.compile out."""
+    """All optimizers on a tree; `quick` omits torch.compile."""
     short = functools.partial(optax_muon.newton_schulz, dtype=jnp.bfloat16)
     transformations = {
         OURS: optax_muon.muon(**_jax.MUON),
@@ -99,21 +100,19 @@ def implementations(params: Any, grads: Any, quick: bool) -> Mapping[str, _bench
 
 
 def page(rows: Sequence[UpdateTime]) -> list[str]:
-    """The table for people."""
-    found = {(row.case, row.implementation): row for row in rows}
-    cases = list(dict.fromkeys(row.case for row in rows))
-    there = [name for name in IMPLEMENTATIONS if any((case, name) in found for case in cases)]
-    spreads = [(case, *(_spread(found.get((case, name))) for name in there)) for case in cases]
+    """The Markdown page."""
+    cases = _bench.by_case(rows)
+    present = [name for name in IMPLEMENTATIONS if any(name in case for case in cases.values())]
+    spreads = [
+        (case, *(_spread(found.get(name)) for name in present)) for case, found in cases.items()
+    ]
     return [
-        "# A whole update",
-        "",
-        _bench.about(__doc__),
-        "",
+        *_bench.page_head("A whole update", __doc__),
         "Milliseconds, median [quartiles]:",
         "",
-        *_table.markdown(("tree", *there), spreads),
+        *_table.markdown(("tree", *present), spreads),
         "",
-        "Ratios, medians over single turns:",
+        "Ratios, medians over rounds:",
         "",
         *_table.markdown(
             ("tree", *(f"{ours} / {peer}" for ours, peer in COMPARISONS)), compared(rows)
@@ -122,7 +121,7 @@ def page(rows: Sequence[UpdateTime]) -> list[str]:
 
 
 def compared(rows: Sequence[UpdateTime]) -> list[Sequence[str]]:
-    """A line per tree, and one of geometric means."""
+    """A line for each tree, and one of geometric means."""
     series = {(ours, peer): ratio(rows, ours, peer) for ours, peer in COMPARISONS}
     cases = list(dict.fromkeys(row.case for row in rows))
     lines = [(case, *(f"{values[case]:.2f}" for values in series.values())) for case in cases]
@@ -131,7 +130,7 @@ def compared(rows: Sequence[UpdateTime]) -> list[Sequence[str]]:
 
 
 def ratio(rows: Sequence[UpdateTime], ours: str, peer: str) -> dict[str, float]:
-    """Ours over a peer, by tree."""
+    """Time of ours over that of a peer, by tree."""
     return {
         row.case: row.ours_over if ours == OURS else row.ours_bfloat16_over
         for row in rows
@@ -144,7 +143,7 @@ def _spread(row: UpdateTime | None) -> str:
 
 
 def picture(rows: Sequence[UpdateTime]) -> Any:
-    """The ratios, tree by tree."""
+    """The ratios by tree."""
     series = {f"{ours} / {peer}": ratio(rows, ours, peer) for ours, peer in COMPARISONS}
     cases = list(dict.fromkeys(row.case for row in rows))
     return _bench.ratios(cases, series, "A whole update: time over theirs", "ratio, log scale")

@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ run from end to end in toy size; their times are nobody's business."""
+"""The scripts of benchmarks/ run from end to end in toy sizes; no test looks at their times."""
 
 import csv
 import dataclasses
@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(
     not BENCHMARKS.exists(), reason="benchmarks are not part of a source archive"
 )
-TIMED = {"case", "implementation", "lower_ms", "median_ms", "upper_ms", "turns"}
+TIMED = {"case", "implementation", "lower_ms", "median_ms", "upper_ms", "rounds"}
 COLUMNS = {
     "compile_time": TIMED | {"hlo_bytes", "over_optax", "over_shallowest"},
     "flops_and_bytes": {
@@ -33,7 +33,7 @@ COLUMNS = {
 
 @pytest.fixture(autouse=True)
 def as_users_run_them(monkeypatch):
-    """Scripts find their neighbours; optax.contrib.muon itself breaks the strict promotions."""
+    """Scripts import their neighbours; optax.contrib.muon does not run under strict promotion."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     jax.config.update("jax_disable_most_optimizations", True)  # compiling takes half the time
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -92,14 +92,14 @@ def test_the_gpu_script_says_in_a_line_that_it_needs_one():
     assert done.stdout == "gpu.py needs a GPU that jax sees; here it sees cpu only.\n"
 
 
-def test_ratios_are_those_of_single_turns(bench):
+def test_ratios_are_those_of_single_rounds(bench):
     times, other = bench.Times((1.0, 4.0, 9.0)), bench.Times((2.0, 2.0, 3.0))
     assert times.over(other) == 2
     assert times.quartiles == (2.5, 4, 6.5)
     assert times.milliseconds() == {"lower_ms": 2500, "median_ms": 4000, "upper_ms": 6500}
 
 
-def test_all_contestants_take_the_same_first_step_on_matrices():
+def test_all_implementations_take_the_same_first_step_on_matrices():
     pytest.importorskip("torch")
     ours, torch, trees = map(importlib.import_module, ("_jax", "_torch", "_trees"))
     params, grads = (trees.normal(trees.TOYS["toy"](), seed) for seed in (0, 1))
