@@ -1,4 +1,4 @@
-"""What tests of several commands share."""
+"""What the tests of several commands share."""
 
 import pytest
 
@@ -6,10 +6,9 @@ from optax_muon.cli.main import main
 
 
 def refused(capsys, *arguments):
-    """The one line of a command that ends with exit code 2."""
+    """The one line of stderr of a command that ends with exit code 2 and prints nothing else."""
     with pytest.raises(SystemExit) as end:
         main(list(map(str, arguments)))
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
-    assert len(lines) == 1
-    return lines[0]
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    return err.strip()

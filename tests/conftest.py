@@ -1,4 +1,4 @@
-"""Fixtures that the tests of training share."""
+"""Fixtures that several rooms of tests share; the strict settings are in `../conftest.py`."""
 
 import jax
 import pytest
@@ -6,14 +6,17 @@ import pytest
 
 @pytest.fixture(scope="module")
 def standard_promotion():
-    """`optax.adamw` adds a float to an int32 count, which strict promotion forbids."""
+    """Standard dtype promotion, where other packages need it.
+
+    `optax.adamw` adds a float to an int32 count; `jax.nn.dot_product_attention` promotes bfloat16.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Forty files of text that has something to learn."""
+    """A pattern of forty files of text that has something to learn."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(40):
         lines = (f"def f{j}(x):\n    return x + {i * j}\n" for j in range(30))

@@ -1,9 +1,10 @@
-"""What orbax lets pass is caught, and a state is read back bit for bit on whatever mesh."""
+"""What orbax accepts by mistake is refused; a state is restored bit for bit on any mesh."""
 
 import functools
 import gc
 import shutil
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def host(seed, dtype=np.float32):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def begun(tx, params):
+def after_two_steps(tx, params):
     """Parameters and state after two steps."""
     state = tx.init(params)
     for step in range(2):
@@ -60,13 +61,7 @@ def begun(tx, params):
 @functools.cache
 def items(path="norm/scale", view=None, mu_dtype=None):
     """A state after two steps, one parameter sent elsewhere if asked."""
-    return begun(muon(1e-2, views=VIEWS | {path: view}, mu_dtype=mu_dtype), host(0))
-
-
-def same(found, expected):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, expected
-    )
+    return after_two_steps(muon(1e-2, views=VIEWS | {path: view}, mu_dtype=mu_dtype), host(0))
 
 
 @pytest.fixture
@@ -81,13 +76,13 @@ def refusal(path, like, settings=SETTINGS):
     return str(error.value).splitlines()
 
 
-# ---- what orbax lets pass ------------------------------------------------------------------------
+# ---- what orbax accepts --------------------------------------------------------------------------
 
 
 # Older orbax warns where it restores without shardings, as this test does on purpose.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_orbax_alone_restores_no_moments_of_a_leaf_that_changed_its_optimizer(saved):
-    """The reason for descriptions: this passes in silence, and fails in a later step, if at all."""
+    """The reason for descriptions: this passes silently and fails in a later step, if at all."""
     like = items("layers/up_proj/kernel", None)["opt_state"]
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(like))
@@ -128,7 +123,9 @@ def test_a_leaf_is_refused_under_wrappers_of_the_optimizer(tmp_path):
         return {"params": params, "opt_state": jax.jit(chain.init)(params)}
 
     checkpoint.save(tmp_path / "state", wrapped(VIEWS))
-    same(checkpoint.restore(tmp_path / "state", wrapped(VIEWS)), wrapped(VIEWS))
+    chex.assert_trees_all_equal(
+        checkpoint.restore(tmp_path / "state", wrapped(VIEWS)), wrapped(VIEWS)
+    )
     moved = VIEWS | {"layers/up_proj/kernel": None}
     assert refusal(tmp_path / "state", wrapped(moved), None)[1:] == [
         "  layers/up_proj/kernel was trained by Muon and is now trained by AdamW"
@@ -221,15 +218,14 @@ def test_items_of_every_kind_come_back_as_they_were(tmp_path):
     }
     checkpoint.save(tmp_path / "state", there, SETTINGS)
     found = checkpoint.restore(tmp_path / "state", there, SETTINGS)
-    assert jax.tree.structure(found) == jax.tree.structure(there)
     keys = [jax.random.key_data(tree.pop("key")) for tree in (found, there)]
-    same(*keys)
-    same(found, there)
+    chex.assert_trees_all_equal(*keys)
+    chex.assert_trees_all_equal(found, there)
 
 
 def test_a_part_is_read_alone_and_settings_that_are_not_given_are_not_compared(saved):
     like = {"params": jax.eval_shape(lambda: items()["params"])}
-    same(checkpoint.restore(saved, like), {"params": items()["params"]})
+    chex.assert_trees_all_equal(checkpoint.restore(saved, like), {"params": items()["params"]})
 
 
 def test_settings_are_described_in_words_of_json():
@@ -263,7 +259,7 @@ def test_a_manager_of_orbax_takes_the_arguments(tmp_path):
         saved = manager.restore(5, args=checkpoint.description_args())["description"]
         checkpoint.check(saved, checkpoint.describe(like, SETTINGS))
         found = manager.restore(5, args=checkpoint.restore_args(like))
-    same(checkpoint.restored_items(found, like), like)
+    chex.assert_trees_all_equal(checkpoint.restored_items(found, like), like)
 
 
 # ---- meshes --------------------------------------------------------------------------------------
@@ -297,8 +293,10 @@ def like_on(tx, there):
     """What is to be restored, as shapes with shardings."""
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, np.float32), SHAPES, is_leaf=is_shape)
     tree = {"params": shapes, "opt_state": jax.eval_shape(tx.init, shapes)}
-    lie = {"params": there, "opt_state": state_shardings(tx, shapes, there)}
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, lie)
+    shardings = {"params": there, "opt_state": state_shardings(tx, shapes, there)}
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,12 +311,12 @@ def like_on(tx, there):
 def test_a_state_is_the_same_bit_for_bit_on_another_mesh(way, tmp_path):
     tx = muon(1e-2, views=VIEWS)
     expected = jax.tree.map(np.asarray, items())
-    lie = jax.tree.map(lambda leaf: leaf.sharding, like_on(tx, on_mesh(*way[0])))
-    state = jax.device_put(expected, lie)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like_on(tx, on_mesh(*way[0])))
+    state = jax.device_put(expected, shardings)
     for stop, place in enumerate(way[1:]):
         checkpoint.save(tmp_path / str(stop), state, SETTINGS)
         state = checkpoint.restore(tmp_path / str(stop), like_on(tx, on_mesh(*place)), SETTINGS)
-        same(state, expected)
+        chex.assert_trees_all_equal(state, expected)
         kernel, sharding = state["params"]["experts"], on_mesh(*place)["experts"]
         assert kernel["up_proj"].sharding == sharding["up_proj"]
         momentum = optax.tree.get(state["opt_state"], "MomentumState").mu["experts"]["up_proj"]
@@ -330,20 +328,20 @@ def test_a_run_goes_on_bit_for_bit_on_its_mesh(kind, tmp_path):
     there = on_mesh(8, "fsdp", kind)
     tx = muon(1e-2, views=VIEWS, shardings=None if kind == AxisType.Explicit else there)
     like = like_on(tx, there)
-    lie = jax.tree.map(lambda x: x.sharding, like)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
 
-    @functools.partial(jax.jit, out_shardings=None if kind == AxisType.Explicit else lie)
+    @functools.partial(jax.jit, out_shardings=None if kind == AxisType.Explicit else shardings)
     def step(state):
         grads = jax.tree.map(jnp.cos, state["params"])
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
 
     params = jax.device_put(host(0), there)
-    init = jax.jit(tx.init, out_shardings=lie["opt_state"])
+    init = jax.jit(tx.init, out_shardings=shardings["opt_state"])
     state = step(step({"params": params, "opt_state": init(params)}))
     checkpoint.save(tmp_path / "state", state, SETTINGS)
     again = checkpoint.restore(tmp_path / "state", like, SETTINGS)
-    same(step(step(again)), step(step(state)))
+    chex.assert_trees_all_equal(step(step(again)), step(step(state)))
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -368,7 +366,7 @@ def test_with_any_file_damaged_a_checkpoint_is_whole_or_refused(damage, tmp_path
             content = (broken / file).read_bytes()
             (broken / file).write_bytes(content[: len(content) // 2 if damage == "halve" else 0])
         try:
-            same(checkpoint.restore(broken, expected, SETTINGS), expected)
+            chex.assert_trees_all_equal(checkpoint.restore(broken, expected, SETTINGS), expected)
         except ValueError as error:
             assert f"{broken} cannot be read, files of it are missing or damaged" in str(error)
             assert len(str(error).splitlines()) == 1

@@ -11,6 +11,7 @@ import jax
 import matplotlib.image
 import matplotlib.text
 import pytest
+from commands import refused
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -22,13 +23,8 @@ from optax_muon.cli.reports.plan import draw, png
 from optax_muon.cli.reports.plan_devices import bands
 from optax_muon.models import abstract
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """jax.nn.dot_product_attention, which a Llama's tree is traced through, promotes bfloat16."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
+# A Llama's tree is traced through jax.nn.dot_product_attention.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 # Parameters of the published checkpoints, and how exactly they are stated: Llama's on Hugging Face,
 # Moonlight's in its report as 15.96B.
@@ -47,12 +43,8 @@ def planned(model, platform="tpu", layout=None, **sizes):
 
 
 def refusal(capsys, *arguments):
-    """The one line of an error that ends the command with exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        main.main(["plan", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
-    return err.removeprefix("optax-muon: ").strip()
+    """The error of `optax-muon plan`, without the name of the program."""
+    return refused(capsys, "plan", *arguments).removeprefix("optax-muon: ")
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

@@ -2,6 +2,7 @@
 
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,12 +81,13 @@ def run(tx, params, steps=3, dtype=jnp.float32):
 
 def assert_close(ours, theirs, tolerance=CLOSE):
     """Equal structures, dtypes, shapes; leaves equal up to `tolerance` of their largest entry."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        wide = np.promote_types(b.dtype, np.float32)
-        a, b = np.asarray(a, wide), np.asarray(b, wide)
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+
+    def compare(a, b):
+        a, b = (np.asarray(x, np.promote_types(x.dtype, np.float32)) for x in (a, b))
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-30))
+
+    jax.tree.map(compare, ours, theirs)
 
 
 def assert_parity(params, dtype=jnp.float32, tolerance=CLOSE, **options):
@@ -196,9 +198,9 @@ def test_the_state_maps_like_the_parameters(dims):
     tx = compat.muon(0.1, muon_weight_dimension_numbers=dims)
     state = tx.init(random_tree(MIXED, 0))
     doubled = optax.tree.map_params(tx, lambda x: x + 1, state)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(doubled), strict=True):
-        moments = old.shape not in ((), (3,))  # all but the counts and the coefficients
-        np.testing.assert_array_equal(new, old + 1 if moments else old)
+    # All but the counts and the coefficients are moments.
+    expected = jax.tree.map(lambda x: x if x.shape in ((), (3,)) else x + 1, state)
+    chex.assert_trees_all_equal(doubled, expected)
 
 
 def test_init_takes_shapes_alone():

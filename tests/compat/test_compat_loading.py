@@ -1,5 +1,6 @@
 """A run of `optax.contrib.muon` goes on as one of `optax_muon.muon`."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,9 +54,7 @@ def test_the_loaded_state_is_one_of_the_new_optimizer():
     with jax.numpy_dtype_promotion("standard"):
         _, state = theirs.update(params, theirs.init(params), params)
     loaded, fresh = compat.from_optax(state, ours, params), ours.init(params)
-    assert jax.tree.structure(loaded) == jax.tree.structure(fresh)
-    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(fresh), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, fresh)
     counts = [count for _, count in optax.tree.get_all_with_path(loaded, "count")]
     assert counts
     assert set(map(int, counts)) == {1}

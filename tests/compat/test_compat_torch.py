@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from optax_muon import View, compat, muon
+from optax_muon.compat.torch_state import to_in_out
 from optax_muon.polar import newton_schulz
 
 torch = pytest.importorskip("torch")
@@ -88,7 +90,7 @@ class Peer:
 
     def __init__(self, optimizers, nesterov=True):
         self.weights = {
-            path: torch.nn.Parameter(torch.tensor(compat.torch_state.to_in_out(path, array).copy()))
+            path: torch.nn.Parameter(torch.tensor(to_in_out(path, array).copy()))
             for path, array in random(100).items()
         }
         groups = (
@@ -99,7 +101,7 @@ class Peer:
     def step(self, seed):
         gradient = random(seed)
         for path, weight in self.weights.items():
-            weight.grad = torch.tensor(compat.torch_state.to_in_out(path, gradient[path]).copy())
+            weight.grad = torch.tensor(to_in_out(path, gradient[path]).copy())
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -107,7 +109,7 @@ class Peer:
     def params(self):
         """Ours."""
         return {
-            path: compat.torch_state.to_in_out(path, weight.detach().numpy()).copy()
+            path: to_in_out(path, weight.detach().numpy()).copy()
             for path, weight in self.weights.items()
         }
 
@@ -181,9 +183,7 @@ def test_the_loaded_state_is_one_of_the_new_optimizer(run):
         peer.state, tx, params, form=compat.MomentumForm.average(0.9), count=STEPS
     )
     fresh = tx.init(params)
-    assert jax.tree.structure(loaded) == jax.tree.structure(fresh)
-    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(fresh), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, fresh)
     counts = [int(count) for _, count in optax.tree.get_all_with_path(loaded, "count")]
     assert set(counts) == {STEPS}
 
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused_by_path(run):
     )
 
 
-def test_a_function_may_turn_what_no_transposition_does(run):
+def test_a_function_may_transpose_what_the_default_cannot(run):
     """A convolution: torch has OIHW, flax HWIO."""
     params = {"conv": {"kernel": jnp.ones((3, 2, 4, 8))}}
     buffer = np.random.default_rng(0).standard_normal((8, 4, 3, 2))
