@@ -1,4 +1,4 @@
-"""What a state is, as data: its leaves, who trained which parameter, and the settings.
+"""A state described as data: its leaves, the optimizer of each parameter, and the settings.
 
 Two descriptions are compared before arrays are read. Which optimizer trains a parameter follows
 from the structure of the state: the named tuple that holds a moment at the parameter's own path.
@@ -44,8 +44,8 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
             `functools.partial`s of them, in mappings and sequences.
 
     Returns:
-        Shape and dtype of every leaf by item and path, who keeps the moments of which parameter,
-        and the settings.
+        Shape and dtype of every leaf by item and path, the state classes that hold moments of each
+        parameter, and the settings.
 
     Raises:
         TypeError: a setting that JSON cannot hold.
@@ -89,8 +89,15 @@ def check(saved: Mapping[str, Any], here: Mapping[str, Any], where: str = "The c
 
 
 def to_json(settings: Any) -> Any:
-    """Settings as they come back from JSON."""
-    return json.loads(json.dumps(settings, default=_plain))
+    """Settings as they come back from JSON.
+
+    Raises:
+        TypeError: a setting that JSON cannot hold.
+
+    >>> to_json({"beta": np.float32(0.5), "rows": (1, 2)})
+    {'beta': 0.5, 'rows': [1, 2]}
+    """
+    return json.loads(json.dumps(settings, default=_to_json))
 
 
 # ---- describing ----------------------------------------------------------------------------------
@@ -108,7 +115,7 @@ def _leaves(item: Any) -> dict[str, Any]:
 
 
 def _trained_by(items: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The classes that hold something at a parameter's own path, by parameter."""
+    """The state classes that hold a leaf at a parameter's own path, by parameter."""
     found: dict[str, set[str]] = {path: set() for path in named_leaves(items.get(PARAMS))}
     for name, item in items.items():
         for holder in _named_tuples(item) if name != PARAMS else ():
@@ -126,8 +133,8 @@ def _named_tuples(node: Any) -> Iterator[Any]:
             yield from _named_tuples(child)
 
 
-def _plain(value: Any) -> Any:
-    """Express what JSON lacks in terms of what it has."""
+def _to_json(value: Any) -> Any:
+    """Express a value that JSON lacks by values that it has."""
     if isinstance(value, functools.partial):
         return {"function": value.func, "arguments": value.args, **value.keywords}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,6 +1,6 @@
 """Orbax arguments for a described state, and saving and restoring one path with them.
 
-Orbax is imported lazily, only by what saves or restores: it imports Pallas, and most programs need
+Orbax is imported lazily, only by save and restore: it imports Pallas, and most programs need
 neither.
 """
 
@@ -109,14 +109,25 @@ def save_args(
 
 
 def description_args() -> ocp.args.Composite:
-    """The `args` of `ocp.CheckpointManager.restore` that read the item `description` alone."""
+    """The `args` of `ocp.CheckpointManager.restore` that read only the item `description`.
+
+    Raises:
+        ImportError: orbax is not installed.
+    """
     ocp = _import_orbax()
 
     return ocp.args.Composite(**{DESCRIPTION: ocp.args.JsonRestore()})
 
 
 def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
-    """The `args` of `ocp.CheckpointManager.restore` that read all of `like`, after `check`."""
+    """The `args` of `ocp.CheckpointManager.restore` that read all of `like`, after `check`.
+
+    Args:
+        like: What to read, as `restore` takes it.
+
+    Raises:
+        ImportError: orbax is not installed.
+    """
     ocp = _import_orbax()
 
     trees = jax.tree.map(_abstract, _trees(like))
@@ -126,7 +137,12 @@ def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
 
 
 def restored_items(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """What orbax restored with `restore_args`, as the items that `save_args` was given."""
+    """What orbax restored with `restore_args`, as the items that `save_args` was given.
+
+    Args:
+        found: What `ocp.CheckpointManager.restore` returned.
+        like: The items that `restore_args` was given.
+    """
 
     def item(name: str) -> Any:
         tree = like[name]
@@ -139,7 +155,14 @@ def restored_items(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[st
 
 @contextlib.contextmanager
 def reading(where: Path) -> Iterator[None]:
-    """Raise one ValueError for every way in which orbax reports missing or damaged files."""
+    """Raise one ValueError for every way in which orbax reports missing or damaged files.
+
+    Args:
+        where: The path that the message names.
+
+    Raises:
+        ValueError: anything that was raised inside.
+    """
     try:
         yield
     except Exception as error:  # orbax raises OSError, ValueError, KeyError and bare Exception
@@ -164,7 +187,7 @@ def _is_lone(item: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> Any:
-    """A leaf as orbax is to restore it; without a sharding of its own, on the first device."""
+    """A leaf as orbax restores it; on the first device if it has no sharding of its own."""
     if not hasattr(leaf, "shape"):
         return leaf  # a Python number
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,6 +1,6 @@
 """`optax.contrib.muon` on this engine: same arguments, state and numbers, one batch per shape.
 
-Momentum is an average, and Nesterov's look-ahead mixes bias-corrected terms (Dozat, 2016):
+Momentum is an average, and Nesterov momentum combines bias-corrected terms (Dozat, 2016):
 
     M_t = beta M_{t-1} + (1 - beta) g_t
     U_t = beta M_t / (1 - beta^{t+1}) + (1 - beta) g_t / (1 - beta^t)
@@ -10,11 +10,13 @@ multiplied by the learning rate; leaves without dimension numbers go to AdamW. A
 `optax_muon.muon` the early steps differ by the bias correction, and the defaults are optax's:
 every 2-D leaf is a matrix, no weight decay, Keller Jordan's scale.
 
-Numbers are those of optax 0.2.8 up to the order of floating-point sums. Its arithmetic mixes dtypes
-freely, so these links do, whatever `jax_numpy_dtype_promotion` says outside.
+The numbers are those of optax 0.2.8, up to the order of floating-point sums. Optax's arithmetic
+relies on standard dtype promotion, so these links run under it, whatever
+`jax_numpy_dtype_promotion` is.
 """
 
-# Annotations stay objects here: optax reads `learning_rate`'s to see that schedules are welcome.
+# Annotations stay objects here: optax's own tests read that of `learning_rate` to see that it may
+# be a schedule.
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -71,15 +73,15 @@ def muon(
         learning_rate: A number or a schedule, in units of the scaled update.
         ns_coeffs: One row `(a, b, c)` for all steps, an array `[steps, 3]`, or the name of a
             preset: `"standard"` (Keller Jordan's row) or `"dion"` (five rows).
-        ns_steps: How many Newton-Schulz steps one row makes. Rows of their own count themselves,
-            and must not be more.
+        ns_steps: Number of Newton-Schulz steps if `ns_coeffs` is one row. An array has one step per
+            row, and may not have more than `ns_steps` rows.
         beta: Decay of the momentum, in [0, 1).
-        eps: Added to the norm of each matrix, and Adam's epsilon as well.
+        eps: Added to the norm of each matrix; also Adam's epsilon.
         weight_decay: Decoupled decay of the matrices, multiplied by the learning rate.
         weight_decay_mask: A tree of booleans, a prefix of it, or a function of the parameters that
             gives one.
-        mu_dtype: Dtype of the momentum, of Adam's too; None keeps the parameters'.
-        nesterov: Look one step ahead; for Adam as well, which makes it NAdam.
+        mu_dtype: Dtype of the momentum, and of Adam's first moment; None keeps the parameters'.
+        nesterov: Use Nesterov momentum, in Adam as well, which makes it NAdam.
         adaptive: Multiply each update by its inner product with the momentum, over the whole leaf.
         preconditioning: How matrices are scaled before the iteration, see
             `optax_muon.compat.preconditioning`.
@@ -90,7 +92,7 @@ def muon(
         adam_learning_rate: Adam's own learning rate; None takes `learning_rate`.
         muon_weight_dimension_numbers: An `optax.contrib.MuonDimensionNumbers` for each matrix and
             None for each leaf of Adam's: a tree, a prefix of it, or a function of the parameters
-            that gives one. Views of this package are understood too. None: every 2-D leaf is a
+            that gives one. Views of this package are accepted too. None: every 2-D leaf is a
             matrix.
         consistent_rms: Scale by `consistent_rms sqrt(max(fan_in, fan_out))`, the paper's rule with
             0.2; None scales by `sqrt(max(1, fan_out / fan_in))`.
@@ -170,15 +172,15 @@ def scale_by_muon(
 
     Args:
         ns_coeffs: One row `(a, b, c)` for all steps, or an array `[steps, 3]`.
-        ns_steps: How many steps one row makes; an upper bound on the rows of an array.
+        ns_steps: Number of steps if `ns_coeffs` is one row; the most rows an array may have.
         beta: Decay of the momentum, in [0, 1).
         eps: Added to the norm of each matrix.
         mu_dtype: Dtype of the momentum; None keeps the parameters'.
-        nesterov: Look one step ahead.
+        nesterov: Use Nesterov momentum.
         adaptive: Multiply each update by its inner product with the momentum, over the whole leaf.
         preconditioning: How matrices are scaled before the iteration.
-        weight_dimension_numbers: As `muon_weight_dimension_numbers` of `muon`; None: every leaf is
-            a 2-D matrix.
+        weight_dimension_numbers: As `muon_weight_dimension_numbers` of `muon`; None if every leaf
+            is a 2-D matrix.
 
     Returns:
         The transformation; its state is an `optax.contrib.MuonState`.
@@ -226,7 +228,7 @@ def scale_by_muon(
 
 
 def _every_matrix(params: optax.Params) -> Any:
-    """Optax's default: leaves of rank two, embeddings included."""
+    """Optax's default: every leaf of rank two, embeddings included."""
     return jax.tree.map(lambda p: MuonDimensionNumbers() if p.ndim == 2 else None, params)
 
 
@@ -246,7 +248,7 @@ def _checked(ns_coeffs: Coefficients, ns_steps: int) -> jax.Array:
     if coeffs.ndim == 2 and coeffs.shape[0] > ns_steps:
         raise ValueError(
             f"ns_coeffs has {coeffs.shape[0]} rows and ns_steps is {ns_steps};"
-            f" rows are taken whole, so ns_steps must be {coeffs.shape[0]} or more."
+            f" all rows are used, so ns_steps must be {coeffs.shape[0]} or more."
         )
     return coeffs
 
@@ -258,7 +260,7 @@ def _rows(ns_coeffs: jax.Array, ns_steps: int) -> jax.Array:
 def _unbiased(
     updates: optax.Updates, mu: optax.Updates, beta: ArrayLike, count: jax.Array, nesterov: bool
 ) -> optax.Updates:
-    """The average of the gradients so far, free of its start at zero; a step ahead by Nesterov."""
+    """The bias-corrected average of the gradients, one step ahead if `nesterov`."""
     if not nesterov:
         return optax.tree.bias_correction(mu, beta, count)
     ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
@@ -267,5 +269,5 @@ def _unbiased(
 
 
 def _scaled_by_dual_norm(average: jax.Array, polar: jax.Array) -> jax.Array:
-    """`<U, O> O`: steepest descent in the spectral norm, its length included (arXiv 2409.20325)."""
+    """`<U, O> O`: steepest descent in the spectral norm, with its length (arXiv 2409.20325)."""
     return jnp.sum(average.conj() * polar) * polar

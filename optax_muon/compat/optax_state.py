@@ -1,7 +1,7 @@
 """Convert a state of `optax.contrib.muon` into a state of `optax_muon.muon`.
 
 Optax keeps the average `(1 - beta) sum_k beta^k g_{t-k}`, this package the paper's sum without the
-factor, so momenta are divided by `1 - beta`. Adam's moments and all counts are taken as they are.
+factor, so momenta are divided by `1 - beta`. Adam's moments and all counts stay as they are.
 The coefficients in optax's state are dropped: here they are an option of the orthogonalizer.
 """
 
@@ -81,12 +81,12 @@ def filled(
     momentum: Callable[[str, jax.Array], jax.Array],
     moment: Callable[[str, str, jax.Array], jax.Array],
 ) -> optax.OptState:
-    """A state of `optax_muon.muon` with its momenta replaced, in its own dtypes.
+    """A state of `optax_muon.muon` with its moments replaced, in its own dtypes.
 
     Args:
-        state: A fresh one.
-        momentum: `(path, leaf) -> momentum` of a parameter of Muon's, in the sum form.
-        moment: `("mu" or "nu", path, leaf) -> moment` of one of Adam's.
+        state: A fresh state.
+        momentum: `(path, leaf) -> momentum` of a parameter that Muon trains, as a sum.
+        moment: `("mu" or "nu", path, leaf) -> moment` of a parameter that Adam trains.
     """
 
     def fill(take: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
@@ -102,15 +102,19 @@ def filled(
             return node._replace(**new)
         return node
 
-    return jax.tree.map(move, state, is_leaf=_holds_momentum)
+    return jax.tree.map(move, state, is_leaf=_holds_moments)
 
 
-def _holds_momentum(node: Any) -> bool:
+def _holds_moments(node: Any) -> bool:
     return isinstance(node, MomentumState | optax.ScaleByAdamState)
 
 
 def _found(state: optax.OptState, kind: type) -> list[Any]:
-    """The parts of one kind in a state; a state of Muon's has exactly one."""
+    """The parts of one kind in a state.
+
+    Raises:
+        ValueError: there is not exactly one, as in every state of `optax.contrib.muon`.
+    """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
     found = [node for node in nodes if isinstance(node, kind)]
     if len(found) != 1:

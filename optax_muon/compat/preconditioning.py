@@ -4,18 +4,18 @@ One step is the quintic of `optax_muon.polar`, written with the Gram matrix `A =
 
     X <- a X + (b A + c A A) X
 
-It needs singular values of at most about one. Optax knows four ways to get there, each here a
-function `(X, eps) -> (X, A)` that hands on the Gram matrix of what it returns, so that the two ways
-that read their scale off the Gram matrix cost the first step nothing:
+It needs singular values of at most about one. Optax has four ways of scaling `X` to that, each a
+function `(X, eps) -> (X, A)` here. Each also returns the Gram matrix of the scaled `X`: `aol` and
+`schatten` compute their scale from the Gram matrix, and the first step uses it again.
 
     frobenius   X / (||X||_F + eps)
     spectral    X / (||X||_2 + eps)              exact, by SVD: slow
     aol         D X,  D_ii = (sum_j |A_ij|)^-1/2   almost-orthogonal layer, arXiv 2512.04632
     schatten    X ||A||_F^-1/2                   the Schatten-4 norm, arXiv 2506.10935
 
-Everything runs in the dtype of `X`. The package's own iteration, scale-free and with a compute
-dtype, is `optax_muon.newton_schulz`; this one exists for optax's numbers. The optimizer around it
-is in `contrib.py`.
+Everything runs in the dtype of `X`. This iteration exists to reproduce optax's numbers; the
+package's own, which is scale-invariant and has a compute dtype, is `optax_muon.newton_schulz`. The
+optimizer that uses this one is in `contrib.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 Preconditioner = Callable[[jax.Array, ArrayLike], tuple[jax.Array, jax.Array]]
-"""`(X, eps) -> (X scaled, its Gram matrix)`, on `[..., m, n]` and `[..., m, m]`."""
+"""`(X, eps) -> (scaled X, its Gram matrix)`, of shapes `[..., m, n]` and `[..., m, m]`."""
 
-# The least norm of a Gram matrix that aol and schatten divide by; optax passes them no `eps`.
 _GRAM_FLOOR = 1e-8
+"""The smallest norm of a Gram matrix that aol and schatten divide by; they ignore `eps`."""
 
 _MATRIX = (-2, -1)
 
@@ -60,21 +60,51 @@ def newton_schulz(
 
 
 def frobenius(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Divide by the Frobenius norm."""
+    """Divide by the Frobenius norm.
+
+    Args:
+        x: `[..., m, n]`, `m <= n`, real or complex.
+        eps: Added to the norm.
+
+    Returns:
+        The scaled `x` and its Gram matrix `[..., m, m]`, in the dtype of `x`.
+
+    >>> x, gram = frobenius(jnp.array([[3.0, 4.0]]), 0.0)
+    >>> print(x, gram)
+    [[0.6 0.8]] [[1.]]
+    """
     norm = jnp.linalg.norm(x, "fro", _MATRIX, keepdims=True)
     x = x / (norm + eps).astype(x.dtype)
     return x, _gram(x)
 
 
 def spectral(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Divide by the largest singular value."""
+    """Divide by the largest singular value, computed by an SVD.
+
+    Args:
+        x: `[..., m, n]`, `m <= n`, real or complex.
+        eps: Added to the norm.
+
+    Returns:
+        The scaled `x` and its Gram matrix `[..., m, m]`, in the dtype of `x`.
+    """
     norm = jnp.linalg.norm(x, 2, _MATRIX, keepdims=True)
     x = x / (norm + eps).astype(x.dtype)
     return x, _gram(x)
 
 
 def aol(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Divide every row by the root of the sum of its row of `|A|`, a bound by Gershgorin."""
+    """Scale row i by `(sum_j |A_ij|)^-1/2`, which bounds the spectral norm by one (Gershgorin).
+
+    Args:
+        x: `[..., m, n]`, `m <= n`, real or complex.
+        eps: Ignored, as in optax; the sums are at least 1e-8.
+
+    Returns:
+        The scaled `x` and its Gram matrix `[..., m, m]`, in the dtype of `x`.
+
+    Source: arXiv 2512.04632.
+    """
     del eps
     gram = _gram(x)
     scale = _inverse_root(jnp.abs(gram).sum(-1, keepdims=True), x.dtype)
@@ -82,7 +112,17 @@ def aol(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
 
 
 def schatten(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Divide by the Schatten-4 norm, between the spectral norm and the Frobenius norm."""
+    """Divide by the Schatten-4 norm, which lies between the spectral and the Frobenius norm.
+
+    Args:
+        x: `[..., m, n]`, `m <= n`; real, since optax does not conjugate the Gram matrix here.
+        eps: Ignored, as in optax; the norm of the Gram matrix is at least 1e-8.
+
+    Returns:
+        The scaled `x` and its Gram matrix `[..., m, m]`, in the dtype of `x`.
+
+    Source: arXiv 2506.10935.
+    """
     del eps
     gram = x @ x.mT  # optax 0.2.8 does not conjugate here; its numbers are the contract
     scale = _inverse_root(jnp.linalg.norm(gram, "fro", _MATRIX, keepdims=True), x.dtype)
@@ -92,7 +132,7 @@ def schatten(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
 PRECONDITIONERS: Mapping[str, Preconditioner] = MappingProxyType(
     {"frobenius": frobenius, "spectral": spectral, "aol": aol, "schatten": schatten}
 )
-"""Optax's names of the ways to scale."""
+"""The preconditioners by optax's names."""
 
 
 def _gram(x: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ class MomentumForm:
     """
 
     factor: float
-    """What turns the buffer into the paper's sum."""
+    """Multiplied by this, the buffer is the paper's sum."""
 
     @classmethod
     def average(cls, beta: float = 0.95) -> MomentumForm:
@@ -57,7 +57,11 @@ class MomentumForm:
 
 
 def to_in_out(path: str, array: np.ndarray) -> np.ndarray:
-    """From torch's `[out, in]` to flax's `[in, out]`; an embedding is `[vocab, width]` in both.
+    """Transpose torch's `[out, in]` to flax's `[in, out]`; embeddings are `[vocab, width]` in both.
+
+    Args:
+        path: The path of the parameter; its last name tells an embedding.
+        array: Torch's array; arrays of fewer than two axes stay as they are.
 
     >>> to_in_out("mlp/up_proj/kernel", np.ones((8, 4))).shape
     (4, 8)
@@ -82,8 +86,8 @@ def from_torch(
             on the CPU in a dtype that numpy has.
         tx: The `optax_muon.muon(...)` that continues, sending the same parameters to Muon.
         params: The parameters.
-        form: What `momentum_buffer` means: `MomentumForm.average(0.95)` of `torch.optim.Muon` and
-            Keller Jordan's Muon, `MomentumForm.sum()` of Moonlight's `toy_train.py`.
+        form: What `momentum_buffer` means: `MomentumForm.average(0.95)` for `torch.optim.Muon` and
+            Keller Jordan's Muon, `MomentumForm.sum()` for Moonlight's `toy_train.py`.
         count: Steps done so far.
         transpose: `(path, torch's array) -> ours`, for every buffer; the default transposes all
             matrices but embeddings.
