@@ -1,8 +1,8 @@
-"""Run the tests that optax ships for its Muon with `compat.muon` in its place; a script of its own.
+"""A script that runs the tests that optax ships for its Muon on `compat.muon`.
 
-Optax's tests look the optimizer up by name, in modules of optax. Here these names are bound to ours
-before the tests are loaded, in a process of their own, so that nothing else sees it. The last line
-of the output is a JSON object.
+Optax's tests look the optimizer up by name in modules of optax. This script binds these names to
+ours before it loads the tests, in a process of its own so that nothing else is affected. The last
+line of its output is a JSON object.
 """
 
 import functools
@@ -19,16 +19,16 @@ SUITES = {
     "_common_test": lambda test: "opt_name='muon'" in str(test),  # one of some thirty optimizers
 }
 
-made = 0
+built = 0
 
 
 def counted(factory):
-    """Count what the tests make of it, to know that they made it of ours."""
+    """Count the optimizers that the tests make, as evidence that they tested ours."""
 
     @functools.wraps(factory)  # tests read the signature
     def make(*args, **kwargs):
-        global made
-        made += 1
+        global built
+        built += 1
         return factory(*args, **kwargs)
 
     return make
@@ -54,7 +54,7 @@ def main() -> None:
         chosen.addTests(test for test in cases(loaded) if belongs(test))
     result = unittest.TextTestRunner(stream=sys.stderr, verbosity=2).run(chosen)
     failed = [str(test) for test, _ in (*result.failures, *result.errors)]
-    json.dump({"ran": result.testsRun, "made": made, "failed": failed}, sys.stdout)
+    json.dump({"ran": result.testsRun, "built": built, "failed": failed}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The truth that the tests compare with: the papers' equations as naive loops, float64 numpy.
+"""The reference of the tests: the papers' equations as naive loops in float64 NumPy.
 
-Nothing here imports the package, or jax. A model is a flat dict `{path: array}`; `matrices` tells
-for some of its paths which axes are rows and which are columns, and all other paths take AdamW.
+Nothing here imports the package or JAX. A model is a flat dict `{path: array}`. `matrices` gives the
+row axes and the column axes of some paths; AdamW trains all other paths.
 """
 
 import itertools
@@ -29,7 +29,7 @@ def newton_schulz(x: np.ndarray, steps: int = 5) -> np.ndarray:
 
 
 def polar(x: np.ndarray) -> np.ndarray:
-    """`U V^T` of the singular value decomposition, null directions left out."""
+    """`U V^T` of the singular value decomposition, without the null space."""
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     rank = int(np.sum(s > 1e-6 * s[0])) if s[0] > 0 else 0
     return u[:, :rank] @ vt[:rank]
@@ -49,8 +49,8 @@ def each_matrix(
     return new.transpose(np.argsort(order))
 
 
-def at(value: Any, step: int) -> float:
-    """The value of a hyper-parameter at a step: itself, or the schedule's."""
+def value_at(value: Any, step: int) -> float:
+    """A hyper-parameter at a step: the number itself, or the value of its schedule."""
     return float(value(step)) if callable(value) else float(value)
 
 
@@ -77,8 +77,8 @@ def train(
         for path in params:
             g = np.asarray(gradient[path], np.float64)
             if path in matrices:
-                first[path] = at(beta, step) * first[path] + g
-                ahead = g + at(beta, step) * first[path] if nesterov else first[path]
+                first[path] = value_at(beta, step) * first[path] + g
+                ahead = g + value_at(beta, step) * first[path] if nesterov else first[path]
                 update = each_matrix(ahead, *matrices[path], _matched)
             else:
                 first[path] = 0.9 * first[path] + 0.1 * g
@@ -88,8 +88,8 @@ def train(
                 update = mean / (np.sqrt(square) + 1e-8)
             if decayed(path):
                 pulls = update * params[path] >= 0 if cautious else True
-                update = update + np.where(pulls, at(decay, step) * params[path], 0.0)
-            params[path] = params[path] - at(lr, step) * update
+                update = update + np.where(pulls, value_at(decay, step) * params[path], 0.0)
+            params[path] = params[path] - value_at(lr, step) * update
         yield dict(params)
 
 

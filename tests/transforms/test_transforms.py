@@ -87,7 +87,7 @@ def test_momentum_is_the_sum_of_discounted_gradients(nesterov):
     gradients = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     state, momentum = link.init(jnp.zeros(4)), np.zeros(4)
     for step, gradient in enumerate(gradients):
-        rate = reference.at(beta, step)
+        rate = reference.value_at(beta, step)
         momentum = rate * momentum + gradient
         expected = gradient + rate * momentum if nesterov else momentum
         found, state = link.update(jnp.asarray(gradient), state)
@@ -269,7 +269,7 @@ def test_decay_adds_the_parameters_where_it_may(link, cautious):
         expected = {}
         for path, update in updates.items():
             pulls = (update * params[path] >= 0) | (not cautious)
-            expected[path] = update + reference.at(rate, step) * pulls * params[path]
+            expected[path] = update + reference.value_at(rate, step) * pulls * params[path]
         assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
