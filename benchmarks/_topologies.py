@@ -105,7 +105,7 @@ def main(arguments: Sequence[str], row: Callable[..., Any], fill_table: Callable
 
 
 def versions() -> str:
-    """What compiled."""
+    """The versions that compiled the programs."""
     names = ("jax", "libtpu", "optax")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 

@@ -1,15 +1,15 @@
 """Pretrain with AdamW and with Muon, fine-tune both with both: the paper's table in toy size.
 
-A Llama (preset `small` of `optax-muon train`) learns Python's standard library with either
-optimizer, Muon at AdamW's learning rate and decay. Then it learns to go on from the head of a
-function with the first line of its docstring, on 1000 functions of the same library: two epochs,
-the learning rate falling linearly to zero, once from the paper's 5e-5 and once from 7e-4, which is
-the same part of the pretraining's peak as the paper's (5e-5 of 4.2e-4). Loss is that of the
-docstrings of 950 other functions, nats per byte. Their files may have been in the pretraining text,
-with either optimizer; fine-tuning has seen none of them. One seed: what differs by a hundredth says
-nothing. This model has 0.6 million parameters, the paper's 16 billion, and its table is of
-benchmarks: there a model that both steps train with Muon is the best in all four (arXiv 2502.16982,
-section 3.5).
+A Llama (preset `small` of `optax-muon train`) is pretrained on Python's standard library with
+either optimizer, Muon at AdamW's learning rate and decay. It is then fine-tuned to complete the
+head of a function with the first line of its docstring, on 1000 functions of the same library. That
+takes two epochs; the learning rate falls linearly to zero, once from the paper's 5e-5 and once from
+7e-4, the same fraction of the pretraining peak as in the paper (5e-5 of 4.2e-4). The loss is that
+of the docstrings of 950 other functions, in nats per byte. Pretraining may have seen the files of
+these functions, with either optimizer; fine-tuning has seen none of them. There is one seed, so
+differences of a hundredth mean nothing. This model has 0.6 million parameters, the paper's 16
+billion. The paper's table has four benchmarks, and pretraining and fine-tuning with Muon is the
+best on all of them (arXiv 2502.16982, section 3.5).
 
     python benchmarks/finetune_table.py
 """
@@ -57,7 +57,7 @@ FULL, TOY = Size("small", 128, 1000), Size("tiny", 64, 40)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The learning rate that fine-tuning begins with."""
+    """The learning rate at which fine-tuning starts."""
 
     rate: float
 
@@ -66,7 +66,7 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class FinetuneResult:
     """A model after pretraining and fine-tuning."""
 
     case: str
@@ -79,40 +79,39 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """Where everything is trained and kept: a script that was stopped goes on."""
+class Runs:
+    """The folder of all training runs; a script that was stopped continues there."""
 
     folder: Path
     size: Size
 
     @property
     def pretraining(self) -> Path:
-        """The run to begin with."""
+        """The pretraining run."""
         return self.folder / "pretrained"
 
     def prepare(self) -> None:
         """Write the examples, and pretrain."""
         self.folder.mkdir(parents=True, exist_ok=True)
         pairs = functions(self.size.context)
-        learned, judged = pairs[::2], pairs[1::2]
-        self._write("learned", learned)
-        self._write("judged", judged)
+        self._write("training", pairs[::2])
+        self._write("evaluation", pairs[1::2])
         numbers = ["--optimizers", *PRETRAINED.values()]
         sizes = ["--preset", self.size.preset, "--context", self.size.context]
         self._command(self.pretraining, "train", *sizes, *numbers)
 
     def finetuned(self, case: Case, before: str, after: str) -> Path:
-        """The run of a model that is fine-tuned so."""
+        """Fine-tune a pretrained model, and return the folder of the run."""
         run = self.folder / f"{before}-{after}-{case.rate:g}"
         source = ["--from", self.pretraining, "--trial", PRETRAINED[before]]
         numbers = ["--optimizers", after, "--lr", case.rate, "--batch", BATCH]
-        self._command(run, "finetune", *source, "--data", self._path("learned"), *numbers)
+        self._command(run, "finetune", *source, "--data", self._path("training"), *numbers)
         return run
 
     def loss(self, run: Path, trial: str) -> float:
-        """Of the functions that nobody was trained on."""
+        """The loss on the functions that were held out of fine-tuning."""
         source = PretrainedSource(run, trial)
-        loaded = prompts.load_prompts(self._path("judged"), self.size.context).train
+        loaded = prompts.load_prompts(self._path("evaluation"), self.size.context).train
         return evaluate(source.model, *source.weights(), loaded, EVAL_BATCH).loss
 
     def _command(self, run: Path, *words: Any) -> None:
@@ -120,7 +119,7 @@ class Work:
         command([*map(str, words), "--runs", str(run.parent), "--name", run.name, *resume])
 
     def _write(self, name: str, pairs: Sequence[tuple[str, str]]) -> None:
-        """As many as there are to be, evenly from all of them."""
+        """Write as many pairs as the size asks for, taken evenly from all of them."""
         count = min(self.size.examples, len(pairs))
         chosen = [pairs[i * len(pairs) // count] for i in range(count)]
         lines = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in chosen)
@@ -131,22 +130,22 @@ class Work:
 
 
 def main(options: _bench.Options) -> None:
-    """Train what is not trained yet, and write the table."""
-    runs, size = options.out or _bench.HERE.parent / "runs", TOY if options.quick else FULL
-    work = Work(runs / "finetune_table" / size.preset, size)
-    work.prepare()
+    """Train what is not trained yet, and write the results."""
+    folder, size = options.out or _bench.HERE.parent / "runs", TOY if options.quick else FULL
+    runs = Runs(folder / "finetune_table" / size.preset, size)
+    runs.prepare()
     results = dataclasses.replace(options, out=options.out or options.folder / "finetune")
     cases = [Case(rate) for rate in RATES]
-    starts = {before: work.loss(work.pretraining, trial) for before, trial in PRETRAINED.items()}
+    starts = {before: runs.loss(runs.pretraining, trial) for before, trial in PRETRAINED.items()}
 
-    def measure(case: Case) -> Iterator[Row]:
+    def measure(case: Case) -> Iterator[FinetuneResult]:
         for before, start in starts.items():
             for after in TITLES:
-                loss = work.loss(work.finetuned(case, before, after), after)
+                loss = runs.loss(runs.finetuned(case, before, after), after)
                 name = f"{TITLES[before]} / {TITLES[after]}"
-                yield Row(str(case), name, round(start, 4), round(loss, 4))
+                yield FinetuneResult(str(case), name, round(start, 4), round(loss, 4))
 
-    _bench.run(results, "finetune_table", Row, cases, measure, page, picture)
+    _bench.run(results, "finetune_table", FinetuneResult, cases, measure, page, picture)
 
 
 def functions(context: int) -> list[tuple[str, str]]:
@@ -162,20 +161,20 @@ def functions(context: int) -> list[tuple[str, str]]:
 
 
 def _documented(text: bytes) -> Iterator[tuple[str, str]]:
-    """The functions of a file that say what they do."""
+    """The functions of a file that have a docstring."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):  # a template, or another version's syntax
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and (said := ast.get_docstring(node)):
-            first = said.splitlines()[0]
+        if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)):
+            first = docstring.splitlines()[0]
             if first:
                 yield f'def {node.name}({ast.unparse(node.args)}):\n    """', first
 
 
-def page(rows: Sequence[Row]) -> list[str]:
-    """The table for people."""
+def page(rows: Sequence[FinetuneResult]) -> list[str]:
+    """The Markdown page."""
     names = list(dict.fromkeys(row.trial for row in rows))
     cells = {(row.case, row.trial): row for row in rows}
     lines = [
@@ -190,8 +189,8 @@ def page(rows: Sequence[Row]) -> list[str]:
     return [*_bench.page_head(title, __doc__), *table, "", *_gaps(rows)]
 
 
-def _gaps(rows: Sequence[Row]) -> Iterator[str]:
-    """Muon's fine-tuning beside AdamW's of the same model."""
+def _gaps(rows: Sequence[FinetuneResult]) -> Iterator[str]:
+    """Compare fine-tuning with Muon and with AdamW of the same model."""
     losses = {(row.case, row.trial): row.loss for row in rows}
     for case in dict.fromkeys(row.case for row in rows):
         for before in TITLES.values():
@@ -203,8 +202,8 @@ def _gaps(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
-def picture(rows: Sequence[Row]) -> matplotlib.figure.Figure:
-    """How much loss fine-tuning takes away, a panel for each learning rate."""
+def picture(rows: Sequence[FinetuneResult]) -> matplotlib.figure.Figure:
+    """The loss before and after fine-tuning, a panel for each learning rate."""
     cases = list(dict.fromkeys(row.case for row in rows))
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]

@@ -1,14 +1,14 @@
 """Compile whole training steps of Moonlight 16B-A3B for TPU pods, and read what the programs do.
 
 A step is the paper's: 2048 sequences of 8192 tokens in micro-batches, bfloat16 products of float32
-parameters, the gradient's mean over the micro-batches clipped at a global norm of 1, Muon for every
-matrix and AdamW for the rest, router biases moved by their experts' load; parameters, momenta and
-biases are donated. It is `training/step.py`'s own step, on Explicit mesh axes.
+parameters, the mean gradient over the micro-batches clipped at a global norm of 1, Muon for every
+matrix and AdamW for the rest, router biases updated by the load of their experts. Parameters,
+momenta and biases are donated. It is the step of `training/step.py`, on Explicit mesh axes.
 
     pip install -e '.[train,tpu]' && python benchmarks/moonlight_step.py
 
-Every row is a process of its own with a time limit, and rows that stand in the table are kept:
-delete a line of results/moonlight_step.csv to compile it again.
+Every row is compiled in a process of its own with a time limit. Rows that are in the table already
+are kept: delete a line of results/moonlight_step.csv to compile it again.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ LIMIT = 1200
 MUON = Trial(REGISTRY["muon"], HyperParams(4.2e-4, 0.1))
 """The paper's numbers (arXiv 2502.16982, section 3.3)."""
 OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
-"""For libtpu: without it, all but v5p multiply every row with every expert of the chip."""
+"""For libtpu: without it, every chip but v5p multiplies every row with every expert it holds."""
 SEQUENCES = 2048
 STEPS = 175_834
-"""Of the paper's 5.7T tokens; no size of the program depends on them."""
+"""Steps of the paper's 5.7T tokens; no size in the program depends on them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """How a step is cut over a machine."""
+    """How a step is divided over a machine."""
 
     machine: str
     axes: Mapping[str, int]
@@ -64,7 +64,7 @@ class Case:
     accumulate: int
     """Micro-batches."""
     hbm_gib: float
-    """Memory of a chip, as libtpu says where a program needs more."""
+    """Memory of a chip, as libtpu states it when a program needs more."""
 
 
 CASES = {
@@ -77,8 +77,8 @@ CASES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One step on one machine; per device but for the first lines, 0 where nothing compiled."""
+class CompiledStep:
+    """One step on one machine; per device unless stated otherwise, 0 where nothing compiled."""
 
     machine: str
     mesh: str
@@ -89,23 +89,23 @@ class Row:
     accumulate: int
     """Micro-batches of a step."""
     outcome: str
-    """`compiled`, which is to say that it fits; or why not."""
+    """`compiled`, which means that it fits, or the reason why not."""
     arguments_gib: float = 0.0
     """Memory of parameters, momenta, biases and tokens."""
     donated_gib: float = 0.0
-    """Of these, memory that the results are written to."""
+    """The part of these that the results overwrite."""
     output_gib: float = 0.0
     """Memory of the results."""
     temporary_gib: float = 0.0
-    """Memory of everything else at its height."""
+    """Peak memory of everything else."""
     total_gib: float = 0.0
-    """All of it."""
+    """Memory of all of these."""
     hbm_gib: float = 0.0
-    """What there is."""
+    """Memory of the chip."""
     tflop: float = 0.0
-    """Operations of all products as compiled, loops as often as they turn."""
+    """Operations of all compiled products, counted in every iteration of a loop."""
     model_tflop: float = 0.0
-    """6 per token and parameter that it is multiplied with, head and attention scores included."""
+    """6 per token and parameter that multiplies it, head and attention scores included."""
     paper_tflop: float = 0.0
     """6 per token and active parameter, embedding and head left out, as the paper counts them."""
     optimizer_tflop: float = 0.0
@@ -113,7 +113,7 @@ class Row:
     optimizer_mib: float = 0.0
     """Result bytes of the optimizer's collectives, as planned."""
     all_gather: int = 0
-    """How many, every turn of a loop counted."""
+    """Number of all-gathers, counted in every iteration of a loop."""
     all_gather_mib: float = 0.0
     """Bytes of their results."""
     all_reduce: int = 0
@@ -125,26 +125,30 @@ class Row:
     others: int = 0
     others_mib: float = 0.0
     compile_s: float = 0.0
-    """Seconds of processor time, on whatever computer this was."""
+    """Seconds of processor time, on the computer that compiled it."""
     hlo_mb: float = 0.0
     """Length of the program's text."""
 
 
 def fill_table() -> None:
     """Compile the rows that are not in the table yet."""
-    rows = _table.read(TABLE, Row)
+    rows = _table.read(TABLE, CompiledStep)
     for case in CASES.values():
         if case.machine not in {row.machine for row in rows}:
             found = _topologies.in_process(__file__, [case.machine], LIMIT)
-            row = Row(**said(case), outcome=found) if isinstance(found, str) else Row(**found)
+            row = (
+                CompiledStep(**known_fields(case), outcome=found)
+                if isinstance(found, str)
+                else CompiledStep(**found)
+            )
             print(f"{case.machine}: {row.outcome}", flush=True)
             rows.append(row)
-            _table.write(TABLE, Row, rows)
+            _table.write(TABLE, CompiledStep, rows)
     PAGE.write_text(page(rows))
 
 
-def said(case: Case) -> dict[str, Any]:
-    """What is known of a row before it compiles."""
+def known_fields(case: Case) -> dict[str, Any]:
+    """The fields of a row that are known before it is compiled."""
     return {
         "machine": case.machine,
         "mesh": _topologies.in_words(MACHINES[case.machine], case.axes),
@@ -154,22 +158,26 @@ def said(case: Case) -> dict[str, Any]:
     }
 
 
-def compile_row(machine: str) -> Row:
+def compile_row(machine: str) -> CompiledStep:
     """Compile a step and read the program."""
     case = CASES[machine]
     mesh = _topologies.mesh_of(MACHINES[case.machine], case.axes, AxisType.Explicit)
-    config = setup_of(CONFIGS["moonlight-16b-a3b"], SEQUENCES)
+    config = config_of(CONFIGS["moonlight-16b-a3b"], SEQUENCES)
     start = time.process_time()
     program = compile_step(config, mesh, case.accumulate, OPTIONS)
     seconds = time.process_time() - start
     read = measures(program, config, mesh, case.accumulate)
-    return Row(
-        **said(case), outcome="compiled", hbm_gib=case.hbm_gib, compile_s=round(seconds), **read
+    return CompiledStep(
+        **known_fields(case),
+        outcome="compiled",
+        hbm_gib=case.hbm_gib,
+        compile_s=round(seconds),
+        **read,
     )
 
 
-def setup_of(config: MoonlightConfig, sequences: int) -> TrainConfig:
-    """The paper's run, of a model of these sizes."""
+def config_of(config: MoonlightConfig, sequences: int) -> TrainConfig:
+    """The paper's training, of a model of these sizes."""
     return TrainConfig(
         config, sequences, STEPS, 0, 100, sequences, THREE_STAGE, bias_update_speed=1e-3
     )
@@ -178,7 +186,7 @@ def setup_of(config: MoonlightConfig, sequences: int) -> TrainConfig:
 def compile_step(
     config: TrainConfig, mesh: Mesh, accumulate: int, options: Mapping[str, Any] | None = None
 ) -> Any:
-    """Compile a step of training with Muon, from shapes alone; `options` are the compiler's."""
+    """Compile a training step with Muon from shapes alone; `options` go to the compiler."""
     model, tx = spec.model(config.model), transformation(MUON, config)
     with jax.set_mesh(mesh):
         shape = (accumulate, config.batch // accumulate, config.model.context + 1)
@@ -211,7 +219,7 @@ def measures(program: Any, config: TrainConfig, mesh: Mesh, accumulate: int) -> 
     tokens = config.batch * config.model.context / mesh.size
     return {
         **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
-        "tflop": round(hlo.flops(text, turns(config, mesh, accumulate)) / 1e12, 1),
+        "tflop": round(hlo.flops(text, expert_blocks(config, mesh, accumulate)) / 1e12, 1),
         "model_tflop": round(config.batch * flops.sequence_flops(config) / mesh.size / 1e12, 1),
         "paper_tflop": round(6 * count(config.model).active * tokens / 1e12, 1),
         "optimizer_tflop": round(plan.cost.flops / 1e12, 3),
@@ -221,8 +229,8 @@ def measures(program: Any, config: TrainConfig, mesh: Mesh, accumulate: int) -> 
     }
 
 
-def turns(config: TrainConfig, mesh: Mesh, accumulate: int) -> int:
-    """Blocks of rows that a device's experts work on in a layer, where all are chosen alike."""
+def expert_blocks(config: TrainConfig, mesh: Mesh, accumulate: int) -> int:
+    """Blocks of rows for the experts of a device in a layer, if all are chosen equally often."""
     model = config.model
     rows = config.batch // accumulate * model.context * model.num_experts_per_tok // mesh.size
     return -(-rows // experts.BLOCK)
@@ -248,22 +256,22 @@ def received(text: str) -> dict[str, Any]:
 
 INTRODUCTION = """\
 Made by `benchmarks/moonlight_step.py`, which says what is compiled; the CSV next to this file has
-the same numbers. Everything is per chip and step, a step being {tokens:.1f} million tokens on all
-chips. Memory is the compiler's own analysis of the program, which is refused where it does not fit.
-Operations are those of all products in the compiled program, a multiply-add counted as two, every
-turn of a loop counted; blocks of rows that come to a chip's experts as often as if all experts were
-chosen alike. They include what the backward pass makes again, attention scores that the mask throws
-away and the optimizer's. The model's own are 6 per token and parameter that it is multiplied with,
-and 6 per attention score and feature. The optimizer's are those of its orthogonalizations, as
-planned. Collectives are counted with every turn of a loop, MiB are those of their results.
+the same numbers. Everything is per chip and step; a step has {tokens:.1f} million tokens on all
+chips. Memory is the compiler's own analysis; it refuses a program that does not fit. Operations are
+those of all products in the compiled program. A multiply-add counts as two, every iteration of a
+loop counts, and the loop over blocks of rows runs as often as if all experts were chosen equally
+often. They include recomputation in the backward pass, masked attention scores, and the optimizer.
+The model's own operations are 6 per token and parameter that multiplies it, and 6 per attention
+score and feature. The optimizer's are those of its orthogonalizations, as planned. Collectives are
+counted in every iteration of a loop; MiB are those of their results.
 
-The compiler is given `--xla_tpu_enable_ragged_dot_kernel=true`, which a v5p has by default; on a
-v5e training wants it in `LIBTPU_INIT_ARGS`. Without it XLA makes of the product of rows and the
-expert of each the products of all rows and all experts of the chip, four here."""
+The compiler gets `--xla_tpu_enable_ragged_dot_kernel=true`, the default on v5p; to train on v5e,
+set it in `LIBTPU_INIT_ARGS`. Without it XLA multiplies all rows with all experts of the chip, four
+here, instead of each row with its own expert."""
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The table for people, a column for each machine."""
+def page(rows: Sequence[CompiledStep]) -> str:
+    """The Markdown page, a column for each machine."""
     tokens = SEQUENCES * CONFIGS["moonlight-16b-a3b"].context / 1e6
     title = "# One training step of Moonlight 16B-A3B, compiled ahead of time for TPUs"
     columns = [cells(row) for row in rows]
@@ -273,8 +281,8 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *_table.markdown(["", *(row.machine for row in rows)], table)]) + "\n"
 
 
-def cells(row: Row) -> dict[str, str]:
-    """A row as text, by what it is."""
+def cells(row: CompiledStep) -> dict[str, str]:
+    """The cells of a row, by their names."""
     head = {
         "mesh": row.mesh,
         "micro-batches": f"{row.accumulate} of {row.sequences // row.accumulate} sequences",
@@ -287,7 +295,7 @@ def cells(row: Row) -> dict[str, str]:
     kinds |= {"reduce-scatters": "reduce_scatter", "all-to-alls": "all_to_all", "others": "others"}
     return head | {
         "parameters, momenta, biases, tokens": f"{row.arguments_gib:.2f} GiB",
-        "results, all but a report in their place": f"{row.output_gib:.2f} GiB",
+        "results, in place of the former state": f"{row.output_gib:.2f} GiB",
         "temporary": f"{row.temporary_gib:.2f} GiB",
         "total": f"{row.total_gib:.2f} of {row.hbm_gib:.2f} GiB",
         "operations of all products": f"{row.tflop:.0f} Tflop",

@@ -78,7 +78,7 @@ OPTIMIZERS = ("optax-muon", "optax.contrib.muon")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CompiledUpdate:
     """One update of one tree on one machine; per device, and 0 where nothing compiled."""
 
     optimizer: str
@@ -86,7 +86,7 @@ class Row:
     machine: str
     mesh: str
     outcome: str
-    """`compiled`, or why not."""
+    """`compiled`, or the reason why not."""
     all_to_all: int = 0
     """All-to-alls that an update runs, counted in every iteration of a loop."""
     all_gather: int = 0
@@ -110,35 +110,35 @@ class Row:
     balanced_gflop: float = 0.0
     """Operations per chip if all orthogonalizations were spread evenly over a slice."""
     compile_s: float = 0.0
-    """Seconds of processor time, on whatever computer this was."""
+    """Seconds of processor time, on the computer that compiled it."""
     hlo_mb: float = 0.0
     """Length of the program's text."""
 
 
 def fill_table() -> None:
     """Compile the rows that are not in the table yet."""
-    rows = _table.read(TABLE, Row)
+    rows = _table.read(TABLE, CompiledUpdate)
     known = {(row.tree, row.machine, row.optimizer) for row in rows}
     for optimizer, machine, tree in itertools.product(OPTIMIZERS, MACHINES, TREES):
         if (tree, machine, optimizer) not in known:
             row = in_process(tree, machine, optimizer)
             print(f"{optimizer}, {tree}, {machine}: {row.outcome}", flush=True)
             rows.append(row)
-            _table.write(TABLE, Row, rows)
+            _table.write(TABLE, CompiledUpdate, rows)
     PAGE.write_text(page(rows))
 
 
-def in_process(tree: str, machine: str, optimizer: str) -> Row:
+def in_process(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
     """Compile a row in a process of its own."""
     found = _topologies.in_process(__file__, (tree, machine, optimizer), LIMIT)
     if isinstance(found, str):
         chips = MACHINES[machine]
         mesh = _topologies.in_words(chips, TREES[tree].mesh_axes(chips))
-        return Row(optimizer, tree, machine, mesh, found)
-    return Row(**found)
+        return CompiledUpdate(optimizer, tree, machine, mesh, found)
+    return CompiledUpdate(**found)
 
 
-def compile_row(tree: str, machine: str, optimizer: str) -> Row:
+def compile_row(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
     """Compile an update and read the program."""
     from optax_muon.hlo import collective_bytes, collective_counts
 
@@ -154,7 +154,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> Row:
     seconds = time.process_time() - start
     text = program.as_text()
     kinds = collective_counts(text)
-    return Row(
+    return CompiledUpdate(
         optimizer,
         tree,
         machine,
@@ -216,8 +216,8 @@ compilation; size of the program's text. Where there are fewer matrices than chi
 gathers rows of Gram matrices that several chips compute together."""
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The table for people."""
+def page(rows: Sequence[CompiledUpdate]) -> str:
+    """The Markdown page."""
     title = "# One Muon update, compiled ahead of time for TPUs"
     lines = [title, "", INTRODUCTION, "", _topologies.versions()]
     for tree in TREES:
@@ -237,8 +237,8 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row as text."""
+def cells(row: CompiledUpdate) -> tuple[str, ...]:
+    """The cells of a row."""
     chips = f"{row.machine}: {row.mesh}"
     if row.outcome != "compiled":
         return (chips, row.optimizer, row.outcome, *[""] * (len(HEADS) - 3))

@@ -1,7 +1,7 @@
 """The reference of the tests: the papers' equations as naive loops in float64 NumPy.
 
-Nothing here imports the package or JAX. A model is a flat dict `{path: array}`. `matrices` gives the
-row axes and the column axes of some paths; AdamW trains all other paths.
+Nothing here imports the package or JAX. A model is a flat dict `{path: array}`. `matrices` gives
+the row axes and the column axes of some paths; AdamW trains all other paths.
 """
 
 import itertools

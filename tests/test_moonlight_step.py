@@ -45,9 +45,9 @@ def script(monkeypatch):
 @functools.cache
 def compiled():
     """A step's mesh, config and program."""
-    script = importlib.import_module("moonlight_step")  # a fixture has said where it is
+    script = importlib.import_module("moonlight_step")  # a fixture has put it on the path
     mesh = jax.make_mesh(tuple(AXES.values()), tuple(AXES), axis_types=(AxisType.Explicit,) * 2)
-    config = script.setup_of(CONFIG, SEQUENCES)
+    config = script.config_of(CONFIG, SEQUENCES)
     return mesh, config, script.compile_step(config, mesh, PARTS)
 
 
@@ -107,8 +107,12 @@ def test_the_table_says_what_the_program_does(script, monkeypatch):
     assert found["all_reduce"] + found["others"] == sum(kinds.values())
     moved = sum(found[kind.replace("-", "_") + "_mib"] for kind in script.KINDS)
     assert moved == pytest.approx(hlo.collective_bytes(text) / 2**20, abs=0.3)
-    row = script.Row(**script.said(script.CASES["v5e 16x16"]), outcome="compiled", **found)
-    refused = script.Row(**script.said(script.CASES["v5p 4x4x4"]), outcome="out of memory")
+    row = script.CompiledStep(
+        **script.known_fields(script.CASES["v5e 16x16"]), outcome="compiled", **found
+    )
+    refused = script.CompiledStep(
+        **script.known_fields(script.CASES["v5p 4x4x4"]), outcome="out of memory"
+    )
     row = dataclasses.replace(row, tflop=100.0, hbm_gib=15.75)
     monkeypatch.setattr("_topologies.versions", lambda: "libtpu may be absent")
     page = script.page([refused, row])
@@ -117,12 +121,12 @@ def test_the_table_says_what_the_program_does(script, monkeypatch):
     assert f"| all-to-alls |  | {found['all_to_all']}, " in page
 
 
-def test_blocks_of_rows_turn_as_often_as_an_even_choice_of_experts_needs(script):
+def test_experts_take_as_many_blocks_of_rows_as_an_even_choice_needs(script):
     mesh = jax.sharding.AbstractMesh((16, 16), ("fsdp", "expert"))
-    config = script.setup_of(CONFIGS["moonlight-16b-a3b"], 2048)
+    config = script.config_of(CONFIGS["moonlight-16b-a3b"], 2048)
     # A sequence of each device and 6 experts of each token, wherever they are: 49152 rows.
-    assert script.turns(config, mesh, 8) * experts.BLOCK == 8192 * 6
-    assert script.turns(config, mesh, 4) * experts.BLOCK == 2 * 8192 * 6
+    assert script.expert_blocks(config, mesh, 8) * experts.BLOCK == 8192 * 6
+    assert script.expert_blocks(config, mesh, 4) * experts.BLOCK == 2 * 8192 * 6
 
 
 # A product of four pairs of matrices; of all sixteen pairs, summed along diagonals; of rows and
