@@ -63,12 +63,12 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
     }
 
 
-def check(saved: Mapping[str, Any], here: Mapping[str, Any], where: str = "The checkpoint") -> None:
+def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The checkpoint") -> None:
     """Refuse a state that differs from the one that was saved.
 
     Args:
         saved: The description in the checkpoint.
-        here: The description of what is to be restored. Items that it lacks are not compared, nor
+        new: The description of what is to be restored. Items that it lacks are not compared, nor
             are settings that are None.
         where: What the checkpoint is called in the message.
 
@@ -81,7 +81,7 @@ def check(saved: Mapping[str, Any], here: Mapping[str, Any], where: str = "The c
     ValueError: The checkpoint does not fit what is to be restored:
       beta is 0.95 in the checkpoint and 0.9 now
     """
-    found = list(_differences(saved, here))
+    found = list(_differences(saved, new))
     if found:
         rest = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         lines = "\n  ".join([*found[:_SHOWN], *rest])
@@ -154,21 +154,21 @@ def _to_json(value: Any) -> Any:
 # ---- comparing -----------------------------------------------------------------------------------
 
 
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    moved = _moved(saved["trained_by"], here["trained_by"]) if here["trained_by"] else {}
+def _differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    moved = _moved(saved["trained_by"], new["trained_by"]) if new["trained_by"] else {}
     yield from moved.values()
-    for item, leaves in here["leaves"].items():
+    for item, leaves in new["leaves"].items():
         yield from _leaf_differences(item, saved["leaves"].get(item, {}), leaves, moved)
-    if here["settings"] is not None:
-        yield from _setting_differences(saved["settings"] or {}, here["settings"])
+    if new["settings"] is not None:
+        yield from _setting_differences(saved["settings"] or {}, new["settings"])
 
 
-def _moved(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+def _moved(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Parameters that another optimizer trains now, each with its line."""
     lines = {}
-    for path in there.keys() & here.keys():
-        before = [name for name in there[path] if name not in here[path]]
-        now = [name for name in here[path] if name not in there[path]]
+    for path in saved.keys() & new.keys():
+        before = [name for name in saved[path] if name not in new[path]]
+        now = [name for name in new[path] if name not in saved[path]]
         if before and now:
             lines[path] = (
                 f"{path} was trained by {_title(before)} and is now trained by {_title(now)}"
@@ -182,30 +182,30 @@ def _title(holders: list[str]) -> str:
 
 def _leaf_differences(
     item: str,
-    there: Mapping[str, Any],
-    here: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    new: Mapping[str, Any],
     moved: Mapping[str, str],
 ) -> Iterator[str]:
-    for path in {**there, **here}:
+    for path in {**saved, **new}:
         if item != PARAMS and any(path == p or path.endswith(f"/{p}") for p in moved):
             continue  # has a line of its own already
         name = f"{item}/{path}" if path else item
-        if path not in here:
-            yield f"{name} {_spell(there[path])} is in the checkpoint and not in the new state"
-        elif path not in there:
-            yield f"{name} {_spell(here[path])} is not in the checkpoint"
-        elif there[path] != here[path]:
-            yield f"{name} is {_spell(there[path])} in the checkpoint and {_spell(here[path])} now"
+        if path not in new:
+            yield f"{name} {_spell(saved[path])} is in the checkpoint and not in the new state"
+        elif path not in saved:
+            yield f"{name} {_spell(new[path])} is not in the checkpoint"
+        elif saved[path] != new[path]:
+            yield f"{name} is {_spell(saved[path])} in the checkpoint and {_spell(new[path])} now"
 
 
 def _spell(leaf: Mapping[str, Any]) -> str:
     return f"{leaf['dtype']} {leaf['shape']}"
 
 
-def _setting_differences(there: Any, here: Any) -> Iterator[str]:
-    there, here = dict(_flat(there)), dict(_flat(here))
-    for key in there | here:
-        before, now = there.get(key, "absent"), here.get(key, "absent")
+def _setting_differences(saved: Any, new: Any) -> Iterator[str]:
+    saved, new = dict(_flat(saved)), dict(_flat(new))
+    for key in saved | new:
+        before, now = saved.get(key, "absent"), new.get(key, "absent")
         if before != now:
             yield f"{key} is {before} in the checkpoint and {now} now"
 
