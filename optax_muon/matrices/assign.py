@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_muon.matrices.axis_names import AxisRoles, Names, as_names, axis_names, read_view
-from optax_muon.matrices.default_rules import DEFAULT_RULES, classify
+from optax_muon.matrices.default_rules import DEFAULT_RULES, classify, from_end
 from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
 from optax_muon.matrices.paths import is_masked, longest_prefix, named_leaves
@@ -184,7 +184,7 @@ def _classified(path: str, names: AxisRoles | None, said: Any, tree: Tree) -> De
     if names is not None:
         view = read_view(names, tree.plain[path].out_first)
         if not isinstance(view, str):
-            return Decision(view, "axis names")
+            return Decision(from_end(view, tree.shapes[path]), "axis names")
     return classify(path, tree)
 
 

@@ -20,7 +20,7 @@ from optax_muon.matrices.views import View
 
 # ---- names ---------------------------------------------------------------------------------------
 
-_BIAS = r"(\w+_)?bias(_\w+)?|b\d*"
+_BIAS = r"(\w+_)?bias(_\w+)?"
 _SCALE = (
     r"(\w+_)?scales?|scale_\w+|(\w+_)?gamma(_\w+)?|beta|offset|shift|alpha|temperature|gain"
     r"|(\w+_)?layer_?scale\w*(/\w+)?|ls\d*(/\w+)?|lambda\d*"
@@ -30,7 +30,7 @@ _HEAD = (
     r"|^((params|model)/)?(\w*head|output|classifier)|(\w+_)?classifier_head"
 )
 _TABLE_NAMES = (
-    r"\w*embed(ding|dings|der)?s?(_table)?|\w*embedding_table|(\w+_)?emb|wte|wpe|(\w+_)?pos(ition\w*)?"
+    r"\w*embed(ding|dings|der)?s?(_table)?|\w*embedding_table|(\w+_)?emb(_var)?|wte|wpe|(\w+_)?pos(ition\w*)?"
     r"|(\w+_)?(cls|tokens?)|rel(pos|ative)\w*_?(bias|table|embedding)|\w*_embed(ding)?s?_\w+"
     r"|input_embedding|embed\w*"
 )
@@ -83,6 +83,10 @@ def _has_one_input_channel(info: ParamInfo) -> bool:
     return len(own) > 2 and own[1 if info.out_first else -2] == 1 and max(spatial) <= 31
 
 
+def _is_flat(info: ParamInfo) -> bool:
+    return len(info.own) == 2
+
+
 def _is_spatial(info: ParamInfo) -> bool:
     return len(info.own) > 2
 
@@ -90,7 +94,6 @@ def _is_spatial(info: ParamInfo) -> bool:
 # ---- the table -----------------------------------------------------------------------------------
 
 TABLE: tuple[Row, ...] = (
-    Row(Rule(r".*", None, "vector or scalar", when=_is_vector)),
     Row(
         Rule(
             r"\w*lora_?[ab]\w*(/(kernel|w|weight))?|\w*lora\w*/[ab](/\w+)?",
@@ -101,6 +104,8 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(Rule(r".*", None, "norm", when=lambda info: is_norm(info.role))),
     Row(Rule(_BIAS, None, "bias")),
+    Row(Rule(r"b\d*", None, "bias"), readers.bias),
+    Row(Rule(r"\w+_b", None, "bias"), readers.bias_of_pair),
     Row(Rule(_SCALE, None, "scale")),
     Row(
         Rule(
@@ -125,6 +130,7 @@ TABLE: tuple[Row, ...] = (
             when=_is_higher,
         )
     ),
+    Row(Rule(r".*", None, "vector or scalar", when=_is_vector)),
     Row(Rule(_STATE, None, "state, decay or token")),
     Row(Rule(rf"{_STATE_SPACE}/in_proj\w*(/\w+)?", None, "fused input of a state space")),
     Row(Rule(rf"({_DEPTHWISE})(/\w+)?", None, "depthwise convolution")),
@@ -139,6 +145,12 @@ TABLE: tuple[Row, ...] = (
             when=_is_spatial,
         ),
         readers.convolution,
+    ),
+    Row(
+        Rule(
+            rf"{_CONV}(/(kernel|w|weight))?", None, "may be a depthwise convolution", when=_is_flat
+        ),
+        readers.short_convolution,
     ),
     Row(Rule(r"(\w*router\w*|(moe\w*/)?\w*expert_gate)(/\w+)?", None, "router"), readers.router),
     Row(Rule(r".*", None, "attention", when=_is_higher), readers.attention),
@@ -155,7 +167,7 @@ TABLE: tuple[Row, ...] = (
         readers.matrix,
     ),
     Row(
-        Rule(rf"(\w+/)?({_PROJECTIONS})|\w+/w(eight)?|.*kernel", None, "matrix", when=_is_matrix),
+        Rule(rf"(\w+/)?({_PROJECTIONS})|\w+/w(eights?)?|.*kernel", None, "matrix", when=_is_matrix),
         readers.matrix,
     ),
 )
@@ -204,7 +216,7 @@ def _classify(info: ParamInfo, tree: Tree) -> Decision:
             continue
         reason = found.reason or row.rule.reason
         if len({_sides(view, info.shape) for view in found.views}) == 1:
-            return Decision(_from_end(found.views[0], info.shape), reason)
+            return Decision(from_end(found.views[0], info.shape), reason)
         return refuse(info.path, tree, list(found.views), reason)
     return refuse(info.path, tree, [], "name without a role")
 
@@ -227,7 +239,7 @@ def _sides(view: View | None, shape: tuple[int, ...]) -> object:
     return frozenset(frozenset(a for a in axes if shape[a] > 1) for axes in sides)
 
 
-def _from_end(view: View | None, shape: tuple[int, ...]) -> View | None:
+def from_end(view: View | None, shape: tuple[int, ...]) -> View | None:
     """The view with its axes counted from the end, as a stack in front leaves them."""
     if view is None:
         return None

@@ -51,9 +51,32 @@ def matrix(info: ParamInfo, tree: Tree) -> Found:
     return Found((View(second, first) if info.out_first else View(first, second),))
 
 
+def bias(info: ParamInfo, tree: Tree) -> Found:
+    """`b`: a bias if it is a vector, stacked, or beside the weights of its module."""
+    beside = len(tree.modules[module_of(info.path)]) > 1
+    vector = len(info.long_axes) < 2 or info.stack or beside
+    return Found((None,)) if vector else NOTHING
+
+
+def bias_of_pair(info: ParamInfo, tree: Tree) -> Found:
+    """`query_b` beside `query_w` is its bias; alone it may be a second projection."""
+    paired = f"{info.path.removesuffix('b')}w" in tree.shapes
+    return Found((None,)) if paired else NOTHING
+
+
+def short_convolution(info: ParamInfo, tree: Tree) -> Found:
+    """Two axes below a convolution: a matrix, or the taps of each channel."""
+    found = matrix(info, tree).views or ()
+    wide = min(info.own) > _WIDEST_KERNEL
+    return Found(found, "pointwise convolution") if wide else Found((*found, None))
+
+
 def router(info: ParamInfo, tree: Tree) -> Found:
     """A router `[d, experts]`."""
-    return matrix(info, tree) if len(info.long_axes) == 2 else NOTHING
+    if len(info.long_axes) == 2:
+        return matrix(info, tree)
+    found = (matrix(_without(info, axis), tree).views or () for axis in info.long_axes)
+    return Found(tuple(view for views in found for view in views))
 
 
 def head(info: ParamInfo, tree: Tree) -> Found:
@@ -139,7 +162,7 @@ def attention(info: ParamInfo, tree: Tree) -> Found:
     ways = _into_one_and_rest(info, tree, axes)
     if len(ways) > 1:
         ways = _fitting(info, tree, kind, ways) or ways
-    if len(ways) > 1 and _is_flax(info, tree):
+    if len(ways) > 1 and _is_general_kernel(info, tree, kind):
         ways = [axes[-1]] if kind == "o" else [axes[0]]
     views = [_one_and_rest(axes, way, kind == "o") for way in ways]
     return Found(tuple(views), "out of heads" if kind == "o" else "into heads")
@@ -161,7 +184,10 @@ def fused_parts(info: ParamInfo, tree: Tree) -> Found:
         views += [_one_and_rest(rest, way, info.out_first) for way in ways]
     if not parts:
         # Grouped queries: [d, q + k + v heads, head_dim] has no axis of parts.
-        views = [_one_and_rest(axes, way, False) for way in _into_one_and_rest(info, tree, axes)]
+        ways = _into_one_and_rest(info, tree, axes)
+        if len(ways) > 1 and _is_general_kernel(info, tree, kind):
+            ways = [axes[0]]
+        views = [_one_and_rest(axes, way, False) for way in ways]
     return Found(tuple(views), "equal parts of a fused kernel")
 
 
@@ -212,7 +238,7 @@ def _kind(info: ParamInfo) -> str | None:
 def _name(info: ParamInfo) -> str:
     """Name of the module that owns a kernel, or of a bare array."""
     parts = info.role.split("/")
-    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "value"):
+    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "weights"):
         parts.pop()
     return parts[-1]
 
@@ -222,7 +248,7 @@ def _into_one_and_rest(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
     ways = list(axes)
     widths = tree.widths(info.path)
     wide = [a for a in ways if info.shape[a] in widths]
-    ways = wide or ways
+    ways = wide or _by_head_norms(info, tree, axes) or ways
     bias = tree.bias(info.path)
     if bias is not None and len(ways) > 1:
         long = tuple(n for n in bias if n > 1)
@@ -233,6 +259,14 @@ def _into_one_and_rest(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
         ]
         ways = fit or ways
     return ways
+
+
+def _by_head_norms(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
+    """A norm of queries or keys scales the features of a head, or latents that heads are made of."""
+    scaled = [a for a in axes if info.shape[a] in tree.head_norms(info.path)]
+    if scaled == [axes[0]]:
+        return scaled
+    return [a for a in axes if a not in scaled] if scaled == [axes[-1]] else []
 
 
 def _fitting(info: ParamInfo, tree: Tree, kind: str, ways: list[int]) -> list[int]:
@@ -266,12 +300,16 @@ def _one_and_rest(axes: Axes, one: int, out: bool) -> View:
     return View(rest, one) if out else View(one, rest)
 
 
-def _is_flax(info: ParamInfo, tree: Tree) -> bool:
-    """Whether names are those of Flax's attention, which keeps `[d, h, k]` and `[h, k, d]`."""
-    flax = re.search(r"(^|/)(query|key|value|out)/kernel$", info.role) is not None
-    width = max(info.own)
-    edge = info.own[-1] if info.role.endswith("out/kernel") else info.own[0]
-    return flax and tree.settled(info.path) and edge == width
+def _is_general_kernel(info: ParamInfo, tree: Tree, kind: str) -> bool:
+    """Whether it is a `kernel` of Flax's `DenseGeneral`: inputs in front, outputs behind.
+
+    That holds for its attention; other kernels may be an einsum's, so the model's width must stand
+    where `DenseGeneral` puts it and be the longest axis.
+    """
+    own = [info.shape[a] for a in info.long_axes]
+    edge, rest = (own[-1], own[:-1]) if kind == "o" else (own[0], own[1:])
+    named = info.role.endswith("/kernel") and "einsum" not in info.role
+    return named and tree.settled(info.path) and edge > max(rest)
 
 
 # ---- parts and experts ---------------------------------------------------------------------------

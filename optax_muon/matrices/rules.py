@@ -160,6 +160,7 @@ def as_view(view: Any) -> View | None:
     Raises:
         TypeError: it is none of these.
 
+    >>> import optax
     >>> as_view(optax.contrib.MuonDimensionNumbers(0, (1, 2)))
     View(rows=(0,), cols=(1, 2), split=None)
     """
