@@ -220,7 +220,9 @@ def _attention_kind(info: ParamInfo, tree: Tree) -> str | None:
         return kind
     if kind == "o":
         return kind if inside or with_others else None
-    if with_others and (inside or "q" in others) and len(info.long_axes) == 3:
+    # One that is left beside queries and keys is the output, if no other is.
+    last = with_others and "o" not in others and (inside or "q" in others)
+    if last and len(info.long_axes) == 3:
         return "o"
     return None
 
@@ -285,7 +287,7 @@ def _fitting(info: ParamInfo, tree: Tree, kind: str, ways: list[int]) -> list[in
         if query.shape[a] == out.shape[b] and _rest(query, a) == _rest(out, b)
     ]
     if kind == "o":
-        return sorted({b for _, b in fits})
+        return sorted({b for _, b in fits}) if out.path == info.path else []
     places = {query.long_axes.index(a) for a, _ in fits}
     found = [info.long_axes[place] for place in sorted(places)]
     return [a for a in found if a in ways]
