@@ -75,7 +75,11 @@ def make(seed: int) -> Made:
             yield f"{name}/bias", (d,), None
 
     def block():
-        names = pick(("query", "key", "value", "out"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("q", "k", "v", "o"))
+        names = pick(
+            ("query", "key", "value", "out"),
+            ("q_proj", "k_proj", "v_proj", "o_proj"),
+            ("q", "k", "v", "o"),
+        )
         attention = pick("attn", "self_attention", "MultiHeadDotProductAttention_0")
         yield "norm1/scale", (d,), None
         yield from into(f"{attention}/{names[0]}", heads)
@@ -87,7 +91,11 @@ def make(seed: int) -> Made:
         yield "norm2/scale", (d,), None
         if moe:
             yield from dense("moe/router", d, experts)
-            for name, fans in (("up", (d, hidden)), ("gate_proj", (d, hidden)), ("down", (hidden, d))):
+            for name, fans in (
+                ("up", (d, hidden)),
+                ("gate_proj", (d, hidden)),
+                ("down", (hidden, d)),
+            ):
                 yield from dense(f"moe/experts/{name}", *fans, extra=experts)
         else:
             yield from dense("mlp/up", d, hidden)
@@ -105,7 +113,9 @@ def make(seed: int) -> Made:
         if groups is None:
             truth[path] = None
             return
-        long = [tuple(axes[a + rank] for a in group if shape[axes[a + rank]] > 1) for group in groups]
+        long = [
+            tuple(axes[a + rank] for a in group if shape[axes[a + rank]] > 1) for group in groups
+        ]
         truth[path] = sides(*long) if all(long) else None
 
     add("embed/embedding", (vocabulary, d), None)
@@ -128,7 +138,9 @@ def make(seed: int) -> Made:
 
 def _renamed(made: Made, rng: np.random.Generator) -> Made:
     """The tree with some names replaced by words without a meaning, or taken out."""
-    names = sorted({name for path in made.shapes for name in path.split("/") if name != "embedding"})
+    names = sorted(
+        {name for path in made.shapes for name in path.split("/") if name != "embedding"}
+    )
     chosen = rng.choice(names, size=min(len(names), int(rng.integers(1, 4))), replace=False)
     words = dict(zip(chosen, rng.permutation(WORDS), strict=False))
     drop = {name for name in chosen if rng.integers(3) == 0}
@@ -141,7 +153,11 @@ def _renamed(made: Made, rng: np.random.Generator) -> Made:
     counts: dict[str, int] = {}
     for name in new.values():
         counts[name] = counts.get(name, 0) + 1
-    inner = {"/".join(name.split("/")[:i]) for name in new.values() for i in range(1, name.count("/") + 1)}
+    inner = {
+        "/".join(name.split("/")[:i])
+        for name in new.values()
+        for i in range(1, name.count("/") + 1)
+    }
     if max(counts.values()) > 1 or inner & set(new.values()):
         return made
     return Made(

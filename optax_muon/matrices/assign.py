@@ -127,15 +127,15 @@ def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
     Raises:
         ValueError: as `assign` does.
 
-    >>> params = {"layers": {"norm": jnp.zeros((12, 8)), "up_proj": jnp.zeros((12, 8, 32))}}
+    >>> params = {"layers": {"norm": jnp.zeros((12, 64)), "up_proj": jnp.zeros((12, 64, 256))}}
     >>> print(label(params))
-    path            shape        matrices       optimizer  reason
-    layers/norm     [12, 8]      -              adamw      norm
-    layers/up_proj  [12, 8, 32]  12 x (8 x 32)  muon       matrix
+    path            shape          matrices         optimizer  reason
+    layers/norm     [12, 64]       -                adamw      norm
+    layers/up_proj  [12, 64, 256]  12 x (64 x 256)  muon       matrix
     <BLANKLINE>
     optimizer  leaves  parameters  share
-    muon       1       3,072       97.0%
-    adamw      1       96          3.0%
+    muon       1       196,608     99.6%
+    adamw      1       768         0.4%
     """
     leaves = named_leaves(params, is_leaf=is_masked)
     decisions = _settled(params, views) if strict else _decide(params, views)

@@ -167,7 +167,7 @@ TABLE: tuple[Row, ...] = (
         readers.matrix,
     ),
     Row(
-        Rule(rf"(\w+/)?({_PROJECTIONS})|\w+/w(eights?)?|.*kernel", None, "matrix", when=_is_matrix),
+        Rule(rf"(\w+/)?({_PROJECTIONS})|\w+/w(eights?)?|weights?|.*kernel", None, "matrix", when=_is_matrix),
         readers.matrix,
     ),
 )

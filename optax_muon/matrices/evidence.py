@@ -117,6 +117,9 @@ class Tree:
 
         The nearest may be norms of queries and keys, so those of the module around count as well.
         """
+        if self.partial:
+            # The norms that are left may be those of queries and keys.
+            return frozenset()
         node, prefix = self._root, ""
         levels = [self._norm_widths("")]
         for name in path.split("/")[:-1]:
@@ -161,7 +164,9 @@ class Tree:
         if not info.indexed:
             return False
         # `layers/3/weight` may be one layer of a sequence, `layers/3/mlp/weight` is in a block.
-        return not module_of(path).rpartition("/")[2].isdigit()
+        above, _, number = module_of(path).rpartition("/")
+        listed = f"{above.rpartition('/')[0]}/kernel"
+        return not number.isdigit() or ParamInfo.of(listed, ()).indexed
 
     def head_norms(self, path: str) -> frozenset[int]:
         """Lengths that norms of queries and keys beside a parameter scale."""
@@ -300,7 +305,12 @@ class Tree:
             places.pop(mark[0] % len(shape), None)
         if extra < 1 or len(places) < extra:
             return []
-        return [(*known, *marks) for marks in itertools.combinations(places.values(), extra)]
+        ways = list(itertools.combinations(places.values(), extra))
+        if len(ways) > 1 and extra == 1:
+            # Of two axes that all share, one is the width, which is seldom less than the layers.
+            width = {place: shape[1 - place] for place in places} if len(shape) == 2 else {}
+            ways = [(m,) for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
+        return [(*known, *marks) for marks in ways]
 
     def _by_name(
         self, node: _Node, free: list[Mark], known: tuple[Mark, ...]

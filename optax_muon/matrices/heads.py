@@ -50,7 +50,9 @@ def _decide(
 ) -> Decision:
     if len(info.long_axes) == 2 and not bound.batch_axes:
         vocabulary = _vocabulary(info, tree)
-        if vocabulary is not None:
+        if vocabulary is not None and (
+            not flow.is_read(info.path, bound) or len(set(info.own)) == 1
+        ):
             return vocabulary
     fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
     if flow.is_read(info.path, bound) or len(flow.bounds) < 2 or not flow.is_fed(info.path, bound):

@@ -64,7 +64,8 @@ class ParamInfo:
     @property
     def out_first(self) -> bool:
         """Whether it is stored (out, in), as torch and equinox do, who call it `weight`."""
-        return self.role.endswith("weight")
+        last = self.role.rpartition("/")[2]
+        return last.endswith("weight") or last.startswith("weight_")
 
 
 @dataclasses.dataclass(frozen=True)
