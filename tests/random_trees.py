@@ -1,7 +1,6 @@
-"""Trees of parameters made at random, with the truth of every leaf: what tests of routing compare to.
+"""Trees of parameters made at random, with the truth of every leaf.
 
-A truth is None, or the partition of the axes that are longer than 1 into two sides; the order of the
-sides does not matter.
+A truth is None, or the axes longer than 1 parted into two sides, in no order.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def sides(*groups: tuple[int, ...]) -> Sides:
 
 
 def make(seed: int) -> Made:
-    """A decoder: embedding, layers in a list or stacked along some axis, final norm, perhaps a head."""
+    """A decoder: embedding, layers in a list or stacked along some axis, final norm, a head."""
     rng = np.random.default_rng(seed)
 
     def pick(*options):

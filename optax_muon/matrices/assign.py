@@ -4,7 +4,7 @@ Evidence is asked in this order, and what decided is the printed reason:
 
 1. `views`: what the user says;
 2. the names of axes that parameters carry, or that `views` holds (`axis_names.py`);
-3. the tree: stacks, widths, vocabulary, attention that must fit together (`evidence.py`, `heads.py`);
+3. the tree: stacks, widths, vocabulary, attention that must fit (`evidence.py`, `heads.py`);
 4. names (`default_rules.py`);
 5. otherwise an error that lists every ambiguous parameter and the ways to read it.
 """

@@ -5,8 +5,8 @@ AdamW "for RMSNorm, LM head, and embedding parameters" and Muon for the matrices
 show routers under Muon, so they are matrices here too (`views={"*router*": None}` gives them to
 AdamW). Biases, depthwise convolutions and whatever else is no matrix go to AdamW as well.
 
-A row of `TABLE` says what a parameter is. Where the name alone does not tell the axes, the row names
-a reader (`readers.py`), which asks the tree and gives every reading that the evidence allows.
+A row of `TABLE` says what a parameter is. Where the name alone does not tell the axes, it names a
+reader (`readers.py`), which asks the tree and gives every reading that the evidence allows.
 """
 
 from __future__ import annotations
@@ -167,7 +167,12 @@ TABLE: tuple[Row, ...] = (
         readers.matrix,
     ),
     Row(
-        Rule(rf"(\w+/)?({_PROJECTIONS})|\w+/w(eights?)?|weights?|.*kernel", None, "matrix", when=_is_matrix),
+        Rule(
+            rf"(\w+/)?({_PROJECTIONS})|\w+/w(eights?)?|weights?|.*kernel",
+            None,
+            "matrix",
+            when=_is_matrix,
+        ),
         readers.matrix,
     ),
 )

@@ -1,10 +1,10 @@
 """What a whole tree of parameters shows: stack axes, widths, vocabulary, who reads whose outputs.
 
-A parameter's own name and shape are often not enough: `[32, 32, 128, 4096]` is one stack of layers
-along the first or along the second axis. Its siblings tell: all parameters of a scanned module share
-the length of the stack at one place, a norm's scale `[4096, 32]` shows which place that is, and its
-other axis is the width of the model. A `Tree` collects this once, in a pass that is linear in the
-number of parameters.
+A parameter's own name and shape are often not enough: `[32, 32, 128, 4096]` is a stack of layers
+along the first or along the second axis. Its siblings tell: all parameters of a scanned module
+share the length of the stack at one place, the scale `[4096, 32]` of a norm shows which place that
+is, and its other axis is the width of the model. A `Tree` collects this once, in a pass that is
+linear in the number of parameters.
 """
 
 from __future__ import annotations
@@ -317,6 +317,7 @@ class Tree:
     ) -> list[tuple[Mark, ...]]:
         """A module whose name is a plural of layers stacks them at a place that all share."""
         front = [mark for mark in free if mark[0] >= 0] or free
+        front = [mark for mark in front if self._short(node, mark)] or front
         # `nn.scan` and `vmap` stack along axis 0 unless told otherwise.
         lone = sum(not _BIAS.fullmatch(self.plain[path].role) for path in _paths(node)) == 1
         likely = [mark for mark in front if mark[0] == 0 and self._short(node, mark)]

@@ -80,7 +80,7 @@ def router(info: ParamInfo, tree: Tree) -> Found:
 
 
 def head(info: ParamInfo, tree: Tree) -> Found:
-    """An output head; of several kernels below one name, those that another one reads are inside."""
+    """An output head; of several kernels below it, those that another one reads are inside."""
     module = _head_module(info.path)
     below = [p for p in tree.shapes if p.startswith(f"{module}/")] if module else []
     kernels = [k for p in below if len((k := tree.info(p)).long_axes) == 2]
@@ -93,7 +93,7 @@ def head(info: ParamInfo, tree: Tree) -> Found:
 
 
 def adapter(info: ParamInfo, tree: Tree) -> Found:
-    """A low-rank pair `A [.., in, r]`, `B [.., r, out]`: the rank is the last axis of A, in B the first.
+    """A low-rank pair `A [.., in, r]`, `B [.., r, out]`: its rank ends A and begins B.
 
     In front of it may stand axes that both have: layers, experts.
     """
@@ -154,7 +154,7 @@ def unnamed_convolution(info: ParamInfo, tree: Tree) -> Found:
 
 
 def attention(info: ParamInfo, tree: Tree) -> Found:
-    """Query, key, value and output with heads as axes: one axis is the model, the rest are heads."""
+    """Query, key, value and output with heads as axes: one axis is the model's width."""
     kind = _attention_kind(info, tree)
     if kind is None or kind in _FUSED:
         return NOTHING
@@ -192,7 +192,7 @@ def fused_parts(info: ParamInfo, tree: Tree) -> Found:
 
 
 def experts(info: ParamInfo, tree: Tree) -> Found:
-    """Experts `[E, in, out]`: the axis of experts is shared by all, and is what the router writes."""
+    """Experts `[E, in, out]`: all share the axis of experts, which is what the router writes."""
     if len(info.long_axes) != 3 or not _in_experts(info, tree) or _ATTENTION.fullmatch(info.role):
         return NOTHING
     axes = info.long_axes
@@ -264,7 +264,7 @@ def _into_one_and_rest(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
 
 
 def _by_head_norms(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
-    """A norm of queries or keys scales the features of a head, or latents that heads are made of."""
+    """A norm of queries or keys scales the features of a head, or latents that heads read."""
     scaled = [a for a in axes if info.shape[a] in tree.head_norms(info.path)]
     if scaled == [axes[0]]:
         return scaled

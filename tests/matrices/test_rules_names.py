@@ -143,7 +143,7 @@ foo                                                    1              adamw
 
 # path, shape, and readings that the error must offer.
 AMBIGUITIES = """
-mixer/w                             4,8,16      4 matrices of 8 x 16 | one matrix of 4 x 128 | no matrix
+mixer/w                             4,8,16      one matrix of 4 x 128 | 4 matrices of 8 x 16
 codebook                            8,16        one matrix of 8 x 16 | no matrix
 rel_pos_h                           27,64       one matrix of 27 x 64 | no matrix
 gaussian_matrix                     2,128       one matrix of 2 x 128 | no matrix

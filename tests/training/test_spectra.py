@@ -164,7 +164,7 @@ def test_entropy_and_stable_rank_are_those_of_a_float64_svd_of_each_matrix(make,
 
 def test_bfloat16_and_a_zero_matrix_have_finite_numbers():
     stack = jnp.stack([jnp.eye(4, 8), jnp.zeros([4, 8])]).astype(jnp.bfloat16)
-    [spectrum] = spectra({"mlp": {"up_proj": {"kernel": stack}}})
+    [spectrum] = spectra({"layers": {"mlp": {"up_proj": {"kernel": stack}}}})
     assert spectrum.entropy.tolist() == [1, 0]
     assert spectrum.values.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
 
