@@ -177,7 +177,7 @@ def _decide(tree: Any, views: Any) -> dict[str, Decision]:
     found = _agreeing(find_heads(found, evidence), evidence)
     found = {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
     integers = dict.fromkeys(shapes, Decision(None, "not floating point"))
-    return {path: (integers | found | decisions)[path] for path in shapes}
+    return {**integers, **found, **decisions}
 
 
 def _classified(path: str, names: AxisRoles | None, said: Any, tree: Tree) -> Decision:

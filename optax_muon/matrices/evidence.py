@@ -72,6 +72,7 @@ class Tree:
         stacks: Mapping[str, Axes] | None = None,
     ) -> None:
         self.shapes = shapes
+        self._infos: dict[str, ParamInfo] = {}
         self.partial = partial
         self.plain = {path: ParamInfo.of(path, shape) for path, shape in shapes.items()}
         self._root = _Node()
@@ -91,13 +92,15 @@ class Tree:
 
     def infos(self, path: str) -> list[ParamInfo]:
         """The parameter, once for every set of stack axes that it may have."""
-        plain = self.plain[path]
         ways = dict.fromkeys([*self._stacks[path], *self._unexplained(path)])
-        return [dataclasses.replace(plain, stack=axes) for axes in ways]
+        return [dataclasses.replace(self.plain[path], stack=axes) for axes in ways]
 
     def info(self, path: str) -> ParamInfo:
         """The parameter with its likeliest stack axes."""
-        return dataclasses.replace(self.plain[path], stack=self._stacks[path][0])
+        if path not in self._infos:
+            stack = self._stacks[path][0]
+            self._infos[path] = dataclasses.replace(self.plain[path], stack=stack)
+        return self._infos[path]
 
     def settled(self, path: str) -> bool:
         """Whether the stack axes of a parameter are known."""
@@ -317,9 +320,10 @@ class Tree:
     ) -> list[tuple[Mark, ...]]:
         """A module whose name is a plural of layers stacks them at a place that all share."""
         front = [mark for mark in free if mark[0] >= 0] or free
-        front = [mark for mark in front if self._short(node, mark)] or front
         # `nn.scan` and `vmap` stack along axis 0 unless told otherwise.
         lone = sum(not _BIAS.fullmatch(self.plain[path].role) for path in _paths(node)) == 1
+        if not lone:
+            front = [mark for mark in front if self._short(node, mark)] or front
         likely = [mark for mark in front if mark[0] == 0 and self._short(node, mark)]
         prefer = lone and likely and not self.partial
         ways = [(*known, mark) for mark in (likely if prefer else front)]

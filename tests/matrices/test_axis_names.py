@@ -35,7 +35,7 @@ def named_array(array):
     [
         lambda x: nn.Partitioned(x, names=NAMES),
         lambda x: nn.LogicallyPartitioned(x, names=NAMES),
-        lambda x: nnx.Param(x, sharding_names=NAMES, eager_sharding=False),
+        lambda x: nnx.Param(x, out_sharding=NAMES, eager_sharding=False),
         named_array,
     ],
     ids=["Partitioned", "LogicallyPartitioned", "nnx", "haliax"],
