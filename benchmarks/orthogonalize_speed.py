@@ -99,7 +99,7 @@ def measure(case: _stacks.Case, repeats: int) -> list[OrthogonalizeTime]:
         OrthogonalizeTime(
             str(case),
             name,
-            str(forms.get(name, "")),
+            form=str(forms.get(name, "")),
             **each.milliseconds(),
             rounds=len(each.seconds),
             gflops=round(case.plain_flops / each.quartiles[1] / 1e9, 1),

@@ -20,7 +20,7 @@ program.
 
 from optax_muon import checkpoint, compat, hlo
 from optax_muon.checkpoint import state_shardings, zero1_shardings
-from optax_muon.matrices.assign import Rule, label
+from optax_muon.matrices.assign import MATRICES, Rule, Stacked, label
 from optax_muon.matrices.paths import named_leaves
 from optax_muon.matrices.views import Split, View, Views
 from optax_muon.muon import muon, scale_by_muon
@@ -69,6 +69,7 @@ __all__ = [
     "CUBIC",
     "DEEPSEEK_V4",
     "KELLER",
+    "MATRICES",
     "MHA",
     "MLA",
     "POLAR_EXPRESS",
@@ -89,6 +90,7 @@ __all__ = [
     "ScaleRule",
     "Shardings",
     "Split",
+    "Stacked",
     "View",
     "Views",
     "__version__",

@@ -7,7 +7,7 @@ For every matrix `W` with fan-in `m`, fan-out `n` and gradient `g`:
     O  = NewtonSchulz(U)                         approximately the polar factor of U
     W <- W - lr (0.2 sqrt(max(m, n)) O + lambda W)
 
-and AdamW for everything else: embeddings, head, norms, biases, routers. The factor gives the update
+and AdamW for everything else: embeddings, head, norms, biases. The factor gives the update
 the RMS of AdamW, so AdamW's learning rate and weight decay carry over.
 """
 

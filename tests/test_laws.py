@@ -353,7 +353,7 @@ def test_a_mask_may_be_an_equinox_module_that_can_be_called():
 
 
 def test_views_may_be_an_equinox_module_that_can_be_called():
-    model = eqx.filter(eqx.nn.MLP(4, 6, 8, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    model = eqx.filter(eqx.nn.MLP(4, 4, 8, 1, key=jax.random.key(0)), eqx.is_inexact_array)
     views = jax.tree.map(lambda leaf: View(1, 0) if leaf.ndim > 1 else None, model)
     by_hand, by_role = (
         compiled(tx)(model, tx.init(model), model)[0]

@@ -4,8 +4,8 @@ Evidence is asked in this order, and what decided is the printed reason:
 
 1. `views`: what the user says;
 2. the names of axes that parameters carry, or that `views` holds (`axis_names.py`);
-3. the tree: stacks, widths, vocabulary, attention that must fit together (`evidence.py`,
-`heads.py`); 4. names (`default_rules.py`);
+3. the tree: stacks, widths, vocabulary, attention that must fit (`evidence.py`, `heads.py`);
+4. names (`default_rules.py`);
 5. otherwise an error that lists every ambiguous parameter and the ways to read it.
 """
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_muon.matrices.axis_names import AxisRoles, Names, as_names, axis_names, read_view
-from optax_muon.matrices.default_rules import DEFAULT_RULES, classify
+from optax_muon.matrices.default_rules import DEFAULT_RULES, classify, from_end
 from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
 from optax_muon.matrices.paths import is_masked, longest_prefix, named_leaves
@@ -127,15 +127,15 @@ def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
     Raises:
         ValueError: as `assign` does.
 
-    >>> params = {"layers": {"norm": jnp.zeros((12, 8)), "up_proj": jnp.zeros((12, 8, 32))}}
+    >>> params = {"layers": {"norm": jnp.zeros((12, 64)), "up_proj": jnp.zeros((12, 64, 256))}}
     >>> print(label(params))
-    path            shape        matrices       optimizer  reason
-    layers/norm     [12, 8]      -              adamw      norm
-    layers/up_proj  [12, 8, 32]  12 x (8 x 32)  muon       matrix
+    path            shape          matrices         optimizer  reason
+    layers/norm     [12, 64]       -                adamw      norm
+    layers/up_proj  [12, 64, 256]  12 x (64 x 256)  muon       matrix
     <BLANKLINE>
     optimizer  leaves  parameters  share
-    muon       1       3,072       97.0%
-    adamw      1       96          3.0%
+    muon       1       196,608     99.6%
+    adamw      1       768         0.4%
     """
     leaves = named_leaves(params, is_leaf=is_masked)
     decisions = _settled(params, views) if strict else _decide(params, views)
@@ -177,14 +177,14 @@ def _decide(tree: Any, views: Any) -> dict[str, Decision]:
     found = _agreeing(find_heads(found, evidence), evidence)
     found = {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
     integers = dict.fromkeys(shapes, Decision(None, "not floating point"))
-    return {path: (integers | found | decisions)[path] for path in shapes}
+    return {**integers, **found, **decisions}
 
 
 def _classified(path: str, names: AxisRoles | None, said: Any, tree: Tree) -> Decision:
     if names is not None:
         view = read_view(names, tree.plain[path].out_first)
         if not isinstance(view, str):
-            return Decision(view, "axis names")
+            return Decision(from_end(view, tree.shapes[path]), "axis names")
     return classify(path, tree)
 
 

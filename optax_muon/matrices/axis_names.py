@@ -1,8 +1,8 @@
 """Names of axes: what parameters, or trees beside them, say of each axis, and how that is read.
 
-Names come from linen's boxes (`Partitioned`, `LogicallyPartitioned`), the metadata of
-`nnx.Variable`, haliax's `NamedArray` or a tree of logical names such as `nn.get_partition_spec`
-returns. All are recognized by their attributes, so that none of these packages is imported.
+Names come from linen's boxes (`Partitioned`, `LogicallyPartitioned`), from the metadata of
+`nnx.Variable`, haliax's `NamedArray`, or a tree of logical names as `nn.get_partition_spec` returns
+it. All are recognized by their attributes, so that none of these packages is imported.
 """
 
 from __future__ import annotations

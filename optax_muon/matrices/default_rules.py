@@ -5,8 +5,8 @@ AdamW "for RMSNorm, LM head, and embedding parameters" and Muon for the matrices
 show routers under Muon, so they are matrices here too (`views={"*router*": None}` gives them to
 AdamW). Biases, depthwise convolutions and whatever else is no matrix go to AdamW as well.
 
-A row of `TABLE` says what a parameter is. Where the name alone does not tell the axes, the row
-names a reader (`readers.py`), which asks the tree and gives every reading that the evidence allows.
+A row of `TABLE` says what a parameter is. Where the name alone does not tell the axes, it names a
+reader (`readers.py`), which asks the tree and gives every reading that the evidence allows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from optax_muon.matrices.views import View
 
 # ---- names ---------------------------------------------------------------------------------------
 
-_BIAS = r"(\w+_)?bias(_\w+)?|b\d*"
+_BIAS = r"(\w+_)?bias(_\w+)?"
 _SCALE = (
     r"(\w+_)?scales?|scale_\w+|(\w+_)?gamma(_\w+)?|beta|offset|shift|alpha|temperature|gain"
     r"|(\w+_)?layer_?scale\w*(/\w+)?|ls\d*(/\w+)?|lambda\d*"
@@ -30,7 +30,7 @@ _HEAD = (
     r"|^((params|model)/)?(\w*head|output|classifier)|(\w+_)?classifier_head"
 )
 _TABLE_NAMES = (
-    r"\w*embed(ding|dings|der)?s?(_table)?|\w*embedding_table|(\w+_)?emb|wte|wpe|(\w+_)?pos(ition\w*)?"
+    r"\w*embed(ding|dings|der)?s?(_table)?|\w*embedding_table|(\w+_)?emb(_var)?|wte|wpe|(\w+_)?pos(ition\w*)?"
     r"|(\w+_)?(cls|tokens?)|rel(pos|ative)\w*_?(bias|table|embedding)|\w*_embed(ding)?s?_\w+"
     r"|input_embedding|embed\w*"
 )
@@ -47,7 +47,7 @@ _PROJECTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RuleRow:
     """A row of the table: what parameters of this name are, and how their axes are found."""
 
     rule: Rule
@@ -83,15 +83,18 @@ def _has_one_input_channel(info: ParamInfo) -> bool:
     return len(own) > 2 and own[1 if info.out_first else -2] == 1 and max(spatial) <= 31
 
 
+def _is_flat(info: ParamInfo) -> bool:
+    return len(info.own) == 2
+
+
 def _is_spatial(info: ParamInfo) -> bool:
     return len(info.own) > 2
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-TABLE: tuple[Row, ...] = (
-    Row(Rule(r".*", None, "vector or scalar", when=_is_vector)),
-    Row(
+TABLE: tuple[RuleRow, ...] = (
+    RuleRow(
         Rule(
             r"\w*lora_?[ab]\w*(/(kernel|w|weight))?|\w*lora\w*/[ab](/\w+)?",
             None,
@@ -99,10 +102,12 @@ TABLE: tuple[Row, ...] = (
         ),
         readers.adapter,
     ),
-    Row(Rule(r".*", None, "norm", when=lambda info: is_norm(info.role))),
-    Row(Rule(_BIAS, None, "bias")),
-    Row(Rule(_SCALE, None, "scale")),
-    Row(
+    RuleRow(Rule(r".*", None, "norm", when=lambda info: is_norm(info.role))),
+    RuleRow(Rule(_BIAS, None, "bias")),
+    RuleRow(Rule(r"b\d*", None, "bias"), readers.bias),
+    RuleRow(Rule(r"\w+_b", None, "bias"), readers.bias_of_pair),
+    RuleRow(Rule(_SCALE, None, "scale")),
+    RuleRow(
         Rule(
             rf"({_HEAD})(/(\w*kernel|w|weight|\w*head|decoder|dense|linear|out\w*))*",
             None,
@@ -110,14 +115,14 @@ TABLE: tuple[Row, ...] = (
         ),
         readers.head,
     ),
-    Row(
+    RuleRow(
         Rule(
             rf"({_TABLE_NAMES})(/(embeddings?|weight|table|value|{_TABLE_NAMES}))*",
             None,
             "embedding",
         )
     ),
-    Row(
+    RuleRow(
         Rule(
             r"(\w*patch\w*|\w*embed\w*)(/(proj\w*|conv\w*))?/(kernel|w|weight)",
             None,
@@ -125,13 +130,14 @@ TABLE: tuple[Row, ...] = (
             when=_is_higher,
         )
     ),
-    Row(Rule(_STATE, None, "state, decay or token")),
-    Row(Rule(rf"{_STATE_SPACE}/in_proj\w*(/\w+)?", None, "fused input of a state space")),
-    Row(Rule(rf"({_DEPTHWISE})(/\w+)?", None, "depthwise convolution")),
-    Row(
+    RuleRow(Rule(r".*", None, "vector or scalar", when=_is_vector)),
+    RuleRow(Rule(_STATE, None, "state, decay or token")),
+    RuleRow(Rule(rf"{_STATE_SPACE}/in_proj\w*(/\w+)?", None, "fused input of a state space")),
+    RuleRow(Rule(rf"({_DEPTHWISE})(/\w+)?", None, "depthwise convolution")),
+    RuleRow(
         Rule(rf"{_CONV}(/\w+)?", None, "depthwise convolution", when=_has_one_input_channel),
     ),
-    Row(
+    RuleRow(
         Rule(
             rf"{_CONV}(/(kernel|w|weight|\w*kernel))?|{_CONV}/conv\w*/\w+",
             None,
@@ -140,12 +146,20 @@ TABLE: tuple[Row, ...] = (
         ),
         readers.convolution,
     ),
-    Row(Rule(r"(\w*router\w*|(moe\w*/)?\w*expert_gate)(/\w+)?", None, "router"), readers.router),
-    Row(Rule(r".*", None, "attention", when=_is_higher), readers.attention),
-    Row(Rule(r".*", None, "parts of a fused kernel", when=_is_higher), readers.fused_parts),
-    Row(Rule(r".*", None, "expert", when=_is_higher), readers.experts),
-    Row(Rule(r".*", None, "convolution", when=_is_spatial), readers.unnamed_convolution),
-    Row(
+    RuleRow(
+        Rule(
+            rf"{_CONV}(/(kernel|w|weight))?", None, "may be a depthwise convolution", when=_is_flat
+        ),
+        readers.short_convolution,
+    ),
+    RuleRow(
+        Rule(r"(\w*router\w*|(moe\w*/)?\w*expert_gate)(/\w+)?", None, "router"), readers.router
+    ),
+    RuleRow(Rule(r".*", None, "attention", when=_is_higher), readers.attention),
+    RuleRow(Rule(r".*", None, "parts of a fused kernel", when=_is_higher), readers.fused_parts),
+    RuleRow(Rule(r".*", None, "expert", when=_is_higher), readers.experts),
+    RuleRow(Rule(r".*", None, "convolution", when=_is_spatial), readers.unnamed_convolution),
+    RuleRow(
         Rule(
             _kernel(r"\w*qkv(_proj)?|c_attn|query_key_value|gate_up(_proj)?"),
             None,
@@ -154,8 +168,13 @@ TABLE: tuple[Row, ...] = (
         ),
         readers.matrix,
     ),
-    Row(
-        Rule(rf"(\w+/)?({_PROJECTIONS})|\w+/w(eight)?|.*kernel", None, "matrix", when=_is_matrix),
+    RuleRow(
+        Rule(
+            rf"(\w+/)?({_PROJECTIONS})|\w+/w(eights?)?|weights?|.*kernel",
+            None,
+            "matrix",
+            when=_is_matrix,
+        ),
         readers.matrix,
     ),
 )
@@ -204,7 +223,7 @@ def _classify(info: ParamInfo, tree: Tree) -> Decision:
             continue
         reason = found.reason or row.rule.reason
         if len({_sides(view, info.shape) for view in found.views}) == 1:
-            return Decision(_from_end(found.views[0], info.shape), reason)
+            return Decision(from_end(found.views[0], info.shape), reason)
         return refuse(info.path, tree, list(found.views), reason)
     return refuse(info.path, tree, [], "name without a role")
 
@@ -227,7 +246,7 @@ def _sides(view: View | None, shape: tuple[int, ...]) -> object:
     return frozenset(frozenset(a for a in axes if shape[a] > 1) for axes in sides)
 
 
-def _from_end(view: View | None, shape: tuple[int, ...]) -> View | None:
+def from_end(view: View | None, shape: tuple[int, ...]) -> View | None:
     """The view with its axes counted from the end, as a stack in front leaves them."""
     if view is None:
         return None

@@ -1,10 +1,10 @@
 """What a whole tree of parameters shows: stack axes, widths, vocabulary, who reads whose outputs.
 
-A parameter's own name and shape are often not enough: `[32, 32, 128, 4096]` is one stack of layers
+A parameter's own name and shape are often not enough: `[32, 32, 128, 4096]` is a stack of layers
 along the first or along the second axis. Its siblings tell: all parameters of a scanned module
-share the length of the stack at one place, a norm's scale `[4096, 32]` shows which place that is,
-and its other axis is the width of the model. A `Tree` collects this once, in a pass that is linear
-in the number of parameters.
+share the length of the stack at one place, the scale `[4096, 32]` of a norm shows which place that
+is, and its other axis is the width of the model. A `Tree` collects this once, in a pass that is
+linear in the number of parameters.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ Mark = tuple[int, int]
 
 # Layers are stacked in fewer numbers than they are wide, but for toys: 12 layers of width 8.
 LONG_STACK = 2
+# Norms of one block, and of some blocks more, that are asked for a stack.
+_LOOKED_AT = 8
 
 _NORM = re.compile(
     r"(.*/)?((\w*norm\w*|\w*rms\w*|(\w+_)?(ln|bn)\d*|(ln|bn)_\w+)(/(scale|weight|w|gamma|gain|beta|offset"
-    r"|bias|b|shift))?|(\w+_)?(gamma|gammas?)(_\w+)?)"
+    r"|bias|b|shift))?|(\w+_)?gammas?(_\w+)?|\w+/(scale|offset))"
 )
 _HEAD_NORM = re.compile(
     r"(.*/)?(([qk]|query|key)_?(layer)?_?(norm|ln)\w*|(\w+_)?[qk]_gamma)(/\w+)?"
 )
 _BIAS = re.compile(r"(.*/)?(\w+_)?(bias|b)")
-_VALUE = re.compile(r"kernel|w|weight|embeddings?|value|raw_value")
+_VALUE = re.compile(r"kernel|w|weights?|embeddings?")
 _EMBEDDING = re.compile(r"(.*/)?(\w*embed\w*|wte|(\w+_)?emb|tok\w*)(/.*)?")
 _NOT_VOCABULARY = re.compile(r"(.*/)?\w*(pos|segment|type|patch|time|rel|label|class)\w*(/.*)?")
+_CONVOLUTION = re.compile(r"conv[^/]*(/(kernel|w|weight))?$")
 _ATTENTION = re.compile(r"\w*att(n|ention)\w*")
 
 
@@ -46,6 +49,7 @@ class _Node:
     children: dict[str, _Node] = dataclasses.field(default_factory=dict)
     leaves: list[str] = dataclasses.field(default_factory=list)
     count: int = 0
+    rank: int = 0
     common: frozenset[Mark] | None = None
     norms: list[str] = dataclasses.field(default_factory=list)
     vectors: bool = False
@@ -68,6 +72,7 @@ class Tree:
         stacks: Mapping[str, Axes] | None = None,
     ) -> None:
         self.shapes = shapes
+        self._infos: dict[str, ParamInfo] = {}
         self.partial = partial
         self.plain = {path: ParamInfo.of(path, shape) for path, shape in shapes.items()}
         self._root = _Node()
@@ -76,6 +81,7 @@ class Tree:
         _summarize(self._root, self.plain)
         self._stacks: dict[str, list[Axes]] = {}
         self._walk(self._root, "", (), [()], False)
+        self._hinted = frozenset(stacks or ())
         self._stacks |= {path: [axes] for path, axes in (stacks or {}).items()}
         self.homes: dict[str, list[str]] = collections.defaultdict(list)
         self.modules: dict[str, list[str]] = collections.defaultdict(list)
@@ -86,16 +92,19 @@ class Tree:
 
     def infos(self, path: str) -> list[ParamInfo]:
         """The parameter, once for every set of stack axes that it may have."""
-        plain = self.plain[path]
-        return [dataclasses.replace(plain, stack=axes) for axes in self._stacks[path]]
+        ways = dict.fromkeys([*self._stacks[path], *self._unexplained(path)])
+        return [dataclasses.replace(self.plain[path], stack=axes) for axes in ways]
 
     def info(self, path: str) -> ParamInfo:
         """The parameter with its likeliest stack axes."""
-        return dataclasses.replace(self.plain[path], stack=self._stacks[path][0])
+        if path not in self._infos:
+            stack = self._stacks[path][0]
+            self._infos[path] = dataclasses.replace(self.plain[path], stack=stack)
+        return self._infos[path]
 
     def settled(self, path: str) -> bool:
         """Whether the stack axes of a parameter are known."""
-        return len(self._stacks[path]) == 1
+        return len(self.infos(path)) == 1
 
     def bias(self, path: str) -> tuple[int, ...] | None:
         """Shape of one layer's bias beside a kernel: `q/bias` of `q/kernel`, `q_bias` of `q`."""
@@ -107,15 +116,21 @@ class Tree:
         return self.info(beside[0]).own if len(beside) == 1 else None
 
     def widths(self, path: str) -> frozenset[int]:
-        """Widths of the features around a parameter: those that the nearest norms scale."""
-        node, found = self._root, self._norm_widths("")
-        prefix = ""
+        """Widths of the features around a parameter: those that the nearest norms scale.
+
+        The nearest may be norms of queries and keys, so those of the module around count as well.
+        """
+        if self.partial:
+            # The norms that are left may be those of queries and keys.
+            return frozenset()
+        node, prefix = self._root, ""
+        levels = [self._norm_widths("")]
         for name in path.split("/")[:-1]:
             node = node.children[name]
             prefix = f"{prefix}/{name}" if prefix else name
             if node.norms:
-                found = self._norm_widths(prefix) or found
-        return found or self.embedding_widths
+                levels.append(self._norm_widths(prefix))
+        return frozenset.union(*levels[-2:]) or self.embedding_widths
 
     def all_widths(self) -> frozenset[int]:
         """Widths of all features in the tree."""
@@ -152,12 +167,72 @@ class Tree:
         if not info.indexed:
             return False
         # `layers/3/weight` may be one layer of a sequence, `layers/3/mlp/weight` is in a block.
-        return not module_of(path).rpartition("/")[2].isdigit()
+        above, _, number = module_of(path).rpartition("/")
+        listed = f"{above.rpartition('/')[0]}/kernel"
+        return not number.isdigit() or ParamInfo.of(listed, ()).indexed
+
+    def head_norms(self, path: str) -> frozenset[int]:
+        """Lengths that norms of queries and keys beside a parameter scale."""
+        home = self.homes[module_of(path).rpartition("/")[0]]
+        return frozenset(
+            max(self.info(p).own, default=1)
+            for p in home
+            if _HEAD_NORM.fullmatch(self.plain[p].role)
+        )
 
     def peers(self, path: str) -> list[ParamInfo]:
         """The parameters of the modules beside a parameter's own, itself included."""
         home = module_of(path).rpartition("/")[0]
         return [self.info(peer) for peer in self.homes[home]]
+
+    def _unexplained(self, path: str) -> list[Axes]:
+        """Stack axes that the nearest norms may show, where one of them has an axis too many."""
+        shape, stack = self.shapes[path], self._stacks[path][0]
+        if (
+            path in self._hinted
+            or len(shape) - len(stack) < 3
+            or is_convolution(self.plain[path].role)
+        ):
+            return []
+        found: dict[Axes, None] = dict.fromkeys(self._hidden(path))
+        for norm in self._near_norms(path):
+            info = self.info(norm)
+            rank = len(info.shape)
+            for axis in info.long_axes if len(info.long_axes) > 1 else ():
+                for place in (axis, axis - rank):
+                    fits = -len(shape) <= place < len(shape) and shape[place] == info.shape[axis]
+                    if fits and place % len(shape) not in stack:
+                        found[tuple(sorted((*stack, place % len(shape))))] = None
+        return list(found)
+
+    def _hidden(self, path: str) -> list[Axes]:
+        """Stack axes that nothing speaks against: no vector shows that layers are kept apart."""
+        shape, info = self.shapes[path], self.plain[path]
+        if info.indexed or self._stacks[path] != [()] or is_convolution(info.role):
+            return []
+        home = module_of(path).rpartition("/")[0]
+        above = home.rpartition("/")[0]
+        # The root has a final norm, which says nothing of the blocks.
+        around = bool(above) and self._node(above).vectors
+        node = self._node(home)
+        if node.vectors or around or not node.common or node.count < 2:
+            return []
+        places = {mark[0] % len(shape) for mark in node.common}
+        return [(place,) for place in sorted(places)]
+
+    def _node(self, module: str) -> _Node:
+        node = self._root
+        for name in module.split("/") if module else ():
+            node = node.children[name]
+        return node
+
+    def _near_norms(self, path: str) -> list[str]:
+        """The norms below the nearest module that has some."""
+        node, near = self._root, self._root.norms
+        for name in path.split("/")[:-1]:
+            node = node.children[name]
+            near = node.norms or near
+        return near[:_LOOKED_AT]
 
     def _norm_widths(self, prefix: str) -> frozenset[int]:
         if prefix not in self._widths:
@@ -233,40 +308,61 @@ class Tree:
             places.pop(mark[0] % len(shape), None)
         if extra < 1 or len(places) < extra:
             return []
-        return [(*known, *marks) for marks in itertools.combinations(places.values(), extra)]
+        ways = list(itertools.combinations(places.values(), extra))
+        if len(ways) > 1 and extra == 1:
+            # Of two axes that all share, one is the width, which is seldom less than the layers.
+            width = {place: shape[1 - place] for place in places} if len(shape) == 2 else {}
+            ways = [(m,) for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
+        return [(*known, *marks) for marks in ways]
 
     def _by_name(
         self, node: _Node, free: list[Mark], known: tuple[Mark, ...]
     ) -> list[tuple[Mark, ...]]:
         """A module whose name is a plural of layers stacks them at a place that all share."""
         front = [mark for mark in free if mark[0] >= 0] or free
+        # `nn.scan` and `vmap` stack along axis 0 unless told otherwise.
+        lone = sum(not _BIAS.fullmatch(self.plain[path].role) for path in _paths(node)) == 1
+        if not lone:
+            front = [mark for mark in front if self._short(node, mark)] or front
         likely = [mark for mark in front if mark[0] == 0 and self._short(node, mark)]
-        if node.count > 1 and len(front) > 1 and not likely:
-            return [(*known, mark) for mark in front]
-        ways = likely if node.count == 1 or len(front) == 1 else front
-        return [(*known, mark) for mark in ways or front[:2]]
+        prefer = lone and likely and not self.partial
+        ways = [(*known, mark) for mark in (likely if prefer else front)]
+        # Two axes may be one matrix, or vectors of stacked layers; a square may be a convolution's.
+        unsure = node.rank - len(known) < 3 or (lone and any(map(self._is_square, _paths(node))))
+        return [*ways, known] if unsure else ways
+
+    def _is_square(self, path: str) -> bool:
+        """Whether the first two axes may be those of a convolution."""
+        shape = self.shapes[path]
+        return len(shape) == 4 and shape[0] == shape[1] and is_convolution(self.plain[path].role)
 
     def _short(self, node: _Node, mark: Mark) -> bool:
         """Whether a stack is not longer than its matrices are wide."""
-        others = [
-            length
-            for path in _paths(node)
-            for axis, length in enumerate(self.shapes[path])
-            if axis != mark[0] and length > 1
-        ]
-        return not others or mark[1] <= LONG_STACK * min(others)
+        for path in _paths(node):
+            others = sorted(n for axis, n in enumerate(self.shapes[path]) if axis != mark[0])[-2:]
+            if others and mark[1] > LONG_STACK * min(others):
+                return False
+        return True
 
     def _axes(self, path: str, ways: list[tuple[Mark, ...]], plain: bool) -> list[Axes]:
-        shape = self.shapes[path]
-        found = dict.fromkeys(
-            tuple(sorted({a % len(shape) for a, _ in way})) if shape else () for way in ways
+        shape, info = self.shapes[path], self.plain[path]
+        rank = len(shape)
+        known = list(
+            dict.fromkeys(tuple(sorted({a % rank for a, _ in way})) for way in ways if rank)
         )
-        known = list(found)
-        if known != [()] or plain or self.plain[path].indexed or len(shape) < 3:
-            return known
+        if info.role.endswith("kernel"):
+            # A kernel is no vector, so two of its axes belong to one layer.
+            known = [axes for axes in known if rank - len(axes) > 1] or known
+        if known != [()] or plain or info.indexed or rank < 3 or is_convolution(info.role):
+            return known or [()]
         rest = [length for length in shape[1:] if length > 1]
         hidden = len(rest) > 1 and shape[0] <= LONG_STACK * min(rest)
         return [(), (0,)] if hidden else [()]
+
+
+def is_convolution(role: str) -> bool:
+    """Whether a role names a convolution."""
+    return _CONVOLUTION.search(role) is not None
 
 
 def module_of(path: str) -> str:
@@ -310,10 +406,12 @@ def _summarize(node: _Node, infos: Mapping[str, ParamInfo]) -> None:
         if _NORM.fullmatch(info.role) and not _HEAD_NORM.fullmatch(info.role) and rank:
             node.norms.append(path)
         node.vectors = node.vectors or rank == 1
+        node.rank = max(node.rank, rank)
     node.count = len(node.leaves)
     for child in node.children.values():
         _summarize(child, infos)
         node.count += child.count
+        node.rank = max(node.rank, child.rank)
         node.norms += child.norms
         node.vectors = node.vectors or child.vectors
         if child.common is not None:

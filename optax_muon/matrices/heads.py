@@ -36,7 +36,7 @@ def find_heads(decisions: dict[str, Decision], tree: Tree) -> dict[str, Decision
         for path, decision in decisions.items()
         if decision.view is not None
     }
-    flow = _Flow(bound, tree)
+    flow = _Flow(bound, decisions, tree)
     changed = (
         (path, _decide(tree.info(path), bound[path], decisions[path], tree, flow))
         for path in bound
@@ -50,7 +50,9 @@ def _decide(
 ) -> Decision:
     if len(info.long_axes) == 2 and not bound.batch_axes:
         vocabulary = _vocabulary(info, tree)
-        if vocabulary is not None:
+        if vocabulary is not None and (
+            not flow.is_read(info.path, bound) or len(set(info.own)) == 1
+        ):
             return vocabulary
     fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
     if flow.is_read(info.path, bound) or len(flow.bounds) < 2 or not flow.is_fed(info.path, bound):
@@ -94,7 +96,9 @@ def _either(info: ParamInfo, bound: BoundView, reason: str) -> Decision:
 class _Flow:
     """Which lengths are read and written, and by how many parameters."""
 
-    def __init__(self, bounds: Mapping[str, BoundView], tree: Tree) -> None:
+    def __init__(
+        self, bounds: Mapping[str, BoundView], decisions: Mapping[str, Decision], tree: Tree
+    ) -> None:
         self.bounds = bounds
         self.readers: collections.Counter[int] = collections.Counter()
         self.writers: collections.Counter[int] = collections.Counter()
@@ -106,6 +110,8 @@ class _Flow:
             elif len(long := tree.info(path).long_axes) == 1 and len(shape) > 1:
                 # A kernel onto a single output reads its width.
                 self.readers[shape[long[0]]] += 1
+            elif len(long) == 2 and decisions[path].reason.startswith("output head"):
+                self.readers[shape[long[1 if tree.plain[path].out_first else 0]]] += 1
             elif len(long) == 2:
                 self.writers[shape[long[1]]] += 1
         for width in tree.all_widths():
@@ -151,6 +157,6 @@ def _size(bound: BoundView, axes: tuple[int, ...]) -> int:
 
 def _last_name(info: ParamInfo) -> str:
     parts = info.role.split("/")
-    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "value"):
+    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "weights"):
         parts.pop()
     return parts[-1]

@@ -51,13 +51,36 @@ def matrix(info: ParamInfo, tree: Tree) -> Found:
     return Found((View(second, first) if info.out_first else View(first, second),))
 
 
+def bias(info: ParamInfo, tree: Tree) -> Found:
+    """`b`: a bias if it is a vector, stacked, or beside the weights of its module."""
+    beside = len(tree.modules[module_of(info.path)]) > 1
+    vector = len(info.long_axes) < 2 or info.stack or beside
+    return Found((None,)) if vector else NOTHING
+
+
+def bias_of_pair(info: ParamInfo, tree: Tree) -> Found:
+    """`query_b` beside `query_w` is its bias; alone it may be a second projection."""
+    paired = f"{info.path.removesuffix('b')}w" in tree.shapes
+    return Found((None,)) if paired else NOTHING
+
+
+def short_convolution(info: ParamInfo, tree: Tree) -> Found:
+    """Two axes below a convolution: a matrix, or the taps of each channel."""
+    found = matrix(info, tree).views or ()
+    wide = min(info.own) > _WIDEST_KERNEL
+    return Found(found, "pointwise convolution") if wide else Found((*found, None))
+
+
 def router(info: ParamInfo, tree: Tree) -> Found:
     """A router `[d, experts]`."""
-    return matrix(info, tree) if len(info.long_axes) == 2 else NOTHING
+    if len(info.long_axes) == 2:
+        return matrix(info, tree)
+    found = (matrix(_without(info, axis), tree).views or () for axis in info.long_axes)
+    return Found(tuple(view for views in found for view in views))
 
 
 def head(info: ParamInfo, tree: Tree) -> Found:
-    """An output head; below one name, kernels that another kernel reads are inside."""
+    """An output head; of several kernels below it, those that another one reads are inside."""
     module = _head_module(info.path)
     below = [p for p in tree.shapes if p.startswith(f"{module}/")] if module else []
     kernels = [k for p in below if len((k := tree.info(p)).long_axes) == 2]
@@ -70,7 +93,7 @@ def head(info: ParamInfo, tree: Tree) -> Found:
 
 
 def adapter(info: ParamInfo, tree: Tree) -> Found:
-    """A low-rank pair `A [.., in, r]`, `B [.., r, out]`: the rank is the last axis of A, in B the first.
+    """A low-rank pair `A [.., in, r]`, `B [.., r, out]`: its rank ends A and begins B.
 
     In front of it may stand axes that both have: layers, experts.
     """
@@ -131,7 +154,7 @@ def unnamed_convolution(info: ParamInfo, tree: Tree) -> Found:
 
 
 def attention(info: ParamInfo, tree: Tree) -> Found:
-    """Query, key, value and output with heads as axes: one axis is the model, the rest are heads."""
+    """Query, key, value and output with heads as axes: one axis is the model's width."""
     kind = _attention_kind(info, tree)
     if kind is None or kind in _FUSED:
         return NOTHING
@@ -139,7 +162,7 @@ def attention(info: ParamInfo, tree: Tree) -> Found:
     ways = _into_one_and_rest(info, tree, axes)
     if len(ways) > 1:
         ways = _fitting(info, tree, kind, ways) or ways
-    if len(ways) > 1 and _is_flax(info, tree):
+    if len(ways) > 1 and _is_general_kernel(info, tree, kind):
         ways = [axes[-1]] if kind == "o" else [axes[0]]
     views = [_one_and_rest(axes, way, kind == "o") for way in ways]
     return Found(tuple(views), "out of heads" if kind == "o" else "into heads")
@@ -161,12 +184,15 @@ def fused_parts(info: ParamInfo, tree: Tree) -> Found:
         views += [_one_and_rest(rest, way, info.out_first) for way in ways]
     if not parts:
         # Grouped queries: [d, q + k + v heads, head_dim] has no axis of parts.
-        views = [_one_and_rest(axes, way, False) for way in _into_one_and_rest(info, tree, axes)]
+        ways = _into_one_and_rest(info, tree, axes)
+        if len(ways) > 1 and _is_general_kernel(info, tree, kind):
+            ways = [axes[0]]
+        views = [_one_and_rest(axes, way, False) for way in ways]
     return Found(tuple(views), "equal parts of a fused kernel")
 
 
 def experts(info: ParamInfo, tree: Tree) -> Found:
-    """Experts `[E, in, out]`: the axis of experts is shared by all, and is what the router writes."""
+    """Experts `[E, in, out]`: all share the axis of experts, which is what the router writes."""
     if len(info.long_axes) != 3 or not _in_experts(info, tree) or _ATTENTION.fullmatch(info.role):
         return NOTHING
     axes = info.long_axes
@@ -194,7 +220,9 @@ def _attention_kind(info: ParamInfo, tree: Tree) -> str | None:
         return kind
     if kind == "o":
         return kind if inside or with_others else None
-    if with_others and (inside or "q" in others) and len(info.long_axes) == 3:
+    # One that is left beside queries and keys is the output, if no other is.
+    last = with_others and "o" not in others and (inside or "q" in others)
+    if last and len(info.long_axes) == 3:
         return "o"
     return None
 
@@ -212,7 +240,7 @@ def _kind(info: ParamInfo) -> str | None:
 def _name(info: ParamInfo) -> str:
     """Name of the module that owns a kernel, or of a bare array."""
     parts = info.role.split("/")
-    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "value"):
+    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "weights"):
         parts.pop()
     return parts[-1]
 
@@ -222,7 +250,7 @@ def _into_one_and_rest(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
     ways = list(axes)
     widths = tree.widths(info.path)
     wide = [a for a in ways if info.shape[a] in widths]
-    ways = wide or ways
+    ways = wide or _by_head_norms(info, tree, axes) or ways
     bias = tree.bias(info.path)
     if bias is not None and len(ways) > 1:
         long = tuple(n for n in bias if n > 1)
@@ -233,6 +261,14 @@ def _into_one_and_rest(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
         ]
         ways = fit or ways
     return ways
+
+
+def _by_head_norms(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:
+    """A norm of queries or keys scales the features of a head, or latents that heads read."""
+    scaled = [a for a in axes if info.shape[a] in tree.head_norms(info.path)]
+    if scaled == [axes[0]]:
+        return scaled
+    return [a for a in axes if a not in scaled] if scaled == [axes[-1]] else []
 
 
 def _fitting(info: ParamInfo, tree: Tree, kind: str, ways: list[int]) -> list[int]:
@@ -251,7 +287,7 @@ def _fitting(info: ParamInfo, tree: Tree, kind: str, ways: list[int]) -> list[in
         if query.shape[a] == out.shape[b] and _rest(query, a) == _rest(out, b)
     ]
     if kind == "o":
-        return sorted({b for _, b in fits})
+        return sorted({b for _, b in fits}) if out.path == info.path else []
     places = {query.long_axes.index(a) for a, _ in fits}
     found = [info.long_axes[place] for place in sorted(places)]
     return [a for a in found if a in ways]
@@ -266,12 +302,16 @@ def _one_and_rest(axes: Axes, one: int, out: bool) -> View:
     return View(rest, one) if out else View(one, rest)
 
 
-def _is_flax(info: ParamInfo, tree: Tree) -> bool:
-    """Whether names are those of Flax's attention, which keeps `[d, h, k]` and `[h, k, d]`."""
-    flax = re.search(r"(^|/)(query|key|value|out)/kernel$", info.role) is not None
-    width = max(info.own)
-    edge = info.own[-1] if info.role.endswith("out/kernel") else info.own[0]
-    return flax and tree.settled(info.path) and edge == width
+def _is_general_kernel(info: ParamInfo, tree: Tree, kind: str) -> bool:
+    """Whether it is a `kernel` of Flax's `DenseGeneral`: inputs in front, outputs behind.
+
+    That holds for its attention; other kernels may be an einsum's, so the model's width must stand
+    where `DenseGeneral` puts it and be the longest axis.
+    """
+    own = [info.shape[a] for a in info.long_axes]
+    edge, rest = (own[-1], own[:-1]) if kind == "o" else (own[0], own[1:])
+    named = info.role.endswith("/kernel") and "einsum" not in info.role
+    return named and tree.settled(info.path) and edge > max(rest)
 
 
 # ---- parts and experts ---------------------------------------------------------------------------

@@ -64,7 +64,8 @@ class ParamInfo:
     @property
     def out_first(self) -> bool:
         """Whether it is stored (out, in), as torch and equinox do, who call it `weight`."""
-        return self.role.endswith("weight")
+        last = self.role.rpartition("/")[2]
+        return last.endswith("weight") or last.startswith("weight_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +161,7 @@ def as_view(view: Any) -> View | None:
     Raises:
         TypeError: it is none of these.
 
+    >>> import optax
     >>> as_view(optax.contrib.MuonDimensionNumbers(0, (1, 2)))
     View(rows=(0,), cols=(1, 2), split=None)
     """

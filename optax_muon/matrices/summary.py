@@ -98,10 +98,8 @@ def ambiguity(decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int,
         codes = tuple(one.code for one in decisions[path].interpretations)
         groups.setdefault((_pattern(path), len(shapes[path]), codes), []).append(path)
     first = decisions[open_paths[0]].interpretations
-    lines = [
-        f"{open_paths[0]} of shape {shapes[open_paths[0]]} may be {first[0].words} or"
-        f" {first[1].words}."
-    ]
+    ways = f"{first[0].words} or {first[1].words}"
+    lines = [f"{open_paths[0]} of shape {shapes[open_paths[0]]} may be {ways}."]
     block: list[str] = []
     for paths in groups.values():
         decision = decisions[paths[0]]

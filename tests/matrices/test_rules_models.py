@@ -201,12 +201,12 @@ def test_haiku_keeps_modules_in_one_flat_dict():
         "transformer/h0_attn/query": module(8, 8),
         "transformer/h0_mlp/~/linear_1": module(8, 32),
         "transformer/layer_norm": {"scale": jnp.zeros(8), "offset": jnp.zeros(8)},
-        "transformer/conv2_d": module(3, 3, 8, 4),
+        "transformer/conv2_d": module(3, 3, 4, 8),
     }
     assert read(params) == {
         "transformer/h0_attn/query/w": "8 x 8",
         "transformer/h0_mlp/~/linear_1/w": "8 x 32",
-        "transformer/conv2_d/w": "72 x 4",
+        "transformer/conv2_d/w": "36 x 8",
     }
 
 

@@ -574,7 +574,7 @@ def test_muon_takes_every_expert_and_projection_as_a_matrix_and_nothing_else():
     into, out = [(24, 40)], [(40, 24)]
     dense = {"mlp/gate_proj/kernel": into, "mlp/up_proj/kernel": into, "mlp/down_proj/kernel": out}
     mixed = {
-        "router/kernel": [],
+        "router/kernel": [(24, 6)],
         "shared_experts/gate_proj/kernel": [(24, 32)],
         "shared_experts/up_proj/kernel": [(24, 32)],
         "shared_experts/down_proj/kernel": [(32, 24)],
