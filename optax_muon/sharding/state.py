@@ -48,8 +48,8 @@ def state_shardings(
     >>> params = {"kernel": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
     >>> tx = optax_muon.scale_by_muon()
     >>> shardings = NamedSharding(mesh, PartitionSpec("data"))
-    >>> optax.tree.get(state_shardings(tx, params, shardings), "mu")["kernel"].spec
-    P('data',)
+    >>> tuple(optax.tree.get(state_shardings(tx, params, shardings), "mu")["kernel"].spec)
+    ('data',)
     """
     leaves = paths.named_leaves(params)
     by_path = zero1_shardings(params, shardings, axes=zero1)

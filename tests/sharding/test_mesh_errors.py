@@ -181,10 +181,11 @@ def test_a_plan_of_a_matrix_that_is_not_there():
 
 
 def test_a_plan_for_other_shardings_on_explicit_axes():
-    made = plan(PARAMS, views=VIEWS, shardings=NamedSharding(explicit(), P("fsdp", "tensor")))
-    text = unfit(made, updates(spec=P("tensor", "fsdp"), mesh=explicit()))
-    assert text.startswith("o/kernel is sharded P('tensor', 'fsdp') on the Explicit axes")
-    assert "made for P('fsdp', 'tensor')" in text
+    planned, found = P("fsdp", "tensor"), P("tensor", "fsdp")
+    made = plan(PARAMS, views=VIEWS, shardings=NamedSharding(explicit(), planned))
+    text = unfit(made, updates(spec=found, mesh=explicit()))
+    assert text.startswith(f"o/kernel is sharded {found} on the Explicit axes")
+    assert f"made for {planned}" in text
 
 
 def test_the_whole_of_muon_passes_these_on():
