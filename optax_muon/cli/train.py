@@ -27,7 +27,7 @@ from optax_muon.training.optimizers import DEFAULT, comparison, views
 from optax_muon.training.presets import PRESETS, Preset, preset
 from optax_muon.training.pretrain import Pretraining
 from optax_muon.training.run_folder import RunFolder, usage_errors
-from optax_muon.training.state import has_router, shapes, stats_shapes
+from optax_muon.training.state import shapes
 from optax_muon.training.trainer import train_all
 
 EVAL_SEQUENCES = 128
@@ -97,10 +97,10 @@ class Experiment(DeviceOptions):
         """
         model = spec.model(self.row.model)
         for option, value, needed, has in (
-            ("bias-update-speed", self.bias_update_speed, "a router", has_router),
-            ("qk-clip", self.qk_clip, "statistics of its attention logits", stats_shapes),
+            ("bias-update-speed", self.bias_update_speed, "a router", model.has_router),
+            ("qk-clip", self.qk_clip, "statistics of its attention logits", model.reports_logits),
         ):
-            if value is not None and not has(model):
+            if value is not None and not has:
                 raise UsageError(
                     f"--{option} needs a model with {needed}, --model moonlight-...; {self.model} "
                     f"is a {model.kind}"

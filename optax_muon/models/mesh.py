@@ -12,6 +12,7 @@ happens. The axes are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,12 @@ def present_axes(axes: Axes) -> tuple[str, ...] | None:
     names = (axes,) if isinstance(axes, str) else axes or ()
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in names if name in mesh.axis_names) or None
+
+
+def batch_shards() -> int:
+    """Devices of the ambient mesh that each hold different sequences of a batch; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in present_axes(BATCH) or ())
 
 
 def mark_varying(x: jax.Array, axes: Axes) -> jax.Array:

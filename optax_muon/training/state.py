@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
-from optax_muon.models.mesh import BATCH, present_axes
+from optax_muon.models.mesh import batch_shards
 from optax_muon.models.spec import Model
 
 
@@ -76,15 +75,8 @@ def stats_shapes(model: Model) -> Any:
     """What a forward pass reports besides its loss, as `ShapeDtypeStruct`s; None if nothing."""
     state = shapes(model, optax.identity())
     # Experts divide the batch over the devices of the ambient mesh: a sequence for each of them.
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = math.prod(mesh.shape[axis] for axis in present_axes(BATCH) or ())
-    tokens = jax.ShapeDtypeStruct([rows, model.config.context], jnp.int32)
+    tokens = jax.ShapeDtypeStruct([batch_shards(), model.config.context], jnp.int32)
     return jax.eval_shape(model.forward, state.params, tokens, state.bias)[1]
-
-
-def has_router(model: Model) -> bool:
-    """Whether the model has routers, whose biases training moves."""
-    return shapes(model, optax.identity()).bias is not None
 
 
 def _state(model: Model, tx: optax.GradientTransformation, key: jax.Array) -> State:

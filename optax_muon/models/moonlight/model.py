@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.models import abstract
-from optax_muon.models.mesh import BATCH, constrain, present_axes, with_auto_axes
+from optax_muon.models.mesh import BATCH, batch_shards, constrain, present_axes, with_auto_axes
 from optax_muon.models.moe import imbalance
 from optax_muon.models.moonlight import muon
 from optax_muon.models.moonlight.config import CONFIGS, MoonlightConfig
@@ -178,9 +178,7 @@ class Moonlight:
 
     def _initial(self, key: jax.Array) -> optax.Params:
         """Parameters, wherever they are placed; traced with one sequence per device."""
-        mesh = jax.sharding.get_abstract_mesh()
-        rows = math.prod(mesh.shape[axis] for axis in present_axes(BATCH) or ())
-        tokens = jnp.zeros([rows, 1], jnp.int32)
+        tokens = jnp.zeros([batch_shards(), 1], jnp.int32)
         return MoonlightDecoder(self.config).init(key, tokens, self.zero_bias())["params"]
 
     def _apply(
