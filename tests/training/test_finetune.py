@@ -373,12 +373,12 @@ def test_the_table_judges_all_four_by_functions_that_nobody_was_trained_on(tmp_p
     bench, script = map(importlib.import_module, ("_bench", "finetune_table"))
     script.main(bench.Options(quick=True, out=tmp_path))
     work = tmp_path / "finetune_table" / "tiny"
-    learned, judged = (
+    training, evaluation = (
         {json.loads(line)["prompt"] for line in (work / f"{name}.jsonl").read_text().splitlines()}
-        for name in ("learned", "judged")
+        for name in ("training", "evaluation")
     )
-    assert len(learned) == len(judged) == script.TOY.examples
-    assert not learned & judged
+    assert len(training) == len(evaluation) == script.TOY.examples
+    assert not training & evaluation
     with (tmp_path / "finetune_table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 4
