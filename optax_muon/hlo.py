@@ -1,4 +1,4 @@
-"""The collectives and matrix products of a compiled program, read from its HLO text.
+"""The collectives, matrix products and estimated cycles of a compiled program, from its HLO text.
 
 XLA's own cost analysis counts the body of a loop once and does not list collectives. These
 functions count what is inside a loop as often as the loop runs, and tell which devices take part in
@@ -6,10 +6,13 @@ each collective. Asynchronous forms (`all-gather-start` and `all-gather-done`) c
 result of the latter.
 
     text = jax.jit(step).lower(params).compile().as_text()
-    hlo.collectives(text), hlo.collective_bytes(text), hlo.flops(text)
+    hlo.collectives(text), hlo.collective_bytes(text), hlo.flops(text), hlo.cycles(text)
 
-This module imports nothing else of the package. A reader of the cycle estimates of TPU programs
-belongs here too: `_Instruction.attributes` holds the backend configuration that they stand in.
+The compiler for TPUs notes with most instructions how many clock cycles it expects them to take.
+`cycles` sums these notes. They are the compiler's model, on which its own choices rest; they are
+not a measurement.
+
+This module imports nothing else of the package.
 """
 
 import collections
@@ -20,7 +23,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["KINDS", "Collective", "collective_bytes", "collective_counts", "collectives", "flops"]
+__all__ = [
+    "KINDS",
+    "Collective",
+    "Cycles",
+    "collective_bytes",
+    "collective_counts",
+    "collectives",
+    "cycles",
+    "flops",
+]
 
 KINDS = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
@@ -43,6 +55,7 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LOOP_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHAIN_ID = re.compile(r'chain_id="(\d+)"')
 _LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
@@ -62,6 +75,35 @@ class Collective:
     """How often the program runs it."""
     groups: tuple[tuple[int, ...], ...]
     """Devices that communicate with each other, by position in the mesh; empty if not stated."""
+    overlapped_cycles: int = 0
+    """Estimated cycles of the work that is done while it is under way; 0 if it blocks."""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether nothing that has an estimate is computed while it is under way.
+
+        Programs for GPUs and CPUs have no estimates: there all collectives seem to block.
+        """
+        return self.overlapped_cycles == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+    """Clock cycles of one TPU device as its compiler estimates them, in one run of a program.
+
+    Collectives have no estimate, nor do Pallas kernels, copies between memories that are started
+    and waited for, and scalar instructions.
+    """
+
+    products: int = 0
+    """Of matrix products, with what is fused into them."""
+    rest: int = 0
+    """Of everything else that has an estimate."""
+
+    @property
+    def total(self) -> int:
+        """Of all instructions that have an estimate."""
+        return self.products + self.rest
 
 
 def collectives(text: str) -> list[Collective]:
@@ -87,16 +129,30 @@ def collectives(text: str) -> list[Collective]:
     >>> collective_bytes(text), collective_counts(text)
     (32, {'all-reduce': 1})
     """
-    found, chains = [], set()
+    found: dict[str, Collective] = {}
+    overlapped: collections.Counter[str] = collections.Counter()
+    begun: dict[str, tuple[str, int]] = {}
+    clock = 0
     for each in _instructions(text):
+        clock += each.cycles * each.times
+        start, since = begun.get(each.operand, (each.name, clock))
+        if each.kind.endswith("-start"):
+            begun[each.name] = each.name, clock
+        elif each.kind == "async-update":
+            begun[each.name] = start, since
         # A TPU program may hide a collective behind several products, and names it in each.
-        chain = _CHAIN_ID.search(each.attributes) if each.kind in KINDS else None
-        if each.kind in KINDS and (chain is None or chain[1] not in chains):
+        chain = _CHAIN_ID.search(each.attributes)
+        key = chain[1] if chain else each.inside or start
+        if each.kind in KINDS and key not in found:
             size, groups = _bytes(each.result), _groups(each.attributes)
-            found.append(Collective(each.kind, size, each.times, groups))
-        if chain:
-            chains.add(chain[1])
-    return found
+            found[key] = Collective(each.kind, size, each.times, groups)
+        if each.kind in KINDS and chain:
+            overlapped[key] += each.cycles_around
+        elif each.kind in (*KINDS, "async"):
+            overlapped[key] += (clock - since) // each.times
+    return [
+        dataclasses.replace(each, overlapped_cycles=overlapped[key]) for key, each in found.items()
+    ]
 
 
 def collective_counts(text: str) -> dict[str, int]:
@@ -147,10 +203,46 @@ def flops(text: str, loop_trips: int = 1) -> int:
     )
 
 
+def cycles(text: str, loop_trips: int = 1) -> Cycles:
+    """Sum the cycles that the compiler for TPUs expects a program to take on one device.
+
+    This is the compiler's own model and not a measurement. Programs for other platforms have no
+    estimates, and give 0.
+
+    Args:
+        text: HLO of a compiled program, as `compiled.as_text()` returns it.
+        loop_trips: iterations of the loops whose number of iterations depends on data.
+
+    Raises:
+        ValueError: the text is not the HLO of a program.
+
+    >>> cycles('''
+    ... ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+    ...   %x = f32[8,8]{1,0} parameter(0)
+    ...   %y = f32[8,8]{1,0} negate(%x), backend_config={"estimated_cycles":"100"}
+    ...   ROOT %z = f32[8,8]{1,0} dot(%y, %y), backend_config={"estimated_cycles":"700"}
+    ... }''')
+    Cycles(products=700, rest=100)
+    """
+    products = rest = 0
+    for each in _instructions(text, loop_trips):
+        if each.multiplies:
+            products += each.cycles * each.times
+        else:
+            rest += each.cycles * each.times
+    return Cycles(products, rest)
+
+
+_PRODUCTS = ("dot", "convolution")
+"""The matrix products of HLO."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     """An instruction of a program."""
 
+    name: str
+    """Its name in its computation."""
     kind: str
     """Its operation, without `-done`."""
     result: str
@@ -161,6 +253,20 @@ class _Instruction:
     """How often the program runs it."""
     types: dict[str, str]
     """Types of all instructions of its computation, by name."""
+    multiplies: bool
+    """Whether it is a matrix product, or a fusion with one."""
+    cycles: int
+    """Estimated cycles of one run, 0 if there is no estimate."""
+    cycles_around: int
+    """Estimated cycles of the fusion that it is a part of, which are not its own."""
+    inside: str
+    """Name of the asynchronous start that runs its computation, if one does."""
+
+    @property
+    def operand(self) -> str:
+        """Name of its first operand, if it has one."""
+        operand = _FIRST_OPERAND.match(self.attributes)
+        return operand[1] if operand else ""
 
 
 def _dot(each: _Instruction) -> int:
@@ -218,25 +324,74 @@ def _instructions(text: str, loop_trips: int = 1) -> Iterator[_Instruction]:
         )
     ends = [match.start() for match in starts[1:]] + [len(text)]
     bodies = {m[2]: text[m.end() : end] for m, end in zip(starts, ends, strict=True)}
-    yield from _called_from(bodies, entry, 1, loop_trips)
+    yield from _called_from(bodies, entry, _Caller(), loop_trips)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Caller:
+    """What a computation has to know of the instruction that runs it."""
+
+    times: int = 1
+    """How often the computation runs."""
+    fused: bool = False
+    """Whether it is the body of a fusion."""
+    cycles: int = 0
+    """Estimated cycles of the fusion."""
+    start: str = ""
+    """Name of the asynchronous start."""
 
 
 def _called_from(
-    bodies: dict[str, str], name: str, times: int, loop_trips: int
+    bodies: dict[str, str], name: str, caller: _Caller, loop_trips: int
 ) -> Iterator[_Instruction]:
     """The instructions of a computation and of all that it calls."""
     found = _INSTRUCTION.findall(bodies[name])
     types = {name: result for name, result, _, _ in found}
-    for _, result, operation, attributes in found:
-        yield _Instruction(operation.removesuffix("-done"), result, attributes, times, types)
+    for own, result, operation, attributes in found:
+        called = _called(attributes)
+        estimate = _ESTIMATE.search(attributes)
+        cycles = int(estimate[1]) if estimate and not caller.fused else 0
+        yield _Instruction(
+            name=own,
+            kind=operation.removesuffix("-done"),
+            result=result,
+            attributes=attributes,
+            times=caller.times,
+            types=types,
+            multiplies=operation in _PRODUCTS
+            or (operation == "fusion" and any(_multiplies(bodies, other) for other in called)),
+            cycles=cycles,
+            cycles_around=caller.cycles,
+            inside=caller.start,
+        )
         if operation in ("async-update", "async-done"):
             continue
         trips = _trips(bodies, attributes, loop_trips) if operation == "while" else 1
-        called = _CALLED.findall(attributes)
-        for branches in _BRANCHES.findall(attributes):
-            called += [branch.strip(" %") for branch in branches.split(",")]
+        fused = caller.fused or operation == "fusion"
+        inner = _Caller(
+            times=caller.times * trips,
+            fused=fused,
+            cycles=(cycles or caller.cycles) if fused else 0,
+            start=own if operation == "async-start" else caller.start,
+        )
         for other in called:
-            yield from _called_from(bodies, other, times * trips, loop_trips)
+            yield from _called_from(bodies, other, inner, loop_trips)
+
+
+def _called(attributes: str) -> list[str]:
+    """Names of the computations that an instruction calls."""
+    called = _CALLED.findall(attributes)
+    for branches in _BRANCHES.findall(attributes):
+        called += [branch.strip(" %") for branch in branches.split(",")]
+    return called
+
+
+def _multiplies(bodies: dict[str, str], name: str) -> bool:
+    """Whether a computation, or one that it calls, has a matrix product."""
+    return any(
+        operation in _PRODUCTS or any(_multiplies(bodies, other) for other in _called(attributes))
+        for _, _, operation, attributes in _INSTRUCTION.findall(bodies[name])
+    )
 
 
 def _trips(bodies: dict[str, str], attributes: str, unknown: int) -> int:

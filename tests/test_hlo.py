@@ -3,10 +3,19 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from chips import chips
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.hlo import Collective, collective_bytes, collective_counts, collectives, flops
+from optax_muon.hlo import (
+    Collective,
+    Cycles,
+    collective_bytes,
+    collective_counts,
+    collectives,
+    cycles,
+    flops,
+)
 
 BOTH = P("a", "b")
 
@@ -73,7 +82,7 @@ def test_products_in_a_loop_count_every_iteration():
     assert flops(jax.jit(products).lower(x, y).compile().as_text()) == 5 * 2 * 4 * 8 * 16
 
 
-@pytest.mark.parametrize("read", [collectives, flops, collective_bytes, collective_counts])
+@pytest.mark.parametrize("read", [collectives, cycles, flops, collective_bytes, collective_counts])
 @pytest.mark.parametrize("text", ["", "module @jit_f {\n  func.func public @main() {\n  }\n}"])
 def test_a_text_that_is_not_a_compiled_program_is_refused(read, text):
     with pytest.raises(ValueError, match="no ENTRY computation"):
@@ -86,3 +95,91 @@ def test_a_loop_that_depends_on_data_counts_as_often_as_it_is_told():
 
     text = jax.jit(work).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile().as_text()
     assert flops(text, loop_trips=7) == 7 * flops(text) == 7 * 2 * 8**3
+
+
+TPU = """
+%square (p: bf16[8,8]) -> f32[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  ROOT %product = f32[8,8]{1,0} convolution(%p, %p), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"9999"}
+}
+
+%negate (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  ROOT %minus = f32[8,8]{1,0} negate(%p)
+}
+
+%gathering (p: bf16[8,8]) -> (f32[8,8], bf16[16,8]) {
+  %p = bf16[8,8]{1,0} parameter(0)
+  %product = f32[8,8]{1,0} convolution(%p, %p), dim_labels=bf_io->bf
+  %part = bf16[16,8]{1,0} all-gather(%p), frontend_attributes={chain_id="7"}
+  ROOT %both = (f32[8,8]{1,0}, bf16[16,8]{1,0}) tuple(%product, %part)
+}
+
+%once (s: (s32[], bf16[8,8])) -> (s32[], bf16[8,8]) {
+  %s = (s32[], bf16[8,8]) parameter(0)
+  %x = bf16[8,8]{1,0} get-tuple-element(%s), index=1
+  %sent = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) all-to-all-start(%x), replica_groups={{0,1}}
+  %worked = f32[8,8]{1,0} fusion(%x), calls=%square, backend_config={"estimated_cycles":"100"}
+  %arrived = bf16[8,8]{1,0} all-to-all-done(%sent)
+  ROOT %t = (s32[], bf16[8,8]) tuple(%i, %arrived)
+}
+
+%more (s: (s32[], bf16[8,8])) -> pred[] {
+  %s = (s32[], bf16[8,8]) parameter(0)
+  %end = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (x: bf16[8,8]) -> f32[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %now = bf16[8,8]{1,0} all-to-all(%x), replica_groups={{0,1}}
+  %early = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) all-to-all-start(%x), replica_groups={{0,1}}
+  %loop = (s32[], bf16[8,8]) while(%t), condition=%more, body=%once
+  %late = bf16[8,8]{1,0} all-to-all-done(%early)
+  %idle = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) all-to-all-start(%x), replica_groups={{0,1}}
+  %waited = bf16[8,8]{1,0} all-to-all-done(%idle)
+  %first = (f32[8,8], bf16[16,8]) fusion(%x), calls=%gathering, backend_config={"estimated_cycles":"40"}
+  %second = (f32[8,8], bf16[16,8]) fusion(%x), calls=%gathering, backend_config={"estimated_cycles":"50"}
+  ROOT %y = f32[8,8]{1,0} fusion(%z), calls=%negate, backend_config={"estimated_cycles":"20"}
+}
+"""  # noqa: E501
+"""What libtpu writes, shortened: loops have no trip count, and fusions hold the estimates."""
+
+
+def test_cycles_are_summed_over_loops_and_not_again_within_fusions():
+    assert cycles(TPU) == Cycles(products=3 * 100 + 40 + 50, rest=20)
+    assert cycles(TPU).total == 410
+
+
+def test_a_collective_blocks_unless_work_is_done_between_its_start_and_its_end():
+    assert [(c.kind, c.times, c.overlapped_cycles, c.blocks) for c in collectives(TPU)] == [
+        ("all-to-all", 1, 0, True),
+        ("all-to-all", 3, 100, False),
+        ("all-to-all", 1, 300, False),
+        ("all-to-all", 1, 0, True),
+        ("all-gather", 1, 90, False),
+    ]
+
+
+def test_what_an_asynchronous_computation_runs_is_hidden_by_what_is_done_meanwhile():
+    work = '  %w = f32[8]{0} negate(%p), backend_config={"estimated_cycles":"30"}\n'
+    text = ASYNCHRONOUS.replace("  ROOT %b", work + "  ROOT %b")
+    assert [c.overlapped_cycles for c in collectives(text)] == [0, 30]
+
+
+@pytest.mark.libtpu
+def test_the_compiler_for_tpus_estimates_a_large_product_near_its_limit():
+    """A v5p has eight arrays of 128 x 128: 262,144 operations per cycle."""
+    mesh = chips("v5p:2x2x1", {"x": 4})
+    sharding = jax.sharding.NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=sharding)
+
+    def three_times(x):
+        return lax.fori_loop(0, 3, lambda _, y: y @ x, x)
+
+    text = jax.jit(three_times).lower(x).compile().as_text()
+    found = cycles(text)
+    limit = flops(text) / 262_144
+    assert flops(text) == 3 * 2 * 4096**3
+    assert limit < found.products < 1.5 * limit
+    assert found.rest < 0.5 * limit
