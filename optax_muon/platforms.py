@@ -30,6 +30,8 @@ class Platform:
     """Bytes per second that one device receives from others."""
     latency: float
     """Seconds per collective, whatever its size."""
+    writes_operands: bool = False
+    """Whether operands are rounded before products read them, not as they are read."""
 
     @property
     def flops_per_byte(self) -> float:
@@ -44,7 +46,9 @@ PLATFORMS: Mapping[str, Platform] = MappingProxyType(
         platform.name: platform
         for platform in (
             # A v5p peaks at 459 TFLOP/s and receives 600 GB/s; about 45 % and 33 % are sustained.
-            Platform("tpu", _BFLOAT16, flops=2e14, bandwidth=2e11, latency=2e-6),
+            Platform(
+                "tpu", _BFLOAT16, flops=2e14, bandwidth=2e11, latency=2e-6, writes_operands=True
+            ),
             # An H100 peaks at 990 TFLOP/s and receives 450 GB/s over NVLink.
             Platform("gpu", _BFLOAT16, flops=4e14, bandwidth=3e11, latency=1e-5),
             # Measured between the fake devices of one CPU: about 100 GFLOP/s and 2.5 GB/s.

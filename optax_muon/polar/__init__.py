@@ -29,7 +29,7 @@ from optax_muon.polar.newton_schulz import (
 )
 from optax_muon.polar.plain import Plain
 from optax_muon.polar.selection import Form, choose_form
-from optax_muon.polar.symmetric import Full, Kernel, Panels
+from optax_muon.polar.symmetric import Full, Kernel, Panels, Written
 
 __all__ = [
     "COEFFICIENTS",
@@ -51,6 +51,7 @@ __all__ = [
     "Panels",
     "Plain",
     "Row",
+    "Written",
     "choose_form",
     "default_restarts",
     "gram_newton_schulz",

@@ -101,7 +101,7 @@ class Gram:
             operand = jax.lax.optimization_barrier(y.astype(x.dtype))
             gram = column_shards.psum(self.products(operand, operand))
             factor = self._factor(gram, span, x.dtype)
-            y = product(factor.astype(x.dtype), operand)
+            y = product(self.products.operand(factor, x.dtype), operand)
         return y
 
     def _spans(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
@@ -135,7 +135,8 @@ class Gram:
         a T stays out of the product: the diagonal of a I + Z would lose its digits in half
         precision.
         """
-        return a * t + self.products(z.astype(dtype), t.astype(dtype))
+        rounded = (self.products.operand(each, dtype) for each in (z, t))
+        return a * t + self.products.commuting(*rounded)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""

@@ -21,6 +21,7 @@ prices. `newton_schulz` and `gram_newton_schulz` are the same as plain functions
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
@@ -34,14 +35,14 @@ from optax_muon.polar.gram import Gram
 from optax_muon.polar.normalize import as_matrices, normalize
 from optax_muon.polar.precision import adjoint, compute_dtype, on_platform
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
-from optax_muon.polar.selection import Form, choose_form
+from optax_muon.polar.selection import Form, choose_form, full_products
 from optax_muon.polar.work import Work
 
 __all__ = ["GramNewtonSchulz", "NewtonSchulz", "gram_newton_schulz", "newton_schulz"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Iteration:
+class _Iteration(abc.ABC):
     """A table of steps with a rule that chooses their form: enough to compute and to count."""
 
     coefficients: Coefficients = KELLER
@@ -54,11 +55,11 @@ class _Iteration:
     supports_column_shards: ClassVar[bool] = True
     """Whether `__call__` takes matrices whose columns lie on several devices."""
 
+    @abc.abstractmethod
     def form_for(
         self, m: int, n: int, *, dtype: DTypeLike, platform: str, devices: int = 1
     ) -> Form:
         """Choose the form for matrices [m, n], m <= n, whose columns lie on so many devices."""
-        raise NotImplementedError
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -146,7 +147,8 @@ class GramNewtonSchulz(_Iteration):
         self, m: int, n: int, *, dtype: DTypeLike, platform: str, devices: int = 1
     ) -> Form:
         """Return the Gram form, whatever the shape."""
-        return Gram.with_default_restarts(len(self.rows), dtype, self.restarts)
+        products = full_products(platform)
+        return Gram.with_default_restarts(len(self.rows), dtype, self.restarts, products)
 
 
 def newton_schulz(

@@ -51,8 +51,9 @@ class Plain:
         """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
         mine = local_rows(gram, column_shards)
         if mine is gram:
-            return quadratic(gram, b, c, dtype, self.products).astype(dtype)
-        share = b * mine + c * product(mine.astype(dtype), gram.astype(dtype)) if c else b * mine
+            return self.products.operand(quadratic(gram, b, c, dtype, self.products), dtype)
+        rounded = (self.products.operand(each, dtype) for each in (mine, gram))
+        share = b * mine + c * product(*rounded) if c else b * mine
         return gather_rows(share.astype(dtype), column_shards)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
@@ -78,5 +79,5 @@ def quadratic(
     """Return b A + c A^2, the operands of A^2 in `dtype`; c = 0 needs no product."""
     if c == 0:
         return b * gram
-    operand = gram.astype(dtype)
-    return b * gram + c * products(operand, operand)
+    operand = products.operand(gram, dtype)
+    return b * gram + c * products.commuting(operand, operand)

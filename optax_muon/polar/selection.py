@@ -17,7 +17,7 @@ from optax_muon.polar.coefficients import Row
 from optax_muon.polar.gram import Gram
 from optax_muon.polar.plain import Plain
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
-from optax_muon.polar.symmetric import FULL, Panels, Products
+from optax_muon.polar.symmetric import FULL, WRITTEN, Panels, Products
 from optax_muon.polar.work import Work
 
 __all__ = ["Form", "choose_form"]
@@ -102,4 +102,9 @@ def _products(m: int, dtype: jnp.dtype, platform: str, *, least: int, most: int)
     """
     count = min(most, m // 256)
     halved = platform == "cpu" and jnp.finfo(dtype).bits >= 32 and count >= least
-    return Panels(count) if halved else FULL
+    return Panels(count) if halved else full_products(platform)
+
+
+def full_products(platform: str) -> Products:
+    """Return how the platform computes a product in full."""
+    return WRITTEN if get_platform(platform).writes_operands else FULL
