@@ -41,7 +41,7 @@ class ImportHF:
     def __call__(self) -> None:
         """Copy, then say what it is."""
         with usage_errors():
-            config = import_checkpoint(self.directory, self.out, _shown)
+            config = import_checkpoint(self.directory, self.out, _shown, _note)
         Console(stderr=True).out(f"{self.out}: {_describe(config)}", highlight=False)
 
 
@@ -75,6 +75,10 @@ class ExportHF:
 
 def _shown(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
     return track(list(tensors), "tensors", console=Console(stderr=True), transient=True)
+
+
+def _note(sentence: str) -> None:
+    Console(stderr=True).out(sentence, highlight=False)
 
 
 def _describe(config: MoonlightConfig) -> str:

@@ -116,12 +116,15 @@ def folder_at_once(target: Path) -> Iterator[Path]:
     """A temporary folder to write into: renamed to `target` at the end, deleted on an error.
 
     Raises:
-        ValueError: `target` exists.
+        ValueError: `target` exists, or cannot be made.
     """
     if target.exists():
         raise ValueError(f"{target} exists; give a folder that does not")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"cannot make {target}: {error.strerror}") from error
     try:
         yield draft
         draft.chmod(0o755)  # mkdtemp allows the owner only

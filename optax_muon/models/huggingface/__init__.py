@@ -2,7 +2,6 @@
 
 from optax_muon.models.huggingface.config import CONFIG, from_huggingface, to_huggingface
 from optax_muon.models.huggingface.convert import (
-    INDEX,
     PARAMS,
     SHARD_BYTES,
     export_checkpoint,
@@ -11,6 +10,7 @@ from optax_muon.models.huggingface.convert import (
     read_config,
 )
 from optax_muon.models.huggingface.names import BIAS, Tensor, leaf_shapes, tensors
+from optax_muon.models.huggingface.source import INDEX
 
 __all__ = [
     "BIAS",
