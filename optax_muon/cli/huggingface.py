@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 
+from optax_muon.cli.tracking import tracked
 from optax_muon.errors import UsageError
 from optax_muon.models.huggingface import (
     Tensor,
@@ -74,7 +74,7 @@ class ExportHF:
 
 
 def _shown(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    return track(list(tensors), "tensors", console=Console(stderr=True), transient=True)
+    return tracked(tensors, "tensors")
 
 
 def _note(sentence: str) -> None:

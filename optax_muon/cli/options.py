@@ -10,6 +10,7 @@ from optax_muon.errors import UsageError
 from optax_muon.models.spec import Model
 from optax_muon.training import distributed
 from optax_muon.training.devices import Devices, parse_mesh
+from optax_muon.training.profile import NO_PROFILE, Profile
 
 
 def at_least(least: float, name: str, value: float | None) -> None:
@@ -110,6 +111,9 @@ class RunOptions(DeviceOptions):
     --accumulate, up to rounding."""
     overwrite: bool = False
     """Delete the run in the folder and start again."""
+    profile: int | None = None
+    """Number of steps of each trial to trace with jax.profiler, after its first two. The traces are
+    written to the folder profile of the run, for xprof and TensorBoard."""
 
     def check_run(self) -> None:
         """Check that the options do not contradict each other.
@@ -117,10 +121,16 @@ class RunOptions(DeviceOptions):
         Raises:
             UsageError: when they do.
         """
+        at_least(1, "profile", self.profile)
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
         if self.distributed and self.mesh is None:
             raise UsageError("--distributed needs --mesh, which says how devices share the work")
+
+    @property
+    def traced(self) -> Profile:
+        """The steps that are traced."""
+        return NO_PROFILE if self.profile is None else Profile(self.profile)
 
     def start(self) -> None:
         """Connect to the other processes, if there are any."""

@@ -201,7 +201,7 @@ class Train(Experiment, RunOptions):
         folder = RunFolder(self.runs / (self.name or self.model))
         distributed.on_main_process(lambda: self._create(folder, run, task))
         with task.devices.mesh_context():
-            train_all(run, task, folder, task.devices)
+            train_all(run, task, folder, task.devices, self.traced)
             seconds = report.update_times(run, task.devices)
         if distributed.is_main_process():
             report.publish(run, task.corpus.origin, folder, seconds)

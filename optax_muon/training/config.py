@@ -74,6 +74,10 @@ class TrainConfig:
         """What a token is, for people."""
         return "byte" if self.model.vocab_size == 256 else "token"
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is measured after a step, counted from 1."""
+        return step % self.eval_every == 0 or step == self.steps
+
     def batch_at(self, step: int) -> int:
         """Sequences of the batch of a step, counted from 1."""
         return self.batch * (1 + (step > self.batch_doubles_at))

@@ -3,6 +3,7 @@
 runs/NAME/config.json      the `RunConfig`; a resumed run must have the same
 runs/NAME/metrics.jsonl    a line per trial and step
 runs/NAME/checkpoints/     per trial: parameters and optimizer state, by orbax
+runs/NAME/profile/         per trial: the steps that --profile has traced
 runs/NAME/loss.png         the held-out curves
 runs/NAME/summary.md       the outcome (`cli/reports/training.py`)
 """
@@ -43,6 +44,10 @@ class RunFolder:
     def checkpoints(self, trial: str) -> Path:
         """The folder of one trial's checkpoints."""
         return self.path / "checkpoints" / trial
+
+    def profile(self, trial: str) -> Path:
+        """The folder of one trial's trace."""
+        return self.path / "profile" / trial
 
     def create_or_resume(self, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Create the folder with its `config.json`, or check that its run can be resumed.

@@ -21,7 +21,7 @@ from optax_muon.training.initialize import initial_state
 from optax_muon.training.loop import train
 from optax_muon.training.optimizers import HyperParams, Trial, optimizer, transformation
 from optax_muon.training.pretrain import Pretraining
-from optax_muon.training.progress import Progress
+from optax_muon.training.progress import Progress, progress_of
 from optax_muon.training.trainer import Interrupt
 
 
@@ -119,7 +119,8 @@ def run_all(task: Pretraining, points: Sequence[Point], table: SweepTable) -> No
     finished = {point.title for point in table.read()}
     missing = [point for point in points if point.title not in finished]
     titles = [point.title for point in missing]
-    with Interrupt() as interrupt, Progress(titles, task.config) as progress:
+    shown = progress_of(titles, task.config, task.devices)
+    with Interrupt() as interrupt, shown as progress:
         for point in missing:
             table.append(_run(task, point, progress, interrupt))
 
@@ -130,7 +131,7 @@ def _run(task: Pretraining, point: Point, progress: Progress, interrupt: Interru
     progress.begin(point.title, done=0)
     state = initial_state(config, transformation(trial, config), task.devices.mesh)
     try:
-        for metrics, _ in train(config, trial, task, state):
+        for metrics, _ in train(config, trial, task, state, ahead=task.devices.steps_ahead):
             progress.step(point.title, metrics)
             if interrupt.pressed:
                 raise Interrupted("stopped; the finished points are saved")
