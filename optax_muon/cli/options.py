@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,19 +12,32 @@ from optax_muon.models.spec import Model
 from optax_muon.training import distributed
 from optax_muon.training.devices import Devices, parse_mesh
 from optax_muon.training.profile import NO_PROFILE, Profile
+from optax_muon.training.run_folder import RunFolder
+
+MOST = 2**63 - 1
+"""The largest whole number that an option may be; a seed is a number of 64 bits."""
 
 
 def at_least(least: float, name: str, value: float | None) -> None:
-    """Check that an option is not too small; None is an option that is not given.
+    """Check that an option is neither too small nor infinite; None is one that is not given.
 
     Raises:
         UsageError: with the option as it is typed.
 
     >>> at_least(1, "eval_every", 20)
+    >>> at_least(0, "temperature", float("nan"))
+    Traceback (most recent call last):
+      ...
+    optax_muon.errors.UsageError: --temperature is nan, it must be at least 0 and finite
     """
-    if value is not None and value < least:
-        option = name.replace("_", "-")
-        raise UsageError(f"--{option} is {value}, it must be at least {least}")
+    if value is None or least <= value <= MOST:
+        return
+    option = name.replace("_", "-")
+    if math.isfinite(value):
+        bound = f"at least {least}" if value < least else f"at most {MOST}"
+    else:
+        bound = f"at least {least} and finite"
+    raise UsageError(f"--{option} is {value}, it must be {bound}")
 
 
 def assignments(words: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]:
@@ -47,7 +61,9 @@ def assignments(words: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]
             raise UsageError(
                 f"--set {word} is not OPTIMIZER.HYPERPARAMETER=NUMBER, such as muon.lr=1.2e-2"
             )
-        found.setdefault(optimizer, {})[name] = values
+        if name in found.setdefault(optimizer, {}):
+            raise UsageError(f"--set has {target} twice; give it once")
+        found[optimizer][name] = values
     return found
 
 
@@ -121,6 +137,7 @@ class RunOptions(DeviceOptions):
         Raises:
             UsageError: when they do.
         """
+        at_least(1, "accumulate", self.accumulate)
         at_least(1, "profile", self.profile)
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
@@ -131,6 +148,17 @@ class RunOptions(DeviceOptions):
     def traced(self) -> Profile:
         """The steps that are traced."""
         return NO_PROFILE if self.profile is None else Profile(self.profile)
+
+    def folder(self, name: str) -> RunFolder:
+        """The folder of a run.
+
+        Raises:
+            UsageError: when the name leads out of `--runs`, or is that folder.
+        """
+        path = self.runs / name
+        if self.runs.resolve() not in path.resolve().parents:
+            raise UsageError(f"--name is {name!r}, it must name a folder inside --runs {self.runs}")
+        return RunFolder(path)
 
     def start(self) -> None:
         """Connect to the other processes, if there are any."""

@@ -20,7 +20,6 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from optax_muon.training import distributed
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.flops import utilization
@@ -31,37 +30,66 @@ SECONDS = 5.0
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """Shows nothing; its subclasses do."""
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def begin(self, title: str, done: int) -> None:
-        """Start the clock of a trial of which `done` steps are done."""
-
-    def step(self, title: str, metrics: StepMetrics) -> None:
-        """Show a step."""
-
-
-def progress_of(
-    titles: Sequence[str], config: TrainConfig, devices: Devices = SINGLE_DEVICE
-) -> Progress:
-    """The progress of these trials, as it can be shown here; only the main process shows any.
+    """The progress of some trials, as it can be shown here.
 
     Args:
         titles: of the trials.
         config: what they share.
         devices: where they are trained.
+        hidden: show nothing, as in all processes but the main one.
     """
-    console = Console(stderr=True)
-    if not distributed.is_main_process():
-        return Progress()
-    if console.is_interactive or console.is_jupyter:
-        return Bars(titles, config, devices, console)
-    return Lines(config, devices, console)
+
+    def __init__(
+        self,
+        titles: Sequence[str],
+        config: TrainConfig,
+        devices: Devices = SINGLE_DEVICE,
+        *,
+        hidden: bool = False,
+    ):
+        console = Console(stderr=True)
+        self.display = Display()
+        if not hidden:
+            is_drawn = console.is_interactive or console.is_jupyter
+            self.display = (
+                Bars(titles, config, devices, console)
+                if is_drawn
+                else Lines(config, devices, console)
+            )
+
+    def __enter__(self) -> Progress:
+        self.display.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.display.stop()
+
+    def begin(self, title: str, done: int) -> None:
+        """Start the clock of a trial of which `done` steps are done."""
+        self.display.begin(title, done)
+
+    def step(self, title: str, metrics: StepMetrics) -> None:
+        """Show a step."""
+        self.display.step(title, metrics)
 
 
-class Bars(Progress):
+class Display:
+    """Shows nothing; its subclasses do."""
+
+    def start(self) -> None:
+        """Begin to draw."""
+
+    def stop(self) -> None:
+        """Stop drawing."""
+
+    def begin(self, title: str, done: int) -> None:
+        """As `Progress.begin`."""
+
+    def step(self, title: str, metrics: StepMetrics) -> None:
+        """As `Progress.step`."""
+
+
+class Bars(Display):
     """A bar per trial."""
 
     def __init__(
@@ -86,11 +114,12 @@ class Bars(Progress):
             for title in titles
         }
 
-    def __enter__(self) -> Progress:
+    def start(self) -> None:
+        """Draw the bars."""
         self._bars.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Leave them as they are."""
         self._bars.stop()
 
     def begin(self, title: str, done: int) -> None:
@@ -113,7 +142,7 @@ class Bars(Progress):
             self._bars.update(task, val_loss=f"{metrics.val_loss:.3f}")
 
 
-class Lines(Progress):
+class Lines(Display):
     """A line when a trial begins, after its first and its last step, and every few seconds.
 
     Args:

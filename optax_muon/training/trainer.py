@@ -22,7 +22,7 @@ from optax_muon.training.initialize import PretrainedSource, initial_state
 from optax_muon.training.loop import StepMetrics, Task, train
 from optax_muon.training.optimizers import Trial, transformation
 from optax_muon.training.profile import NO_PROFILE, Profile
-from optax_muon.training.progress import Progress, progress_of
+from optax_muon.training.progress import Progress
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.state import State, abstract
 
@@ -173,7 +173,8 @@ def train_all(
         Interrupted: as `Trainer.train`.
     """
     titles = [trial.title for trial in run.trials]
-    with Interrupt() as interrupt, progress_of(titles, run.training, devices) as progress:
+    shown = Progress(titles, run.training, devices, hidden=not distributed.is_main_process())
+    with Interrupt() as interrupt, shown as progress:
         trainer = Trainer(run, task, folder, progress, interrupt, devices, profile)
         for trial in run.trials:
             trainer.train(trial)

@@ -11,12 +11,12 @@ from rich.console import Console
 from optax_muon.cli.main import main
 from optax_muon.cli.tracking import tracked, with_lines
 from optax_muon.platforms import PEAK_FLOPS, peak_flops
-from optax_muon.training import flops, progress
+from optax_muon.training import flops
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.loop import StepMetrics
 from optax_muon.training.presets import PRESETS
-from optax_muon.training.progress import Bars, Lines, progress_of
+from optax_muon.training.progress import Bars, Lines, Progress
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -108,21 +108,28 @@ def test_each_trial_has_its_own_clock_and_losses(lines):
 def test_bars_are_shown_on_a_terminal_only(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(progress_of(["Muon"], CONFIG), Bars)
+    assert isinstance(Progress(["Muon"], CONFIG).display, Bars)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(progress_of(["Muon"], CONFIG), Lines)
+    assert isinstance(Progress(["Muon"], CONFIG).display, Lines)
     monkeypatch.delenv("FORCE_COLOR")
-    assert isinstance(progress_of(["Muon"], CONFIG), Lines)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert type(progress_of(["Muon"], CONFIG)) is progress.Progress
+    assert isinstance(Progress(["Muon"], CONFIG).display, Lines)
+
+
+def test_a_hidden_progress_writes_nothing(capsys):
+    with Progress(["Muon"], CONFIG, hidden=True) as shown:
+        shown.begin("Muon", done=0)
+        shown.step("Muon", metrics(1))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_bars_say_what_lines_say():
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=200)
-    with Bars(["Muon"], CONFIG, SINGLE_DEVICE, console) as shown:
-        shown.begin("Muon", done=3)
-        shown.step("Muon", metrics(4, seconds=0.5, val_loss=1.25))
+    shown = Bars(["Muon"], CONFIG, SINGLE_DEVICE, console)
+    shown.start()
+    shown.begin("Muon", done=3)
+    shown.step("Muon", metrics(4, seconds=0.5, val_loss=1.25))
+    shown.stop()
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).splitlines()[-1]
     for part in ("4/100", "loss 2.500", "val 1.250", f"{TOKENS / 0.5:,.0f} tokens/s", "MFU"):
         assert part in last

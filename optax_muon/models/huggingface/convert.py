@@ -150,9 +150,14 @@ def read_config(run: Path) -> tuple[MoonlightConfig, dict[str, Any] | None]:
         ValueError: `run` is not the folder of a Moonlight.
     """
     config = read_json(run / CONFIG)
-    if "model" not in config:
+    sizes = config.get("model")
+    names = {field.name for field in dataclasses.fields(MoonlightConfig)}
+    if not isinstance(sizes, dict) or not sizes.keys() <= names:
         raise ValueError(f"{run / CONFIG} has no sizes of a Moonlight; import-hf makes such a run")
-    return MoonlightConfig(**config["model"]), config.get("huggingface")
+    try:
+        return MoonlightConfig(**sizes), config.get("huggingface")
+    except TypeError as error:  # a size is missing, or is no number
+        raise ValueError(f"{run / CONFIG} has no sizes of a Moonlight: {error}") from error
 
 
 def load(
