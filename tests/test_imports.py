@@ -17,7 +17,7 @@ BELOW = {
     **{room: set() for room in GROUND},
     "polar": {"platforms"},
     "matrices": set(),
-    "sharding": {"matrices", "platforms"},
+    "sharding": {"errors", "matrices", "platforms"},
 }
 BELOW["planning"] = {"sharding", "matrices", "polar", "platforms"}
 BELOW["transforms"] = {"planning", *BELOW["planning"]}

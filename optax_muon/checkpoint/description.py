@@ -32,6 +32,9 @@ _TRAINED_BY = {
 }
 """The optimizer of each state class; any other state goes by the name of its class."""
 
+_KEYS = {"leaves", "trained_by", "settings"}
+"""The parts of a description."""
+
 _NO_NUMBERS = frozenset("OSUMm")
 """Kinds of numpy dtypes that no checkpoint holds: objects, bytes, strings, times."""
 
@@ -87,7 +90,7 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
         where: What the checkpoint is called in the message.
 
     Raises:
-        ValueError: something differs; the message has a line for each.
+        ValueError: something differs, with a line for each; or one of them is no description.
 
     >>> check(describe({}, {"beta": 0.95}), describe({}, {"beta": 0.9}))
     Traceback (most recent call last):
@@ -95,6 +98,9 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
     ValueError: The checkpoint does not fit what is to be restored:
       beta is 0.95 in the checkpoint and 0.9 now
     """
+    for name, description in (("saved", saved), ("new", new)):
+        if not isinstance(description, Mapping) or not description.keys() >= _KEYS:
+            raise ValueError(f"{where}: {name} is no description; give one that describe has made.")
     found = list(_differences(saved, new))
     if found:
         lines = "\n  ".join(shortened(found))

@@ -228,6 +228,14 @@ def test_settings_that_json_cannot_hold_are_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("saved", [None, {}, [], {"leaves": {}}], ids=str)
+def test_what_is_no_description_is_refused(saved):
+    with pytest.raises(ValueError, match="The checkpoint: saved is no description; give one"):
+        checkpoint.check(saved, checkpoint.describe({}))
+    with pytest.raises(ValueError, match="The checkpoint: new is no description; give one"):
+        checkpoint.check(checkpoint.describe({}), saved)
+
+
 # ---- paths ---------------------------------------------------------------------------------------
 
 

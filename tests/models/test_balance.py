@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_muon.models.moe import Router, imbalance, update_bias
+from optax_muon.models.moe import Router, gate_scaling, imbalance, update_bias
 
 SPEED = np.float32(1e-3)
 MOST = 2**31 - 1
@@ -66,6 +66,12 @@ def test_imbalance_of_large_and_of_no_loads(load):
     np.testing.assert_allclose(exact, above, atol=1e-9)
     got = float(imbalance(jnp.array(load, np.int32)))
     np.testing.assert_allclose(got, above, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(0, 0), (4, 0), (4, -1), (4, 5)])
+def test_a_scale_of_no_experts_is_refused(experts, chosen):
+    with pytest.raises(ValueError, match=f"num_experts_per_tok is {chosen}, it must be at least 1"):
+        gate_scaling(experts, chosen)
 
 
 # ---- gates ---------------------------------------------------------------------------------------

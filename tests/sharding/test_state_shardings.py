@@ -258,3 +258,73 @@ def test_the_longest_path_owns_a_moment():
     mu = state_shardings(optax.trace(0.9), params, given).trace
     assert mu["kernel"].spec == P("fsdp")
     assert mu["b"]["kernel"].spec == P("data")
+
+
+# ---- odd inputs ----------------------------------------------------------------------------------
+
+
+def everywhere():
+    return NamedSharding(mesh("explicit"), P())
+
+
+ODD = {
+    "no parameters": ({}, {}),
+    "None": (None, {}),
+    "a Python number": ({"a": 1.5}, {"a": P()}),
+    "numpy": ({"a": np.ones((8, 4))}, {"a": P("data")}),
+    "integers": ({"a": jnp.arange(8)}, {"a": P("data")}),
+    "None among others": ({"a": None, "b": jnp.ones(8)}, {"a": None, "b": P("data")}),
+    "zero size": ({"a": jnp.ones((0, 4))}, {"a": P("data")}),
+}
+
+
+@pytest.mark.parametrize(("params", "specs"), ODD.values(), ids=ODD.keys())
+def test_odd_parameters_have_their_shardings(params, specs):
+    state = state_shardings(optax.trace(0.9), params, everywhere(), zero1="data")
+    found = jax.tree.map(lambda sharding: sharding.spec, state.trace)
+    assert {k: v and P(*v[:1]) if v and any(v) else v for k, v in (found or {}).items()} == specs
+
+
+def test_none_is_a_mesh_axis_too_few_and_one_twice_is_once():
+    params = {"a": jnp.ones((8, 4))}
+    none = zero1_shardings(params, everywhere(), axes=None)
+    assert none == zero1_shardings(params, everywhere(), axes=()) == {"a": everywhere()}
+    twice = zero1_shardings(params, everywhere(), axes=("data", "data"))
+    assert twice == zero1_shardings(params, everywhere(), axes="data")
+
+
+@pytest.mark.parametrize(
+    ("params", "given", "kind", "message"),
+    [
+        ({}, {}, ValueError, "shardings has no NamedSharding; give every parameter one."),
+        ({"a": 1.0}, None, ValueError, "shardings has no NamedSharding for 'a'"),
+        ({"a": 1.0}, P(), ValueError, "shardings has no NamedSharding for 'a'"),
+        ({"a": 1.0, "b": 1.0}, {"a": everywhere()}, ValueError, "no NamedSharding for 'b'"),
+        (
+            {"a": 1.0},
+            dict.fromkeys("abc", everywhere()),
+            ValueError,
+            "shardings names 'b', 'c', which",
+        ),
+        ({"a": {"b": 1.0}}, {"a/b/c": everywhere()}, ValueError, "which params does not have"),
+        ({"a": "text"}, everywhere(), TypeError, "a is 'text', a str; parameters are arrays or"),
+        ({"a": jnp.sin}, everywhere(), TypeError, "parameters are arrays or numbers"),
+    ],
+    ids=str,
+)
+def test_what_has_no_sharding_or_no_parameter_is_named(params, given, kind, message):
+    with pytest.raises(kind) as error:
+        state_shardings(optax.identity(), params, given)
+    assert message in str(error.value)
+
+
+def test_a_masked_parameter_may_have_a_sharding():
+    """What `optax.partition` takes away; the shardings are those of the whole model."""
+    params = {"a": jnp.ones(8), "b": optax.MaskedNode()}
+    state = state_shardings(optax.trace(0.9), params, {"a": everywhere(), "b": everywhere()})
+    assert state.trace["a"] == everywhere()
+
+
+def test_thousands_of_shardings_of_nothing_are_counted():
+    with pytest.raises(ValueError, match="and 2980 more, which params does not have"):
+        zero1_shardings({}, {str(i): everywhere() for i in range(3000)}, axes=())

@@ -90,9 +90,17 @@ def gate_scaling(n_routed_experts: int, num_experts_per_tok: int, *, seed: int =
     `n_routed_experts` sigmoids of normal logits, divided by their sum (arXiv 2502.16982, appendix
     C). The mean is over `DRAWS` draws from a generator with this seed, so it is reproducible.
 
+    Raises:
+        ValueError: a token goes to no expert, or to more than there are.
+
     >>> round(gate_scaling(64, 6), 3)
     2.446
     """
+    if not 1 <= num_experts_per_tok <= n_routed_experts:
+        raise ValueError(
+            f"num_experts_per_tok is {num_experts_per_tok}, it must be at least 1 and at most"
+            f" n_routed_experts, {n_routed_experts}"
+        )
     shape = [DRAWS, n_routed_experts]
     logits = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     first = n_routed_experts - num_experts_per_tok
