@@ -12,10 +12,7 @@ Evidence is asked in this order, and what decided is the printed reason:
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,16 +21,15 @@ import numpy as np
 
 from optax_muon.matrices.axis_names import AxisRoles, Names, as_names, axis_names, read_view
 from optax_muon.matrices.default_rules import DEFAULT_RULES, classify, from_end
+from optax_muon.matrices.entries import is_function, is_position, keys_of, listed
 from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
-from optax_muon.matrices.paths import is_masked, longest_prefix, named_leaves
+from optax_muon.matrices.paths import is_masked, named_leaves
 from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, as_view
-from optax_muon.matrices.summary import LabelRow, Labels, ambiguity, listed
+from optax_muon.matrices.summary import LabelRow, Labels, ambiguity
 from optax_muon.matrices.views import Axes, View
 
 __all__ = ["DEFAULT_RULES", "MATRICES", "Rule", "Stacked", "assign", "label"]
-
-_GLOB = re.compile(r"[*?[]")
 
 MATRICES = "matrices"
 """As `views=`, or as an entry of it: parameters of two axes are matrices, whatever their names."""
@@ -151,7 +147,7 @@ def _settled(tree: Any, views: Any) -> dict[str, Decision]:
 
 
 def _decide(tree: Any, views: Any) -> dict[str, Decision]:
-    positions = named_leaves(tree, is_leaf=_is_position)
+    positions = named_leaves(tree, is_leaf=is_position)
     hidden = [path for path, leaf in positions.items() if is_masked(leaf)]
     leaves = {p: leaf for p, leaf in positions.items() if leaf is not None and not is_masked(leaf)}
     user = _user_decision(tree, positions, views)
@@ -252,9 +248,9 @@ def _user_decision(tree: Any, positions: Mapping[str, Any], views: Any) -> _User
         views = [views]
     if isinstance(views, list | tuple) and views and all(isinstance(rule, Rule) for rule in views):
         return _by_rules(positions, tuple(views))
-    entries = named_leaves(views, is_leaf=_is_entry)
-    if callable(views) and not any(map(_is_entry, entries.values())):
+    if is_function(views):
         return _user_decision(tree, positions, views(tree))
+    entries = named_leaves(views, is_leaf=_is_entry)
     return _by_entries(positions, {path: _entry(path, view) for path, view in entries.items()})
 
 
@@ -282,55 +278,18 @@ def _by_rules(positions: Mapping[str, Any], rules: tuple[Rule, ...]) -> _UserDec
 
 
 def _by_entries(positions: Mapping[str, Any], entries: Mapping[str, Entry]) -> _UserDecision:
-    globs = [
-        (entry, re.compile(fnmatch.translate(entry))) for entry in entries if _GLOB.search(entry)
-    ]
-    fitting = {path: _fitting(entries, globs, path) for path in positions}
-    hidden = [path for path, leaf in positions.items() if is_masked(leaf)]
-    used = set(itertools.chain(*fitting.values()))
-    for entry in entries:
-        if entry not in used and not any(_may_hide(path, entry) for path in hidden):
-            close = difflib.get_close_matches(entry, positions, n=3, cutoff=0.4)
-            raise ValueError(
-                f"views[{entry!r}] fits no parameter; there are {listed(close or positions)}."
-            )
+    keys = keys_of("views", entries, positions)
 
     def decide(info: ParamInfo) -> Any:
-        fits = fitting[info.path]
-        if not fits:
+        key = keys[info.path]
+        if key is None:
             return None
-        best = info.path if info.path in entries else max(fits, key=len)
-        equals = [entry for entry in fits if len(entry) == len(best)]
-        if best != info.path and any(entries[entry] != entries[best] for entry in equals):
-            raise ValueError(
-                f"{info.path} fits {listed(equals)} of views, which disagree; name it in full."
-            )
-        value = entries[best]
+        value = entries[key]
         if value is None or isinstance(value, View):
-            return Decision(value, f"views[{best!r}]" if best else "views")
+            return Decision(value, f"views[{key!r}]" if key else "views")
         return value
 
     return decide
-
-
-def _fitting(
-    entries: Mapping[str, Entry], globs: list[tuple[str, re.Pattern[str]]], path: str
-) -> list[str]:
-    """The entries for a path: the longest of its own and the modules above it, and globs."""
-    above = longest_prefix(entries, path)
-    named = [] if above is None else [above]
-    while above:
-        above = longest_prefix(entries, above.rpartition("/")[0]) if above else None
-        named += [] if above is None else [above]
-    return [
-        *named,
-        *(entry for entry, pattern in globs if pattern.match(path) and entry not in named),
-    ]
-
-
-def _may_hide(masked: str, entry: str) -> bool:
-    """Whether an entry may be for what a mask hides, which can be a whole subtree."""
-    return masked == "" or entry.startswith(f"{masked}/") or bool(_GLOB.search(entry))
 
 
 def _is_entry(node: Any) -> bool:
@@ -340,11 +299,6 @@ def _is_entry(node: Any) -> bool:
         or hasattr(node, "reduction_axis")
         or as_names(node) is not None
     )
-
-
-def _is_position(node: Any) -> bool:
-    """Every position an entry may name: leaves, masked leaves, an equinox module's Nones."""
-    return node is None or is_masked(node)
 
 
 def _entry(path: str, value: Any) -> Entry:

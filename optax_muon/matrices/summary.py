@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from optax_muon.matrices.rules import Decision, Interpretation
 from optax_muon.matrices.views import Block, View
 
 _HEADINGS = ("path", "shape", "matrices", "optimizer", "reason")
 _TOTALS = ("optimizer", "leaves", "parameters", "share")
-_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +113,6 @@ def ambiguity(decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int,
             block += [f"    {mark}{key!r}: {one.code},  # {one.words}" for key in keys]
     settle = "Pass views with one line for each group, or write your own:"
     return "\n".join([*lines, settle, "views={", *block, "}"])
-
-
-def listed(names: Iterable[str]) -> str:
-    """Quote some names, the first eight of them."""
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more
 
 
 def _pattern(path: str) -> str:
