@@ -106,7 +106,8 @@ def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
         # 'codebook': None,  # no matrix
     }
     """
-    return {path: decision.view for path, decision in _settled(tree, views).items()}
+    _, decisions = _decide(tree, views)
+    return {path: decision.view for path, decision in decisions.items()}
 
 
 def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
@@ -133,47 +134,58 @@ def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
     muon       1       196,608     99.6%
     adamw      1       768         0.4%
     """
-    leaves = named_leaves(params, is_leaf=is_masked)
-    decisions = _settled(params, views) if strict else _decide(params, views)
+    leaves, decisions = _decide(params, views, strict=strict)
     return Labels(tuple(_row(path, leaves[path], decision) for path, decision in decisions.items()))
 
 
-def _settled(tree: Any, views: Any) -> dict[str, Decision]:
-    decisions = _decide(tree, views)
-    if any(decision.interpretations for decision in decisions.values()):
-        leaves = named_leaves(tree, is_leaf=is_masked)
-        raise ValueError(ambiguity(decisions, {path: _shape(leaves[path]) for path in decisions}))
-    return decisions
-
-
-def _decide(tree: Any, views: Any) -> dict[str, Decision]:
+def _decide(
+    tree: Any, views: Any, *, strict: bool = True
+) -> tuple[dict[str, Any], dict[str, Decision]]:
+    """The arrays of a tree and the decision for each, by path, in the tree's order."""
     positions = named_leaves(tree, is_leaf=is_position)
-    hidden = [path for path, leaf in positions.items() if is_masked(leaf)]
     leaves = {p: leaf for p, leaf in positions.items() if leaf is not None and not is_masked(leaf)}
     user = _user_decision(tree, positions, views)
     shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
     floating = {path for path, leaf in leaves.items() if jnp.issubdtype(_dtype(leaf), jnp.inexact)}
     said = {path: user(ParamInfo.of(path, shape)) for path, shape in shapes.items()}
-    decisions: dict[str, Decision] = {}
+    decisions = dict.fromkeys(shapes, Decision(None, "not floating point"))
     for path, entry in said.items():
         if isinstance(entry, Decision):
             decisions[path] = _checked(path, shapes[path], entry, _dtype(leaves[path]), floating)
-    carried = axis_names(tree)
-    names = {path: _names_of(path, shapes[path], said[path], carried) for path in floating}
+    # Where the views decide every parameter, as in the links of a chain, nothing else is asked.
+    if any(not isinstance(said[path], Decision) for path in floating):
+        hidden = any(map(is_masked, positions.values()))
+        found = _by_evidence(
+            {path: shape for path, shape in shapes.items() if path in floating},
+            said,
+            axis_names(tree),
+            partial=hidden,
+        )
+        decisions |= {p: d for p, d in found.items() if not isinstance(said[p], Decision)}
+    if strict and any(decision.interpretations for decision in decisions.values()):
+        raise ValueError(ambiguity(decisions, shapes))
+    return leaves, decisions
+
+
+def _by_evidence(
+    shapes: Mapping[str, tuple[int, ...]],
+    said: Mapping[str, Any],
+    carried: Mapping[str, Names],
+    *,
+    partial: bool,
+) -> dict[str, Decision]:
+    """Decide all parameters together, those that the user decided among them."""
+    names = {path: _names_of(path, shapes[path], said[path], carried) for path in shapes}
     stacks = {
         path: entry.on(path, shapes[path])
         for path, entry in said.items()
-        if isinstance(entry, Stacked)
+        if isinstance(entry, Stacked) and path in shapes
     }
     stacks |= {p: n.stack for p, n in names.items() if n is not None and (n.stack or n.known)}
-    evidence = Tree(
-        {p: shapes[p] for p in shapes if p in floating}, partial=bool(hidden), stacks=stacks
-    )
-    found = {p: _classified(p, names[p], said[p], evidence) for p in shapes if p in floating}
+    evidence = Tree(shapes, partial=partial, stacks=stacks)
+    found = {path: _classified(path, names[path], said[path], evidence) for path in shapes}
     found = _agreeing(find_heads(found, evidence), evidence)
-    found = {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
-    integers = dict.fromkeys(shapes, Decision(None, "not floating point"))
-    return {**integers, **found, **decisions}
+    return {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
 
 
 def _classified(path: str, names: AxisRoles | None, said: Any, tree: Tree) -> Decision:
