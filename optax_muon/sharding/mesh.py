@@ -7,8 +7,6 @@ compiler knows: there the shardings come from the user, or from concrete arrays.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -24,7 +22,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from optax_muon.matrices import paths
+from optax_muon.matrices import entries, paths
 
 AnyMesh = Mesh | AbstractMesh
 Spec = tuple[tuple[str, ...], ...]
@@ -78,23 +76,15 @@ def resolve_shardings(
     )
 
 
-def check_names(leaves: Mapping[str, Any], shardings: Shardings) -> None:
-    """Check that every entry of `shardings` belongs to a leaf; a callable is not checked.
+def check_names(tree: Any, shardings: Shardings) -> None:
+    """Check that every entry of `shardings` belongs to a leaf; a function is not checked.
 
     Raises:
         ValueError: an entry belongs to no leaf.
     """
-    if callable(shardings):
-        return
-    above = (itertools.accumulate(path.split("/"), "{}/{}".format) for path in leaves)
-    known = {"", *itertools.chain(*above)}
-    for entry in paths.named_leaves(shardings, is_leaf=_is_sharding):
-        if entry not in known:
-            close = difflib.get_close_matches(entry, leaves, n=3, cutoff=0) or ["no leaves"]
-            raise ValueError(
-                f"shardings has an entry {entry!r} that is no parameter; there are"
-                f" {', '.join(map(repr, close))}."
-            )
+    if shardings is not None and not entries.is_function(shardings):
+        given = paths.named_leaves(shardings, is_leaf=_is_sharding)
+        entries.keys_of("shardings", given, paths.named_leaves(tree, is_leaf=entries.is_position))
 
 
 def explicit_spec(leaf: Any, mesh: AnyMesh) -> Spec:
@@ -154,20 +144,20 @@ def _given(leaves: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
     """The shardings that the user gave, by path."""
     if shardings is None:
         return {}
-    tree = shardings(dict(leaves)) if callable(shardings) else shardings
-    entries = paths.named_leaves(tree, is_leaf=_is_sharding)
-    covers = {path: paths.longest_prefix(entries, path) for path in leaves}
-    for path, entry in covers.items():
-        if entry is None:
+    tree = shardings(dict(leaves)) if entries.is_function(shardings) else shardings
+    given = paths.named_leaves(tree, is_leaf=_is_sharding)
+    covers = {path: paths.longest_prefix(given, path) for path in leaves}
+    for path, key in covers.items():
+        if key is None:
             raise ValueError(
                 f"shardings has no entry for {path!r}; give it a NamedSharding or PartitionSpec."
             )
-        if not _is_sharding(entries[entry]):
+        if not _is_sharding(given[key]):
             raise TypeError(
-                f"the entry of shardings for {path!r} is a {type(entries[entry]).__name__}; it must"
+                f"the entry of shardings for {path!r} is a {type(given[key]).__name__}; it must"
                 " be a NamedSharding or PartitionSpec."
             )
-    return {path: entries[entry] for path, entry in covers.items() if entry is not None}
+    return {path: given[key] for path, key in covers.items() if key is not None}
 
 
 def _is_sharding(x: Any) -> bool:

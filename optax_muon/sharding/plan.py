@@ -34,7 +34,7 @@ class BucketPlan:
     """Number of such buckets, with other matrices, on other devices (experts, for example)."""
     matrix_cost: Cost
     """Cost of one matrix on one device."""
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float] = dataclasses.field(hash=False)
     """Modelled time of this choice (`chosen`), and of `home` and `gather` for all matrices."""
 
     @property
