@@ -19,6 +19,7 @@ import jax
 import optax
 
 from optax_muon.matrices import paths
+from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import View, Views
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer
@@ -84,7 +85,7 @@ def muon(
         mu_dtype: The dtype of the stored momenta; None is float32, whatever the parameters are.
         shardings: How the parameters are sharded, needed on Auto mesh axes only: a tree or prefix
             of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable of the
-            leaves.
+            leaves. None takes those that dimension numbers in `views` carry.
         plan: Where each matrix is processed, made by `optax_muon.plan`; None makes a plan.
 
     Returns:
@@ -114,6 +115,8 @@ def muon(
         optax.scale_by_learning_rate(learning_rate),
     )
     others = fallback or in_float32(adamw)
+
+    shardings = given_shardings(shardings, views)
 
     def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
         matrices = optax.chain(
@@ -176,6 +179,7 @@ def scale_by_muon(
     >>> params = {"kernel": jnp.ones((4, 8))}
     >>> updates, _ = tx.update(params, tx.init(params))
     """
+    shardings = given_shardings(shardings, views)
 
     def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
         links = [
