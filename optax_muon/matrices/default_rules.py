@@ -42,7 +42,7 @@ _PROJECTIONS = (
     r"\w*(kernel|proj\w*|projection\w*|dense\w*|linear\w*|einsum\w*)|fc\d*|c_(attn|fc|proj)"
     r"|(w|wi|wo)\d*|w[a-z]{1,3}(_[ab])?|w[esh]?_\w+|\w*_w|(up|down|gate|query|key|value|out|gating)(_\w+)?"
     r"|[qkvo]|qkv|kv|[qkv]{2,3}_\w+|(q|k|v|o)_\w+|to_\w+|weight_\w+|\w*_weights?"
-    r"|\w*_kernel|\w*kernel\w*|u_\w+|w\w?_?\d"
+    r"|\w*_kernel|\w*kernel\w*|u_\w+|w\w?_?\d|\w+_w[ioqkv]"
 )
 
 
@@ -129,6 +129,10 @@ TABLE: tuple[RuleRow, ...] = (
             "patch embedding",
             when=_is_higher,
         )
+    ),
+    RuleRow(
+        Rule(r"\w*embed\w*(/\w+)*/(kernel|w|weight)", None, "embedding", when=_is_matrix),
+        readers.one_hot_table,
     ),
     RuleRow(Rule(r".*", None, "vector or scalar", when=_is_vector)),
     RuleRow(Rule(_STATE, None, "state, decay or token")),

@@ -137,16 +137,45 @@ class Tree:
         return self._norm_widths("") | self.embedding_widths
 
     @functools.cached_property
+    def common(self) -> int:
+        """How many names in front all roles share: `params`, or a model of one module."""
+        roles = [info.role.split("/")[:-1] for info in self.plain.values()] or [[]]
+        pairs = zip(min(roles), max(roles), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    @functools.cached_property
     def vocabularies(self) -> dict[int, list[str]]:
         """Length of a vocabulary to the tables that have it as rows."""
         found: dict[int, list[str]] = collections.defaultdict(list)
         for path, info in self.plain.items():
             named = _EMBEDDING.fullmatch(info.role) and not _NOT_VOCABULARY.fullmatch(info.role)
             own = self.info(path)
-            # A table under a `kernel` is a projection.
-            if named and not info.role.endswith(("kernel", "/w")) and len(own.own) == 2:
+            # A table under a `kernel` is a projection, unless it is one for one-hot tokens.
+            table = not info.role.endswith(("kernel", "/w")) or self._is_unembedded(path)
+            if named and table and len(own.own) == 2:
                 found[own.own[0]].append(path)
         return found
+
+    def _is_unembedded(self, path: str) -> bool:
+        """Whether a kernel `[n, d]`, n > d, outside all blocks meets `[d, n]` in another module."""
+        shape, home = self.shapes[path], module_of(path).rpartition("/")[0]
+        return (
+            len(shape) == 2
+            and shape[0] > shape[1]
+            and self._reversed[shape[::-1]] > 0
+            and not any(self.shapes[p] == shape[::-1] for p in self.below(home))
+            and not self.inside(path)
+        )
+
+    @functools.cached_property
+    def _reversed(self) -> collections.Counter[tuple[int, ...]]:
+        """How many kernels outside all blocks have a shape."""
+        shown = (p for p, info in self.plain.items() if len(info.shape) == 2)
+        return collections.Counter(self.shapes[path] for path in shown if not self.inside(path))
+
+    def below(self, module: str) -> Iterable[str]:
+        """The parameters below a module."""
+        return _paths(self._node(module))
 
     @functools.cached_property
     def embedding_widths(self) -> frozenset[int]:

@@ -64,6 +64,11 @@ def bias_of_pair(info: ParamInfo, tree: Tree) -> Found:
     return Found((None,)) if paired else NOTHING
 
 
+def one_hot_table(info: ParamInfo, tree: Tree) -> Found:
+    """A dense layer on one-hot tokens is an embedding, if the head writes as many."""
+    return Found((None,)) if info.path in tree.vocabularies.get(info.own[0], ()) else NOTHING
+
+
 def short_convolution(info: ParamInfo, tree: Tree) -> Found:
     """Two axes below a convolution: a matrix, or the taps of each channel."""
     found = matrix(info, tree).views or ()
