@@ -157,21 +157,28 @@ class Tree:
         return found
 
     def _is_unembedded(self, path: str) -> bool:
-        """Whether a kernel `[n, d]`, n > d, outside all blocks meets `[d, n]` in another module."""
+        """Whether a kernel `[n, d]`, n > d, and a `[d, n]` in another module are all that knows n.
+
+        A vector of n, the bias of the head, may stand beside them; a norm of n may not.
+        """
         shape, home = self.shapes[path], module_of(path).rpartition("/")[0]
-        return (
-            len(shape) == 2
-            and shape[0] > shape[1]
-            and self._reversed[shape[::-1]] > 0
-            and not any(self.shapes[p] == shape[::-1] for p in self.below(home))
-            and not self.inside(path)
-        )
+        if len(shape) != 2 or shape[0] < shape[1] or self.inside(path):
+            return False
+        users = self._users[shape[0]]
+        kernels = [p for p in users if len(self.shapes[p]) > 1]
+        norms = [p for p in users if is_norm(self.plain[p].role)]
+        others = [p for p in kernels if p != path and self.shapes[p] == shape[::-1]]
+        apart = [p for p in others if not p.startswith(f"{home}/")]
+        return len(kernels) == 2 and len(apart) == 1 and not norms
 
     @functools.cached_property
-    def _reversed(self) -> collections.Counter[tuple[int, ...]]:
-        """How many kernels outside all blocks have a shape."""
-        shown = (p for p, info in self.plain.items() if len(info.shape) == 2)
-        return collections.Counter(self.shapes[path] for path in shown if not self.inside(path))
+    def _users(self) -> dict[int, list[str]]:
+        """Length of an axis to the parameters that have such an axis."""
+        found: dict[int, list[str]] = collections.defaultdict(list)
+        for path, shape in self.shapes.items():
+            for length in set(shape):
+                found[length].append(path)
+        return found
 
     def below(self, module: str) -> Iterable[str]:
         """The parameters below a module."""
