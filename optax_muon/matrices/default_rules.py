@@ -27,7 +27,8 @@ _SCALE = (
 )
 _HEAD = (
     r"lm_?head|logits?(_?\w+)?|(?!pre)\w*logits|unembed\w*|output_layer|readout|decode_head"
-    r"|^((params|model)/)?(\w*head|output|classifier)|(\w+_)?classifier_head"
+    r"|^((params|model)/)?(\w*head|output|classifier)"
+    r"|(\w+_)?(pred\w*|scores?|logits?|class\w*|cls|box\w*|label|value|policy|action|reward)_?head"
 )
 _TABLE_NAMES = (
     r"\w*embed(ding|dings|der)?s?(_table)?|\w*embedding_table|(\w+_)?emb(_var)?|wte|wpe|(\w+_)?pos(ition\w*)?"
@@ -40,10 +41,14 @@ _DEPTHWISE = r"dw|dw_?conv\w*|\w*depthwise\w*|\w*short_conv\w*"
 _CONV = r"\w*conv\w*"
 _PROJECTIONS = (
     r"\w*(kernel|proj\w*|projection\w*|dense\w*|linear\w*|einsum\w*)|fc\d*|c_(attn|fc|proj)"
-    r"|(w|wi|wo)\d*|w[a-z]{1,3}(_[ab])?|w[esh]?_\w+|\w*_w|(up|down|gate|query|key|value|out|gating)(_\w+)?"
+    r"|(w|wi|wo)\d*|w[a-z]{1,3}(_(a|b|in|out))?|w[esh]?_\w+|\w*_w|(up|down|gate|query|key|value|out|gating)(_\w+)?"
     r"|[qkvo]|qkv|kv|[qkv]{2,3}_\w+|(q|k|v|o)_\w+|to_\w+|weight_\w+|\w*_weights?"
     r"|\w*_kernel|\w*kernel\w*|u_\w+|w\w?_?\d|\w+_w[ioqkv]"
 )
+
+
+# Taps of a depthwise convolution.
+_LARGEST = 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +84,18 @@ def _is_higher(info: ParamInfo) -> bool:
 def _has_one_input_channel(info: ParamInfo) -> bool:
     """A convolution of one input channel: depthwise, or of an image without colours."""
     own = info.own
-    spatial = own[2:] if info.out_first else own[:-2]
-    return len(own) > 2 and own[1 if info.out_first else -2] == 1 and max(spatial) <= 31
+    if len(own) < 3:
+        return False
+    inputs_last = not info.out_first and own[-2] == 1 and max(own[:-2]) <= _LARGEST
+    # `[channels, 1, taps]` is stored by other names than `weight` too.
+    longest = info.out_first or own[0] > max(own[2:])
+    return inputs_last or (longest and own[1] == 1 and max(own[2:]) <= _LARGEST)
+
+
+def _is_filter(info: ParamInfo) -> bool:
+    """A convolution from one channel to one: `[4, 4, 1, 1]`."""
+    own = info.own
+    return len(own) > 3 and (own[:2] if info.out_first else own[-2:]) == (1, 1)
 
 
 def _is_flat(info: ParamInfo) -> bool:
@@ -109,7 +124,7 @@ TABLE: tuple[RuleRow, ...] = (
     RuleRow(Rule(_SCALE, None, "scale")),
     RuleRow(
         Rule(
-            rf"({_HEAD})(/(\w*kernel|w|weight|\w*head|decoder|dense|linear|out\w*))*",
+            rf"({_HEAD})(/(\w*kernel|w|weight|\w*head|decoder|dense|linear|layers|mlp|out\w*))*",
             None,
             "output head",
         ),
@@ -141,6 +156,7 @@ TABLE: tuple[RuleRow, ...] = (
     RuleRow(
         Rule(rf"{_CONV}(/\w+)?", None, "depthwise convolution", when=_has_one_input_channel),
     ),
+    RuleRow(Rule(r"\w*kernel|\w*weight|w", None, "filter of one channel", when=_is_filter)),
     RuleRow(
         Rule(
             rf"{_CONV}(/(kernel|w|weight|\w*kernel))?|{_CONV}/conv\w*/\w+",
@@ -163,6 +179,9 @@ TABLE: tuple[RuleRow, ...] = (
     RuleRow(Rule(r".*", None, "parts of a fused kernel", when=_is_higher), readers.fused_parts),
     RuleRow(Rule(r".*", None, "expert", when=_is_higher), readers.experts),
     RuleRow(Rule(r".*", None, "convolution", when=_is_spatial), readers.unnamed_convolution),
+    RuleRow(
+        Rule(rf"(\w+/)?({_PROJECTIONS})", None, "projection", when=_is_higher), readers.projection
+    ),
     RuleRow(
         Rule(
             _kernel(r"\w*qkv(_proj)?|c_attn|query_key_value|gate_up(_proj)?"),

@@ -132,6 +132,11 @@ class Tree:
                 levels.append(self._norm_widths(prefix))
         return frozenset.union(*levels[-2:]) or self.embedding_widths
 
+    def has_vector_norm(self, path: str) -> bool:
+        """Whether the nearest norms are vectors, so that no layers are stacked around."""
+        norms = self._near_norms(path)
+        return bool(norms) and all(len(self.shapes[norm]) == 1 for norm in norms)
+
     def all_widths(self) -> frozenset[int]:
         """Widths of all features in the tree."""
         return self._norm_widths("") | self.embedding_widths

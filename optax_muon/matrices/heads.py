@@ -69,6 +69,8 @@ def _decide(
     fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
     if tree.partial or fused:
         return _either(info, bound, "a layer that nothing reads may be the output head")
+    if flow.has_other_writers(info.path, fan_out):
+        return _either(info, bound, "layers apart write what nothing reads")
     return Decision(None, f"output head: nothing reads its {fan_out} outputs")
 
 
@@ -137,6 +139,9 @@ class _Flow:
         for width in tree.all_widths():
             self.readers[width] += 1
             self.writers[width] += 1
+        self.homes: dict[int, set[str]] = collections.defaultdict(set)
+        for path, bound in bounds.items():
+            self.homes[_size(bound, bound.col_axes)].add(module_of(path).rpartition("/")[0])
         cells = [bound for path, bound in bounds.items() if _CELL.fullmatch(tree.plain[path].role)]
         self.cells_read = collections.Counter(n for b in cells for n in _lengths(b, b.row_axes))
         self.cells_write = {n for b in cells for n in _lengths(b, b.col_axes)}
@@ -156,6 +161,11 @@ class _Flow:
         out = _size(bound, bound.col_axes)
         spatial = len(bound.shape) > 2
         return spatial and any(orphan > out and orphan % out == 0 for orphan in self.orphans)
+
+    def has_other_writers(self, path: str, length: int) -> bool:
+        """Whether a parameter of another module writes outputs of a length, to be combined."""
+        home = module_of(path).rpartition("/")[0]
+        return any(other != home for other in self.homes.get(length, ()))
 
     def is_fed_back(self, fan_in: int, fan_out: int) -> bool:
         """Whether only recurrent cells read what is made of their outputs, as of a prediction."""

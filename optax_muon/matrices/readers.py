@@ -196,6 +196,26 @@ def fused_parts(info: ParamInfo, tree: Tree) -> Found:
     return Found(tuple(views), "equal parts of a fused kernel")
 
 
+def projection(info: ParamInfo, tree: Tree) -> Found:
+    """`[d, n, h]` outside attention, d the width, in a layer that is not stacked; and its inverse.
+
+    The first axis is contracted, the others are produced. `[n, h, d]` is its inverse only if a
+    kernel beside it makes these n and h; it may be n matrices otherwise.
+    """
+    axes = info.long_axes
+    unstacked = tree.settled(info.path) and not info.stack and tree.has_vector_norm(info.path)
+    if len(axes) != 3 or not unstacked or _in_experts(info, tree):
+        return NOTHING
+    wide = [a for a in axes if info.shape[a] in tree.widths(info.path)]
+    if wide == [axes[0]]:
+        return Found((_one_and_rest(axes, axes[0], False),), "projection of the width")
+    inverse = tuple(info.shape[a] for a in (axes[-1], *axes[:-1]))
+    made = [p for p in tree.peers(info.path) if p.path != info.path and p.shape == inverse]
+    if wide == [axes[-1]] and made:
+        return Found((_one_and_rest(axes, axes[-1], True),), "projection to the width")
+    return NOTHING
+
+
 def experts(info: ParamInfo, tree: Tree) -> Found:
     """Experts `[E, in, out]`: all share the axis of experts, which is what the router writes."""
     if len(info.long_axes) != 3 or not _in_experts(info, tree) or _ATTENTION.fullmatch(info.role):
