@@ -15,6 +15,7 @@ import dataclasses
 
 from optax_muon.matrices import readers
 from optax_muon.matrices.evidence import Tree, is_norm
+from optax_muon.matrices.likelihood import by_likelihood
 from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, readings
 from optax_muon.matrices.views import View
 
@@ -224,7 +225,7 @@ def classify(path: str, tree: Tree) -> Decision:
     offered = [
         i for d in decisions for i in d.interpretations or (Interpretation.of(d.view, shape),)
     ]
-    return _ambiguous(offered, decisions[0].reason)
+    return _ambiguous(offered, decisions[0].reason, path, tree)
 
 
 def refuse(path: str, tree: Tree, likely: list[View | None], reason: str) -> Decision:
@@ -232,7 +233,7 @@ def refuse(path: str, tree: Tree, likely: list[View | None], reason: str) -> Dec
     shape, info = tree.shapes[path], tree.info(path)
     plain = dataclasses.replace(info, stack=())
     every: list[View | None] = [*likely, *readings(info), *readings(plain), None]
-    return _ambiguous([Interpretation.of(view, shape) for view in every], reason)
+    return _ambiguous([Interpretation.of(view, shape) for view in every], reason, path, tree)
 
 
 def _classify(info: ParamInfo, tree: Tree) -> Decision:
@@ -251,13 +252,13 @@ def _classify(info: ParamInfo, tree: Tree) -> Decision:
     return refuse(info.path, tree, [], "name without a role")
 
 
-def _ambiguous(offered: list[Interpretation], reason: str) -> Decision:
+def _ambiguous(offered: list[Interpretation], reason: str, path: str, tree: Tree) -> Decision:
     unique: dict[object, Interpretation] = {}
     for one in offered:
         unique.setdefault(
             (one.view and (frozenset(map(frozenset, (one.view.rows, one.view.cols))))), one
         )
-    return Decision(None, reason, tuple(unique.values()))
+    return Decision(None, reason, by_likelihood(list(unique.values()), path, tree))
 
 
 def _sides(view: View | None, shape: tuple[int, ...]) -> object:

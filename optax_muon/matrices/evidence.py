@@ -132,6 +132,11 @@ class Tree:
                 levels.append(self._norm_widths(prefix))
         return frozenset.union(*levels[-2:]) or self.embedding_widths
 
+    def norm_lengths(self, path: str) -> frozenset[int]:
+        """The lengths of all axes of the nearest norms that have several."""
+        shapes = (self.shapes[norm] for norm in self._near_norms(path))
+        return frozenset(n for shape in shapes if len(shape) > 1 for n in shape if n > 1)
+
     def has_vector_norm(self, path: str) -> bool:
         """Whether the nearest norms are vectors, so that no layers are stacked around."""
         norms = self._near_norms(path)
