@@ -20,6 +20,7 @@ import jax
 import optax
 
 from optax_muon.matrices import paths
+from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import View, Views
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer
@@ -95,7 +96,7 @@ def muon(
             Complex momenta stay complex, in the complex dtype of that precision.
         shardings: How the parameters are sharded, needed on Auto mesh axes only: a tree or prefix
             of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable of the
-            leaves.
+            leaves. None takes those that dimension numbers in `views` carry.
         plan: Where each matrix is processed, made by `optax_muon.plan`; None makes a plan.
 
     Returns:
@@ -118,6 +119,7 @@ def muon(
     >>> jax.tree.map(jnp.shape, optax.apply_updates(params, updates))
     {'dense': {'kernel': (4, 8)}, 'embed': (16, 4)}
     """
+    shardings = given_shardings(shardings, views)
     orthogonalized = functools.partial(
         scale_by_muon,
         beta=beta,
@@ -204,6 +206,7 @@ def scale_by_muon(
     >>> params = {"kernel": jnp.ones((4, 8))}
     >>> updates, _ = tx.update(params, tx.init(params))
     """
+    shardings = given_shardings(shardings, views)
     if post is not None:
         check_link("post", post, "a link such as normuon()")
     orthogonalizer = newton_schulz if orthogonalizer is None else orthogonalizer

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from optax_muon.matrices import assign, paths
+from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import BoundView, View, Views
 from optax_muon.platforms import get_platform
 from optax_muon.polar import (
@@ -59,7 +60,8 @@ def plan(
         orthogonalizer: The function that will process the matrices; None is `newton_schulz`.
         views: Which leaves are matrices, and how; see `optax_muon.label`.
         shardings: A tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
-            or a callable that returns one. None reads the arrays' types.
+            or a callable that returns one. None takes those of dimension numbers in `views`, or
+            reads the arrays' types.
         mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh.
         platform: `tpu`, `gpu` or `cpu`; None is the mesh's, or without a mesh this machine's. An
             `AbstractMesh` has none and counts as CPUs.
@@ -87,6 +89,7 @@ def plan(
         get_platform(platform)
     leaves = paths.named_leaves(params)
     bounds = bind_views(params, views)
+    shardings = given_shardings(shardings, views)
     check_names(leaves, shardings)
     where = resolve_shardings({path: leaves[path] for path in bounds}, shardings, mesh)
     return make_plan(

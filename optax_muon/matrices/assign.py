@@ -19,8 +19,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from optax_muon.matrices.axis_names import AxisRoles, Names, as_names, axis_names, read_view
+from optax_muon.matrices.axis_names import AxisRoles, CarriedAxes, Names, as_names, read_names
 from optax_muon.matrices.default_rules import DEFAULT_RULES, classify, from_end
+from optax_muon.matrices.dimension_numbers import is_dimension_numbers
 from optax_muon.matrices.entries import is_function, is_position, keys_of, listed
 from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
@@ -158,7 +159,7 @@ def _decide(
         found = _by_evidence(
             {path: shape for path, shape in shapes.items() if path in floating},
             said,
-            axis_names(tree),
+            CarriedAxes.of(tree),
             partial=hidden,
         )
         decisions |= {p: d for p, d in found.items() if not isinstance(said[p], Decision)}
@@ -170,30 +171,50 @@ def _decide(
 def _by_evidence(
     shapes: Mapping[str, tuple[int, ...]],
     said: Mapping[str, Any],
-    carried: Mapping[str, Names],
+    carried: CarriedAxes,
     *,
     partial: bool,
 ) -> dict[str, Decision]:
     """Decide all parameters together, those that the user decided among them."""
-    names = {path: _names_of(path, shapes[path], said[path], carried) for path in shapes}
+    roles = {path: _roles(path, shapes[path], said[path], carried) for path in shapes}
     stacks = {
         path: entry.on(path, shapes[path])
         for path, entry in said.items()
         if isinstance(entry, Stacked) and path in shapes
     }
-    stacks |= {p: n.stack for p, n in names.items() if n is not None and (n.stack or n.known)}
+    stacks |= {p: n.stack for p, n in roles.items() if n is not None and (n.stack or n.known)}
     evidence = Tree(shapes, partial=partial, stacks=stacks)
-    found = {path: _classified(path, names[path], said[path], evidence) for path in shapes}
+    found = {
+        path: _classified(
+            path, carried.layer_of(path) or _named(path, roles[path], evidence), evidence
+        )
+        for path in shapes
+    }
     found = _agreeing(find_heads(found, evidence), evidence)
     return {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
 
 
-def _classified(path: str, names: AxisRoles | None, said: Any, tree: Tree) -> Decision:
-    if names is not None:
-        view = read_view(names, tree.plain[path].out_first)
-        if not isinstance(view, str):
-            return Decision(from_end(view, tree.shapes[path]), "axis names")
-    return classify(path, tree)
+def _roles(path: str, shape: tuple[int, ...], said: Any, carried: CarriedAxes) -> AxisRoles | None:
+    """The roles of a parameter's axes, if names of them are known and fit its shape."""
+    names = said if isinstance(said, tuple) else carried.names_of(path)
+    return AxisRoles.of(names) if names is not None and len(names) == len(shape) else None
+
+
+def _named(path: str, roles: AxisRoles | None, tree: Tree) -> Decision | None:
+    """What the names of its axes say of a parameter, if they say enough."""
+    return None if roles is None else read_names(roles, tree.plain[path].out_first)
+
+
+def _classified(path: str, carried: Decision | None, tree: Tree) -> Decision:
+    """What a parameter's axes say, or else what the tree says."""
+    if carried is None:
+        return classify(path, tree)
+    if carried.view is None:
+        return carried
+    bound = carried.view.bind(tree.shapes[path])
+    vector = min(bound.blocks[0].rows, bound.blocks[0].cols) == 1
+    view = None if vector else from_end(carried.view, tree.shapes[path])
+    return Decision(view, "vector or scalar" if vector else carried.reason)
 
 
 def _two_axes(decision: Decision, shape: tuple[int, ...]) -> Decision:
@@ -231,18 +252,6 @@ def _checked(
     if decision.view is not None:
         _blocks(path, shape, decision.view)
     return decision
-
-
-def _names_of(
-    path: str, shape: tuple[int, ...], said: Any, carried: Mapping[str, Names]
-) -> AxisRoles | None:
-    """The roles of a parameter's axes, if names of them are known and fit its shape."""
-    names = (
-        said
-        if isinstance(said, tuple)
-        else carried.get(path) or carried.get(path.rpartition("/")[0])
-    )
-    return AxisRoles.of(names) if names is not None and len(names) == len(shape) else None
 
 
 # ---- what the user says --------------------------------------------------------------------------
@@ -308,7 +317,7 @@ def _is_entry(node: Any) -> bool:
     return (
         node is None
         or isinstance(node, View | Stacked)
-        or hasattr(node, "reduction_axis")
+        or is_dimension_numbers(node)
         or as_names(node) is not None
     )
 

@@ -132,9 +132,26 @@ class Tree:
                 levels.append(self._norm_widths(prefix))
         return frozenset.union(*levels[-2:]) or self.embedding_widths
 
+    def norm_lengths(self, path: str) -> frozenset[int]:
+        """The lengths of all axes of the nearest norms that have several."""
+        shapes = (self.shapes[norm] for norm in self._near_norms(path))
+        return frozenset(n for shape in shapes if len(shape) > 1 for n in shape if n > 1)
+
+    def has_vector_norm(self, path: str) -> bool:
+        """Whether the nearest norms are vectors, so that no layers are stacked around."""
+        norms = self._near_norms(path)
+        return bool(norms) and all(len(self.shapes[norm]) == 1 for norm in norms)
+
     def all_widths(self) -> frozenset[int]:
         """Widths of all features in the tree."""
         return self._norm_widths("") | self.embedding_widths
+
+    @functools.cached_property
+    def common(self) -> int:
+        """How many names in front all roles share: `params`, or a model of one module."""
+        roles = [info.role.split("/")[:-1] for info in self.plain.values()] or [[]]
+        pairs = zip(min(roles), max(roles), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     @functools.cached_property
     def vocabularies(self) -> dict[int, list[str]]:
@@ -143,10 +160,39 @@ class Tree:
         for path, info in self.plain.items():
             named = _EMBEDDING.fullmatch(info.role) and not _NOT_VOCABULARY.fullmatch(info.role)
             own = self.info(path)
-            # A table under a `kernel` is a projection.
-            if named and not info.role.endswith(("kernel", "/w")) and len(own.own) == 2:
+            # A table under a `kernel` is a projection, unless it is one for one-hot tokens.
+            table = not info.role.endswith(("kernel", "/w")) or self._is_unembedded(path)
+            if named and table and len(own.own) == 2:
                 found[own.own[0]].append(path)
         return found
+
+    def _is_unembedded(self, path: str) -> bool:
+        """Whether a kernel `[n, d]`, n > d, and a `[d, n]` in another module are all that knows n.
+
+        A vector of n, the bias of the head, may stand beside them; a norm of n may not.
+        """
+        shape, home = self.shapes[path], module_of(path).rpartition("/")[0]
+        if len(shape) != 2 or shape[0] < shape[1] or self.inside(path):
+            return False
+        users = self._users[shape[0]]
+        kernels = [p for p in users if len(self.shapes[p]) > 1]
+        norms = [p for p in users if is_norm(self.plain[p].role)]
+        others = [p for p in kernels if p != path and self.shapes[p] == shape[::-1]]
+        apart = [p for p in others if not p.startswith(f"{home}/")]
+        return len(kernels) == 2 and len(apart) == 1 and not norms
+
+    @functools.cached_property
+    def _users(self) -> dict[int, list[str]]:
+        """Length of an axis to the parameters that have such an axis."""
+        found: dict[int, list[str]] = collections.defaultdict(list)
+        for path, shape in self.shapes.items():
+            for length in set(shape):
+                found[length].append(path)
+        return found
+
+    def below(self, module: str) -> Iterable[str]:
+        """The parameters below a module."""
+        return _paths(self._node(module))
 
     @functools.cached_property
     def embedding_widths(self) -> frozenset[int]:

@@ -64,6 +64,11 @@ def bias_of_pair(info: ParamInfo, tree: Tree) -> Found:
     return Found((None,)) if paired else NOTHING
 
 
+def one_hot_table(info: ParamInfo, tree: Tree) -> Found:
+    """A dense layer on one-hot tokens is an embedding, if the head writes as many."""
+    return Found((None,)) if info.path in tree.vocabularies.get(info.own[0], ()) else NOTHING
+
+
 def short_convolution(info: ParamInfo, tree: Tree) -> Found:
     """Two axes below a convolution: a matrix, or the taps of each channel."""
     found = matrix(info, tree).views or ()
@@ -189,6 +194,26 @@ def fused_parts(info: ParamInfo, tree: Tree) -> Found:
             ways = [axes[0]]
         views = [_one_and_rest(axes, way, False) for way in ways]
     return Found(tuple(views), "equal parts of a fused kernel")
+
+
+def projection(info: ParamInfo, tree: Tree) -> Found:
+    """`[d, n, h]` outside attention, d the width, in a layer that is not stacked; and its inverse.
+
+    The first axis is contracted, the others are produced. `[n, h, d]` is its inverse only if a
+    kernel beside it makes these n and h; it may be n matrices otherwise.
+    """
+    axes = info.long_axes
+    unstacked = tree.settled(info.path) and not info.stack and tree.has_vector_norm(info.path)
+    if len(axes) != 3 or not unstacked or _in_experts(info, tree):
+        return NOTHING
+    wide = [a for a in axes if info.shape[a] in tree.widths(info.path)]
+    if wide == [axes[0]]:
+        return Found((_one_and_rest(axes, axes[0], False),), "projection of the width")
+    inverse = tuple(info.shape[a] for a in (axes[-1], *axes[:-1]))
+    made = [p for p in tree.peers(info.path) if p.path != info.path and p.shape == inverse]
+    if wide == [axes[-1]] and made:
+        return Found((_one_and_rest(axes, axes[-1], True),), "projection to the width")
+    return NOTHING
 
 
 def experts(info: ParamInfo, tree: Tree) -> Found:

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from optax_muon.matrices import paths
+from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import BoundView, Views
 from optax_muon.planning import bind_views, make_plan
 from optax_muon.polar import newton_schulz
@@ -45,7 +46,7 @@ def orthogonalize(
             pass unchanged.
         shardings: How the updates are sharded, needed on Auto mesh axes only: a
             tree or prefix of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a
-            callable.
+            callable. None takes those that dimension numbers in `views` carry.
         plan: A plan made with `optax_muon.plan`; None makes one for these updates.
 
     Returns:
@@ -62,6 +63,7 @@ def orthogonalize(
     >>> bool(jnp.linalg.norm(updates["kernel"], 2) > 0.6)
     True
     """
+    shardings = given_shardings(shardings, views)
     check_orthogonalizer(orthogonalizer)
 
     def update(
