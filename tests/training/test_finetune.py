@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_rows_that_fill_up_a_batch_change_nothing(data):
     alone, filled = (TokenBatch(*train.take(np.array(rows))) for rows in ([0, 5], [0, 5, -1, -1]))
     one, other = (learn(model, params, examples)[0] for examples in (alone, filled))
     # The sum over four rows in another order than over two.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), one, other)
+    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_exact_answers_are_those_that_greedy_decoding_writes(data):
@@ -297,7 +298,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         dataclasses.replace(r, seconds=0) for r in whole
     ]
     one, other = (weights(runs / f"{source.name}-adamw") for runs in (tmp_path, finished[0]))
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
-import jax
+import chex
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
@@ -196,7 +196,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, text, tmp_path, trial):
         train(folder, trial, text, stop_after=23)
     assert saved(folder, trial)[0] == 23
     train(folder, trial, text)
-    jax.tree.map(np.testing.assert_array_equal, saved(folder, trial), saved(finished, trial))
+    chex.assert_trees_all_equal(saved(folder, trial), saved(finished, trial))
     whole = finished.journal.read(trial.name)
     assert without_seconds(folder.journal.read(trial.name)) == without_seconds(whole)
 
@@ -259,7 +259,7 @@ def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path):
         train(folder, trial, text)
     step, state = saved(folder, trial)
     assert step == 20
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state)
     assert folder.journal.read("explosive")[-1].step == 26
 
 
