@@ -621,7 +621,7 @@ def test_views_per_head_are_the_slices_that_the_heads_use(q_rank):
             "first_k_dense_replace 4 must be between 0 and num_hidden_layers, 3",
         ),
         ({"n_shared_experts": 0}, "n_shared_experts is 0"),
-        ({"capacity": 0.0}, "capacity is 0.0, it must be positive or absent"),
+        ({"capacity": 0.0}, "capacity is 0.0; it must be positive or None"),
         ({"n_group": 4}, "n_routed_experts 6 must divide into groups of two or more, n_group is 4"),
         ({"n_group": 3, "topk_group": 4}, "topk_group 4 must be between 1 and n_group, 3"),
         ({"n_group": 3, "num_experts_per_tok": 3}, "at most the experts of 1 of 3 groups, 2"),

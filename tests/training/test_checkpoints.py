@@ -82,7 +82,7 @@ def test_a_saved_step_is_not_saved_again(tmp_path):
 
 @pytest.mark.parametrize("keep", [{"last": 0}, {"every": 0}])
 def test_keeping_nothing_is_refused(keep):
-    with pytest.raises(UsageError, match="is 0, it must be at least 1"):
+    with pytest.raises(UsageError, match="is 0; it must be at least 1"):
         RetentionPolicy(**keep)
 
 

@@ -147,7 +147,7 @@ def test_every_example_is_seen_as_often_as_there_are_epochs():
         ('{"prompt": "a", "completion": ""}', "has an empty completion"),
         (
             '{"prompt": "aaaaaaa", "completion": "bb"}',
-            "too long: 10 tokens (1 + 7 of the prompt + 2 of the completion), the model's context",
+            "too long: 10 tokens (1 + 7 of the prompt + 2 of the completion); the model's context",
         ),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_file_that_is_not_there_not_utf8_or_of_one_prompt_is_refused(tmp_path)
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UsageError, match="cannot be read"):
         prompts.load_prompts(path, context=8)
-    with pytest.raises(UsageError, match="1 prompts, at least two are needed"):
+    with pytest.raises(UsageError, match="1 prompts; at least two are needed"):
         prompts.load_prompts(write(path, [("a", "b"), ("a", "c")]), context=8)
 
 
@@ -331,7 +331,7 @@ def test_what_cannot_be_begun_with_is_refused_in_a_line(finished, source, data, 
     assert "has no checkpoint of adamw" in refused(capsys, "finetune", "--from", lost, *options)
     taken = ["--runs", finished[0], "--optimizers", "adamw"]
     exists = refused(capsys, "finetune", "--from", source, "--data", data, *taken)
-    assert "exists; --resume goes on with it" in exists
+    assert "exists; --resume continues it" in exists
     other = ["--data", data, *taken, "--resume", "--epochs", "3"]
     line = refused(capsys, "finetune", "--from", source, *other)
     assert "does not fit what is to be restored" in line

@@ -403,8 +403,8 @@ def moonlight_of(run):
         (["--mesh", "tensor=8"], "which do not divide it; give smaller axes"),
         (["--distributed"], "--distributed needs --mesh"),
         (["--schedule", "three-stage", "--steps", "3"], "three-stage needs at least 4"),
-        (["--accumulate", "0"], "--accumulate is 0, it must be at least 1"),
-        (["--qk-clip", "0"], "--qk-clip is 0, it must be positive"),
+        (["--accumulate", "0"], "--accumulate is 0; it must be at least 1"),
+        (["--qk-clip", "0"], "--qk-clip is 0; it must be positive"),
         (["--model", "small", "--qk-clip", "100"], "small is a Llama"),
         (["--model", "small", "--bias-update-speed", "0.1"], "-speed needs a model with a router"),
     ],
@@ -435,7 +435,7 @@ def test_the_model_of_a_run_is_told_by_its_sizes():
     for config in (CONFIG, PRESETS["tiny"].model):
         sizes = json.loads(json.dumps(dataclasses.asdict(config)))
         assert spec.model_of({"model": sizes, "batch": 8}) == spec.model(config)
-    with pytest.raises(Exception, match="have the keys of none of these models: llama, moonlight"):
+    with pytest.raises(Exception, match="are those of none of these models: llama, moonlight"):
         spec.model_of({"model": {"width": 3}})
 
 
