@@ -48,7 +48,7 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
         parameter, and the settings.
 
     Raises:
-        TypeError: a setting that JSON cannot hold.
+        TypeError: A setting that JSON cannot hold.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"up": jnp.ones((4, 8))}
@@ -73,7 +73,7 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
         where: What the checkpoint is called in the message.
 
     Raises:
-        ValueError: something differs; the message has a line for each.
+        ValueError: Something differs; the message has a line for each.
 
     >>> check(describe({}, {"beta": 0.95}), describe({}, {"beta": 0.9}))
     Traceback (most recent call last):
@@ -92,7 +92,7 @@ def to_json(settings: Any) -> Any:
     """Settings as they come back from JSON.
 
     Raises:
-        TypeError: a setting that JSON cannot hold.
+        TypeError: A setting that JSON cannot hold.
 
     >>> to_json({"beta": np.float32(0.5), "rows": (1, 2)})
     {'beta': 0.5, 'rows': [1, 2]}

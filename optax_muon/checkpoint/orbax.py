@@ -28,7 +28,7 @@ def _import_orbax() -> Any:
     """The module `orbax.checkpoint`.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: It is not installed; the message names the extra.
     """
     require_extra("checkpoint", "Saving and restoring")
     return importlib.import_module("orbax.checkpoint")
@@ -45,7 +45,7 @@ def save(
         settings: What must not change, as `describe` takes it.
 
     Raises:
-        ValueError: the folder exists, or an item is called `"description"`.
+        ValueError: The folder exists, or an item is called `"description"`.
     """
     ocp = _import_orbax()
 
@@ -69,7 +69,7 @@ def restore(
         The items of `like`, with the arrays of the checkpoint, bit for bit.
 
     Raises:
-        ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
+        ValueError: The state differs from the saved one (`check`), or files are missing or damaged.
     """
     ocp = _import_orbax()
 
@@ -92,8 +92,8 @@ def save_args(
         settings: What must not change, as `describe` takes it.
 
     Raises:
-        ValueError: an item is called `"description"`.
-        ImportError: orbax is not installed.
+        ValueError: An item is called `"description"`.
+        ImportError: Orbax is not installed.
 
     >>> import jax.numpy as jnp
     >>> sorted(save_args({"params": {"up": jnp.ones((4, 8))}}, {"beta": 0.95}).keys())
@@ -102,7 +102,9 @@ def save_args(
     ocp = _import_orbax()
 
     if DESCRIPTION in items:
-        raise ValueError(f"An item is called {DESCRIPTION!r}, as the description is; rename it.")
+        raise ValueError(
+            f"An item is called {DESCRIPTION!r}, the name of the description; rename it."
+        )
     trees = {name: ocp.args.StandardSave(tree) for name, tree in _trees(items).items()}
     description = ocp.args.JsonSave(describe(items, settings))
     return ocp.args.Composite(**trees, **{DESCRIPTION: description})
@@ -112,7 +114,7 @@ def description_args() -> ocp.args.Composite:
     """The `args` of `ocp.CheckpointManager.restore` that read only the item `description`.
 
     Raises:
-        ImportError: orbax is not installed.
+        ImportError: Orbax is not installed.
     """
     ocp = _import_orbax()
 
@@ -126,7 +128,7 @@ def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
         like: What to read, as `restore` takes it.
 
     Raises:
-        ImportError: orbax is not installed.
+        ImportError: Orbax is not installed.
     """
     ocp = _import_orbax()
 
@@ -161,14 +163,14 @@ def reading(where: Path) -> Iterator[None]:
         where: The path that the message names.
 
     Raises:
-        ValueError: anything that was raised inside.
+        ValueError: Anything that was raised inside.
     """
     try:
         yield
     except Exception as error:  # orbax raises OSError, ValueError, KeyError and bare Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{where} cannot be read, files of it are missing or damaged: {reason[0][:200]}"
+            f"{where} cannot be read; files are missing or damaged: {reason[0][:200]}"
         ) from error
 
 

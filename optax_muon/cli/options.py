@@ -16,20 +16,20 @@ def at_least(least: float, name: str, value: float | None) -> None:
     """Check that an option is not too small; None is an option that is not given.
 
     Raises:
-        UsageError: with the option as it is typed.
+        UsageError: With the option as it is typed.
 
     >>> at_least(1, "eval_every", 20)
     """
     if value is not None and value < least:
         option = name.replace("_", "-")
-        raise UsageError(f"--{option} is {value}, it must be at least {least}")
+        raise UsageError(f"--{option} is {value}; it must be at least {least}")
 
 
 def assignments(words: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The hyper-parameters of `--set`, by optimizer and name.
+    """The hyperparameters of `--set`, by optimizer and name.
 
     Raises:
-        UsageError: when a word is not `OPTIMIZER.HYPERPARAMETER=NUMBER[,NUMBER...]`.
+        UsageError: When a word is not `OPTIMIZER.HYPERPARAMETER=NUMBER[,NUMBER...]`.
 
     >>> assignments(["muon.lr=1e-3,2e-3", "muon.weight_decay=0.1"])
     {'muon': {'lr': (0.001, 0.002), 'weight_decay': (0.1,)}}
@@ -54,7 +54,7 @@ def single_values(words: Sequence[str]) -> dict[str, dict[str, float]]:
     """As `assignments`, one number each.
 
     Raises:
-        UsageError: as `assignments`, or when there are several numbers.
+        UsageError: As `assignments`, or when there are several numbers.
 
     >>> single_values(["muon.lr=1e-3"])
     {'muon': {'lr': 0.001}}
@@ -88,7 +88,7 @@ class DeviceOptions:
         """The devices; initializes them, so call it after `distributed.start`.
 
         Raises:
-            UsageError: when the mesh does not fit the devices, or something does not divide.
+            UsageError: When the mesh does not fit the devices, or something does not divide.
         """
         at_least(1, "accumulate", self.accumulate)
         devices = Devices(None if self.mesh is None else parse_mesh(self.mesh), self.accumulate)
@@ -115,10 +115,10 @@ class RunOptions(DeviceOptions):
         """Check that the options do not contradict each other.
 
         Raises:
-            UsageError: when they do.
+            UsageError: When they do.
         """
         if self.resume and self.overwrite:
-            raise UsageError("--resume and --overwrite exclude each other")
+            raise UsageError("--resume and --overwrite are mutually exclusive")
         if self.distributed and self.mesh is None:
             raise UsageError("--distributed needs --mesh, which says how devices share the work")
 

@@ -64,7 +64,7 @@ class Sweep(Experiment):
         """Learning rates by optimizer.
 
         Raises:
-            UsageError: when something else than the rates of these optimizers is set.
+            UsageError: When something else than the rates of these optimizers is set.
         """
         given = assignments(self.overrides)
         for name, numbers in given.items():

@@ -64,10 +64,10 @@ Tree = dict[str, Any]
 
 
 def derive(initial: Callable[[jax.Array], optax.Params], specs: Specs) -> Tree:
-    """Trace the parameters that a function of a key makes.
+    """Trace a function that makes parameters from a random key.
 
     Args:
-        initial: makes parameters of a random key.
+        initial: makes parameters from a random key.
         specs: mesh axes of every parameter.
 
     Returns:

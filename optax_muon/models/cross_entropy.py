@@ -30,8 +30,8 @@ def cross_entropy(
 
     Args:
         x: features, `[b, t, hidden_size]`; on a mesh sharded over `mesh.BATCH`.
-        kernel: of the head, `[hidden_size, vocab_size]` in the dtype of `x`; on a mesh its rows are
-            sharded over `mesh.FSDP_AXES`, its columns over `tensor`.
+        kernel: weights of the head, `[hidden_size, vocab_size]` in the dtype of `x`; on a mesh the
+            rows are sharded over `mesh.FSDP_AXES`, the columns over `tensor`.
         targets: tokens, `[b, t]` int32.
         block: tokens of a device whose logits, `[block, vocab_size]` float32, are in memory
             at once.

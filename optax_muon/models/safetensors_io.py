@@ -89,7 +89,7 @@ def entries(path: Path) -> dict[str, Entry]:
 
 
 def load(path: Path, shardings: Any = None) -> dict[str, Any]:
-    """Read a file as the tree that its names, `layers/attn/kernel`, spell.
+    """Read a file as a tree; its names are paths, such as `layers/attn/kernel`.
 
     Args:
         path: the file.

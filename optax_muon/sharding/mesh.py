@@ -1,7 +1,7 @@
 """How parameters are sharded: a mesh, and for every axis of every leaf the mesh axes that cut it.
 
-On Explicit mesh axes the type of an array says so, also under a trace. On Auto axes only the
-compiler knows: there the shardings come from the user, or from concrete arrays.
+On Explicit mesh axes this is part of an array's type, also under a trace. On Auto axes only the
+compiler knows it, so the shardings come from the user or from concrete arrays.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from optax_muon.matrices import entries, paths
 
 AnyMesh = Mesh | AbstractMesh
 Spec = tuple[tuple[str, ...], ...]
-"""For every axis of a leaf the mesh axes that it is cut over, major first."""
+"""For every axis of a leaf, the mesh axes that it is cut over, major first."""
 
 
 Shardings: TypeAlias = Any
@@ -52,15 +52,15 @@ def resolve_shardings(
     """Find the mesh and the spec of every leaf.
 
     Args:
-        leaves: path to array, tracer or `ShapeDtypeStruct`.
-        shardings: a tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
+        leaves: Path to array, tracer or `ShapeDtypeStruct`.
+        shardings: A tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
             or a callable of `{path: leaf}` that returns one. None reads the types.
-        mesh: the mesh of bare `PartitionSpec`s; None is the ambient mesh of `jax.set_mesh`.
+        mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh of `jax.set_mesh`.
 
     Raises:
-        ValueError: a spec names an axis that the mesh lacks or uses an axis twice, is longer than
+        ValueError: A spec names an axis that the mesh lacks or uses an axis twice, is longer than
             the leaf's rank, or is missing for a leaf; or leaves lie on different meshes.
-        TypeError: an entry of `shardings` is no sharding.
+        TypeError: An entry of `shardings` is not a sharding.
     """
     own = {path: _own_sharding(leaf) for path, leaf in leaves.items()}
     given = _given(leaves, shardings)
@@ -80,7 +80,7 @@ def check_names(tree: Any, shardings: Shardings) -> None:
     """Check that every entry of `shardings` belongs to a leaf; a function is not checked.
 
     Raises:
-        ValueError: an entry belongs to no leaf.
+        ValueError: An entry belongs to no leaf.
     """
     if shardings is not None and not entries.is_function(shardings):
         given = paths.named_leaves(shardings, is_leaf=_is_sharding)
@@ -119,7 +119,7 @@ def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
 
 
 def mesh_platform(mesh: AnyMesh) -> str | None:
-    """Platform of the mesh's devices: `cpu`, `tpu`, `gpu`; None if an abstract mesh hides it."""
+    """Platform of the mesh's devices: `cpu`, `tpu` or `gpu`; None if an abstract mesh has none."""
     if isinstance(mesh, Mesh):
         return str(mesh.devices.flat[0].platform)
     name = getattr(getattr(mesh, "abstract_device", None), "platform", None)
@@ -127,7 +127,7 @@ def mesh_platform(mesh: AnyMesh) -> str | None:
 
 
 def _own_sharding(leaf: Any) -> NamedSharding | None:
-    """The sharding of a traced array's type, or of a concrete array, if it says anything."""
+    """The sharding of a traced array's type, or of a concrete array; None if it is trivial."""
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
     else:
@@ -136,7 +136,7 @@ def _own_sharding(leaf: Any) -> NamedSharding | None:
 
 
 def _matters(sharding: NamedSharding) -> bool:
-    """Whether a sharding says anything: it has several devices, or its spec names axes."""
+    """Whether a sharding is not trivial: it has several devices, or its spec names axes."""
     return math.prod(sharding.mesh.axis_sizes) > 1 or any(sharding.spec)
 
 

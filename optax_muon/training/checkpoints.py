@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what training changes, by step, saved by orbax in the background."""
+"""The checkpoints of a run: its states by step, saved by orbax in the background."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class RetentionPolicy:
     """Which checkpoints are kept: the newest, and every n-th step for good."""
 
     last: int = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints that are kept."""
     every: int | None = None
-    """Steps divisible by it are kept too, as the paper's intermediate checkpoints; None: none."""
+    """Steps divisible by this are kept for good, as the paper's intermediate ones; None: none."""
 
     def __post_init__(self) -> None:
         """Refuse a policy that keeps nothing."""
         for name in ("last", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"RetentionPolicy: {name} is {value}, it must be at least 1")
+                raise UsageError(f"RetentionPolicy: {name} is {value}; it must be at least 1")
 
     @property
     def policy(self) -> policies.PreservationPolicy:
@@ -99,7 +99,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: State, position: Mapping[str, Any] | None = None) -> None:
-        """Begin to save the state after `step` steps, if it is not saved yet.
+        """Start saving the state after `step` steps, unless it is saved already.
 
         Args:
             step: steps done.
@@ -122,7 +122,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Args:
             like: a state of the same shapes and dtypes, of arrays or `ShapeDtypeStruct`s, on any
                 mesh.
-            step: which one; None is the newest.
+            step: step of the checkpoint; None is the newest.
 
         Raises:
             UsageError: when there is no such step, its files are damaged, or it was made by another
@@ -134,7 +134,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """The parameters alone.
 
         Args:
-            step: after how many steps; None is the newest.
+            step: step of the checkpoint; None is the newest.
             like: where to put them, as `restore` takes it; None is the first device.
 
         Raises:
@@ -149,7 +149,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
         Args:
             like: each part by its name in the state, as `restore` takes it.
-            step: after how many steps; None is the newest.
+            step: step of the checkpoint; None is the newest.
 
         Raises:
             UsageError: as `restore`.
@@ -169,12 +169,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         }
 
     def array(self, part: str, path: str, step: int | None = None) -> np.ndarray:
-        """One array alone, on the host: needs about its size in memory, whatever the state's.
+        """Read one array alone, to the host; it takes about as much memory as the array.
 
         Args:
-            part: of the state, such as `params`.
-            path: of the leaf in it; empty where the part is a lone array.
-            step: after how many steps; None is the newest.
+            part: part of the state, such as `params`.
+            path: path of the leaf in that part; empty if the part is a single array.
+            step: step of the checkpoint; None is the newest.
 
         Raises:
             UsageError: as `restore`.

@@ -22,7 +22,7 @@ from optax_muon.models.spec import Model
 from optax_muon.training.data.corpus import windows
 
 AXES = (*BATCH, "tensor")
-"""The names that the axes of a mesh may have (`models/layers.py`)."""
+"""The names that the axes of a mesh may have (`models/mesh.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Devices:
     """Devices and micro-batches."""
 
     mesh: Mesh | None = None
-    """Of all devices, its axes Explicit; None is the first device alone."""
+    """Mesh of all devices, with Explicit axes; None uses the first device only."""
     accumulate: int = 1
     """Micro-batches that a batch is cut into, before it doubles."""
 
     def __str__(self) -> str:
-        """The devices, for people."""
+        """The devices, as reports print them."""
         devices = jax.device_count()
         if self.mesh is not None:
             return ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        return f"1 of {devices} devices; --mesh shares the work" if devices > 1 else "1 device"
+        return f"1 of {devices} devices; --mesh uses all of them" if devices > 1 else "1 device"
 
     def mesh_context(self) -> contextlib.AbstractContextManager[object]:
         """A context in which the mesh is the ambient one."""

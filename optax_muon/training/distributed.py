@@ -49,7 +49,7 @@ def on_main_process(action: Callable[[], None]) -> None:
         except ValueError as error:
             refusal = error
     if any_process(refusal is not None):
-        raise refusal or UsageError("the main process has refused; its message says why")
+        raise refusal or UsageError("the main process has failed; its message says why")
 
 
 def any_process(condition: bool) -> bool:

@@ -34,9 +34,9 @@ def as_imported(
 
     Args:
         run: a folder of `import-hf`, which is yielded as it is, or of a training run.
-        near: path beside which the temporary folder is made, of the size of the parameters.
-        trial: whose parameters; None is the last one that has any.
-        step: after how many steps; None is the newest checkpoint.
+        near: path beside which the temporary folder is made; it is as large as the parameters.
+        trial: trial to export; None is the last one that has a checkpoint.
+        step: step of the checkpoint; None is the newest.
 
     Raises:
         UsageError: when there is no such checkpoint, or it is not a Moonlight's.

@@ -1,14 +1,14 @@
 """The floating-point operations of a step: the model's and the optimizer's.
 
-A multiply-add counts as two. The model's are 6 per token and parameter that the token is multiplied
-with (2 forward, 4 backward; Kaplan et al., arXiv 2001.08361, section 2.1): of experts
-those it goes to. Attention scores are another `6 t` per token and feature of all heads' queries and
+A multiply-add counts as two. The model takes 6 per token and parameter that the token is multiplied
+by (2 forward, 4 backward; Kaplan et al., arXiv 2001.08361, section 2.1); of the experts only those
+that it goes to. Attention scores are another `6 t` per token and feature of all heads' queries and
 values (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B: `12 t width` per layer where both have
 `width` features). Embedding look-ups and AdamW's dozen operations per parameter are left out: with
 the 2048 tokens of a `small` step, about a thousandth. Work that the backward pass repeats to save
 memory is not counted.
 
-What an update costs is a function of the optimizer's row (`OptimizerSpec.step_flops`).
+The operations of an update come from the optimizer's row (`OptimizerSpec.step_flops`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run_flops(config: TrainConfig, trial: Trial, params: optax.Params, steps: fl
         config: what all trials share.
         trial: the optimizer.
         params: arrays or `ShapeDtypeStruct`s.
-        steps: how many.
+        steps: number of steps.
     """
     optimizer = trial.spec.step_flops(params, views(config))
     return config.sequences(steps) * sequence_flops(config) + steps * optimizer

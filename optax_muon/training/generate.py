@@ -27,13 +27,13 @@ def generate(
 
     Args:
         model: the model.
-        params: its parameters.
-        bias: of its router; None where it has none.
+        params: the parameters.
+        bias: the router biases; None if the model has no router.
         prompt: the text to continue; the model sees its last `context` bytes. An empty one stands
             for the beginning of a file.
         length: bytes to generate.
         temperature: divides the logits; 0 takes the likeliest byte.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         The new bytes, without the prompt.

@@ -1,4 +1,4 @@
-"""The state that a run begins with: random, or the parameters of another run or of an import."""
+"""The state that a run starts from: random, or the parameters of another run or of an import."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PretrainedSource:
     path: Path
     """Its folder."""
     trial: str | None = None
-    """Whose parameters; None is the last trial that has any."""
+    """Trial to take them from; None is the last one that has a checkpoint."""
 
     @property
     def model(self) -> Model:
@@ -55,7 +55,7 @@ class PretrainedSource:
         The biases are zeros if an import holds none.
 
         Args:
-            mesh: where to put them; it is ambient. None is the first device.
+            mesh: mesh to put them on, which must be ambient; None is the first device.
 
         Raises:
             UsageError: when there are none.
@@ -88,8 +88,8 @@ def initial_state(
     Args:
         config: what all trials share.
         tx: the optimizer.
-        mesh: where the state lies.
-        source: whose parameters and router biases it has; None makes them at random.
+        mesh: mesh of the state; None is the first device.
+        source: run whose parameters and router biases are used; None draws random parameters.
 
     Raises:
         UsageError: as `PretrainedSource.weights`.

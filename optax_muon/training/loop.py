@@ -3,8 +3,8 @@
 `train` is a generator that knows neither files nor screens: the trainer (`trainer.py`) writes what
 it yields and saves what it should, the sweep (`sweep.py`) only looks at the last metrics. What is
 learned is a `Task`: pretraining (`pretrain.py`) or fine-tuning (`finetune.py`). The batch of a step
-is a function of the seed and the step, so going on from a saved state gives the same numbers, bit
-for bit, as never having stopped.
+is a function of the seed and the step, so a run that resumes from a saved state gives the same
+numbers, bit for bit, as one that never stopped.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class StepMetrics:
     """The measurements of one step: a line of `metrics.jsonl`."""
 
     step: int
-    """Counted from 1."""
+    """The step, counted from 1."""
     loss: float
-    """Of the step's batch before its update, nats per token."""
+    """Loss of the step's batch before the update, nats per token."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
     lr: float
@@ -59,7 +59,7 @@ class StepMetrics:
     val_loss: float | None = None
     """Held-out loss after the update, nats per token; None between evaluations."""
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The model's own (`Model.metrics`); empty for a model that reports nothing."""
+    """Metrics of the model (`Model.metrics`); empty if it has none."""
 
 
 def train(
@@ -71,7 +71,7 @@ def train(
         config: what all trials share.
         trial: the optimizer.
         task: what is learned; its mesh, if it has one, must be ambient.
-        state: after `done` steps; it is donated, so use the yielded one instead.
+        state: state after `done` steps; it is donated, so use the yielded one instead.
         done: steps already taken.
 
     Yields:
@@ -104,7 +104,7 @@ def _step(
     bias_update_speed: jax.Array,
     weights: jax.Array | None,
 ) -> tuple[State, dict[str, Any]]:
-    """`step`, and of what it measured the fields of `StepMetrics`."""
+    """Take a step, and keep the measurements that `StepMetrics` records."""
     state, aux = step(model, tx, state, tokens, bias_update_speed, weights)
     measured = {"loss": aux.loss, "grad_norm": aux.grad_norm, "model": model.metrics(aux.stats)}
     return state, measured

@@ -22,8 +22,8 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     """A bar per trial.
 
     Args:
-        titles: of the trials.
-        config: what they share.
+        titles: titles of the trials.
+        config: what the trials share.
         hidden: show nothing, as in all processes but the main one.
     """
 

@@ -32,12 +32,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """What was asked for."""
+        """The file of the run's configuration."""
         return self.path / "config.json"
 
     @property
     def journal(self) -> Journal:
-        """A line per trial and step."""
+        """The metrics, a line per trial and step."""
         return Journal(self.path / "metrics.jsonl")
 
     def checkpoints(self, trial: str) -> Path:
@@ -48,8 +48,8 @@ class RunFolder:
         """Create the folder with its `config.json`, or check that its run can be resumed.
 
         Args:
-            config: what is asked for, as JSON can hold it.
-            resume: go on with the run in the folder; its config must be the same.
+            config: the configuration asked for, as JSON can hold it.
+            resume: continue the run in the folder; its config must be the same.
             overwrite: delete the run in the folder.
 
         Raises:
@@ -115,12 +115,12 @@ class RunFolder:
             checkpoint.check(saved, here, str(self.path))
         except ValueError as error:
             differences = " ".join(str(error).split())
-            raise UsageError(f"{differences}; ask for the same, or give another --name") from error
+            raise UsageError(f"{differences}; give the same options, or another --name") from error
 
     def _clear(self, overwrite: bool) -> None:
         if not overwrite:
             raise UsageError(
-                f"{self.path} exists; --resume goes on with it, --overwrite deletes it, "
+                f"{self.path} exists; --resume continues it, --overwrite deletes it, "
                 "--name makes another"
             )
         self.read_config()  # nothing but a run is ever deleted

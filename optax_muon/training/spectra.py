@@ -55,16 +55,15 @@ class Spectrum:
     """The matrices of one parameter at one step."""
 
     trial: str
-    """Whose they are."""
+    """Trial that trained the parameter."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
     group: str
     """A key of `GROUPS`."""
     path: str
-    """Of the parameter."""
+    """Path of the parameter."""
     values: np.ndarray
-    """Singular values over the largest of their matrix, descending, `[matrices, k]`
-    float32."""
+    """Singular values over the largest of their matrix, descending, `[matrices, k]` float32."""
     entropy: np.ndarray
     """`measures.svd_entropy` of each, `[matrices]` float32."""
     stable_rank: np.ndarray
@@ -76,9 +75,9 @@ class Source:
     """Parameters that a run has kept."""
 
     trial: str
-    """Whose they are."""
+    """Trial that trained them."""
     step: int
-    """After how many."""
+    """Step of the checkpoint."""
     read: Callable[[], optax.Params]
     """Reads them."""
 
@@ -88,9 +87,9 @@ class SpectraTrial:
     """A trial as `config.json` records it."""
 
     name: str
-    """Of the folder of its checkpoints."""
+    """Name of its folder of checkpoints."""
     title: str
-    """In tables and pictures."""
+    """Its name in tables and pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +97,13 @@ class SpectraRow:
     """A group of a trial's matrices at one step: a line of spectra.csv."""
 
     trial: str
-    """Whose they are."""
+    """Trial that trained the matrices."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
     group: str
     """A key of `GROUPS`."""
     matrices: int
-    """How many."""
+    """Number of matrices."""
     entropy: float
     """Their mean SVD entropy."""
     entropy_lower: float
@@ -116,8 +115,8 @@ class SpectraRow:
     stable_rank: float
     """Mean stable rank."""
     higher: int | None
-    """Matrices with a higher entropy than the baseline's same matrix at the same step;
-    None where there is no such step, and of the baseline itself."""
+    """Number of matrices with a higher entropy than the same matrix of the baseline at the same
+    step; None for the baseline itself, and if it has no checkpoint of that step."""
 
 
 def group_of(path: str) -> str | None:
@@ -158,8 +157,8 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
 
     Args:
         params: a Llama's or a Moonlight's, of any floating dtype.
-        trial: whose they are.
-        step: after how many.
+        trial: trial that trained them.
+        step: step of the checkpoint.
 
     Raises:
         UsageError: when one of Muon's matrices is in no group.
@@ -183,7 +182,7 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
 
     Args:
         run: a folder of `optax-muon train` or `finetune`, or one of `import-hf`, which has a single
-            trial, named like it, with a single checkpoint, of step 0.
+            trial, named after the folder, with a single checkpoint, of step 0.
 
     Raises:
         UsageError: when there is no run, or it has no checkpoint.

@@ -1,7 +1,7 @@
 """The sweep that tunes optimizers with the same budget: learning rate times weight decay.
 
 Every point of a grid is one whole training run from the same initial parameters on the same
-batches, and counts by its final held-out loss. The grids must be equally long, so every optimizer
+batches, judged by its final held-out loss. The grids must be equally long, so every optimizer
 gets the same budget. Each finished point is written to `sweep.csv` at once; the same command
 continues after the last one. The best points belong in the preset's row in `presets.py`; the report
 is made by `cli/reports/sweep.py`.
@@ -36,16 +36,16 @@ class Point:
     weight_decay: float
     """Decoupled weight decay, per unit of learning rate."""
     val_loss: float = math.nan
-    """Final held-out loss, nats per token; NaN where the run diverged, or has not been run."""
+    """Final held-out loss, nats per token; NaN if the run diverged or is still to come."""
 
     @property
     def title(self) -> str:
-        """For people; different for each point."""
+        """Its name in reports; different for each point."""
         return f"{self.optimizer} lr {self.lr:g} decay {self.weight_decay:g}"
 
     @property
     def trial(self) -> Trial:
-        """The optimizer at these hyper-parameters."""
+        """The optimizer at these hyperparameters."""
         return Trial(optimizer(self.optimizer), HyperParams(self.lr, self.weight_decay))
 
 

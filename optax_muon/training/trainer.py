@@ -48,15 +48,15 @@ class Trainer:
     """Trains the trials of one run."""
 
     run: RunConfig
-    """What was asked for."""
+    """The configuration of the run."""
     task: Task
-    """What is learned."""
+    """What the trials learn."""
     folder: RunFolder
-    """Where everything is written."""
+    """The folder that everything is written to."""
     progress: Progress
-    """What the user sees meanwhile."""
+    """The progress bars."""
     interrupt: Interrupt
-    """Whether the user wants to stop."""
+    """Knows whether the user has pressed Ctrl-C."""
     devices: Devices = SINGLE_DEVICE
     """Devices and micro-batches."""
 
@@ -79,7 +79,7 @@ class Trainer:
                     raise Interrupted(f"stopped and saved {trial.name} at step {metrics.step}")
 
     def _begin(self, trial: Trial, checkpoints: Checkpoints) -> tuple[State, int]:
-        """The state to go on from and its step."""
+        """The state to continue from, and its step."""
         done, config, mesh = checkpoints.latest, self.run.training, self.devices.mesh
         if distributed.is_main_process():
             self.folder.journal.truncate(trial.name, after=done)
@@ -101,12 +101,12 @@ class Trainer:
         return metrics.val_loss is not None and distributed.any_process(self.interrupt.pressed)
 
     def _is_due(self, metrics: StepMetrics) -> bool:
-        """Whether to save: only where the held-out loss has just shown these parameters good."""
+        """Whether to save: only after an evaluation, which has shown the parameters to be good."""
         last = metrics.step == self.run.training.steps
         return metrics.val_loss is not None and (last or metrics.step % self.run.save_every == 0)
 
     def _position(self, metrics: StepMetrics) -> dict[str, Any]:
-        """Position in the data, for people: a batch is a function of the seed and the step."""
+        """Position in the data, only to be read: a batch is a function of the seed and the step."""
         config = self.run.training
         tokens = int(config.sequences(metrics.step)) * config.model.context
         return {"seed": config.seed, "tokens": tokens}

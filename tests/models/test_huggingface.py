@@ -428,8 +428,8 @@ def test_all_that_is_wrong_with_tensors_is_in_one_error(broken, tmp_path):
     change(spoil)
     assert refusal(folder, tmp_path).splitlines()[1:] == [
         "  dtype      model.layers.0.input_layernorm.weight I8, "
-        "it must be one of BF16, F16, F32, F64",
-        "  misshapen  lm_head.weight [32, 48], it must be [48, 32]",
+        "but must be one of BF16, F16, F32, F64",
+        "  misshapen  lm_head.weight [32, 48], but must be [48, 32]",
         "  missing    model.layers.1.mlp.experts.3.up_proj.weight [16, 32]",
         "  missing    model.norm.weight [32]",
         "  unknown    model.layers.3.enorm.weight [32]",
@@ -455,13 +455,13 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', it must be 'deepseek_v3'"),
+        ({"model_type": "llama"}, "model_type is 'llama', but must be 'deepseek_v3'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads must be num_attention_heads, 4"),
-        ({"scoring_func": "softmax"}, "scoring_func is 'softmax', it must be 'sigmoid'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax', but must be 'sigmoid'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, it must be False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, but must be False"),
         ({"rope_parameters": None}, "rope_theta is missing"),
     ],
 )
@@ -491,7 +491,7 @@ def test_the_commands_copy_there_and_back(checkpoint, tmp_path, capsys):
     assert "3 layers, 8 experts, 46,864 parameters" in capsys.readouterr().err
     for arguments, message in (
         (["import-hf", str(source), "--out", str(run)], "exists; give a folder that does not"),
-        (["import-hf", str(run), "--out", str(tmp_path / "x")], "is of no Moonlight"),
+        (["import-hf", str(run), "--out", str(tmp_path / "x")], "does not describe a Moonlight"),
         (["export-hf", str(source), "--out", str(tmp_path / "x")], "has no sizes of a Moonlight"),
         (["export-hf", str(tmp_path), "--out", str(tmp_path / "x")], "there is no run in"),
     ):

@@ -39,7 +39,7 @@ def from_huggingface(config: Mapping[str, Any]) -> MoonlightConfig:
         ValueError: a size is missing, or the config is of another architecture.
     """
     if refusals := list(_refusals(config)):
-        raise ValueError(f"{CONFIG} is of no Moonlight: {'; '.join(refusals)}")
+        raise ValueError(f"{CONFIG} does not describe a Moonlight: {'; '.join(refusals)}")
     return MoonlightConfig(
         **{name: config[name] for name in _SAME},
         context=config[CONTEXT],
@@ -82,7 +82,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
-            yield f"{key} is {config[key]!r}, it must be {value!r}"
+            yield f"{key} is {config[key]!r}, but must be {value!r}"
     for key in (*_SAME, CONTEXT):
         if key not in config:
             yield f"{key} is missing"
@@ -90,7 +90,7 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
         yield "rope_theta is missing"
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if rope_type != "default":
-        yield f"rope_type is {rope_type!r}, it must be 'default'"
+        yield f"rope_type is {rope_type!r}, but must be 'default'"
     heads = config.get("num_attention_heads")
     if config.get("num_key_value_heads", heads) != heads:
         yield f"num_key_value_heads must be num_attention_heads, {heads}"

@@ -135,7 +135,9 @@ def read_config(run: Path) -> tuple[MoonlightConfig, dict[str, Any] | None]:
     """
     config = _json(run / CONFIG)
     if "model" not in config:
-        raise ValueError(f"{run / CONFIG} has no sizes of a Moonlight; import-hf makes such a run")
+        raise ValueError(
+            f"{run / CONFIG} has no sizes of a Moonlight; give a run made by import-hf"
+        )
     return MoonlightConfig(**config["model"]), config.get("huggingface")
 
 
@@ -210,9 +212,9 @@ def _check(
     for name in expected.keys() & found.keys():
         shape, dtype = found[name]
         if shape != expected[name]:
-            wrong.append(f"misshapen  {name} {list(shape)}, it must be {list(expected[name])}")
+            wrong.append(f"misshapen  {name} {list(shape)}, but must be {list(expected[name])}")
         if dtype not in DTYPES:
-            wrong.append(f"dtype      {name} {dtype}, it must be one of {', '.join(DTYPES)}")
+            wrong.append(f"dtype      {name} {dtype}, but must be one of {', '.join(DTYPES)}")
     if wrong:
         lines = "\n  ".join(sorted(wrong))
         raise ValueError(f"{where} does not hold the tensors of its config:\n  {lines}")
@@ -221,7 +223,7 @@ def _check(
 def _one_dtype_each(
     where: Path, expected: Iterable[Tensor], found: Mapping[str, Entry]
 ) -> dict[str, str]:
-    """The dtype of every leaf; the tensors that it stacks must have the same."""
+    """The dtype of every leaf; all tensors that it stacks must have the same dtype."""
     dtypes: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for tensor in expected:
         dtypes[tensor.path].setdefault(found[tensor.name].dtype, tensor.name)

@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
         return output(y.reshape(b, t, -1)), stats
 
     def _query_input(self, x: jax.Array) -> jax.Array:
-        """What the heads' queries are made of: a normalized latent, or the input."""
+        """What the heads' queries are computed from: a normalized latent, or the input."""
         if self.config.q_lora_rank is None:
             return x
         latent = self._linear("q_a_proj", self.config.q_lora_rank)(x)
@@ -55,7 +55,7 @@ class LatentAttention(nn.Module):
         return Linear(features, self.config.dtype, name=name)
 
     def _to_heads(self, name: str, features: int) -> Linear:
-        """A matrix that makes so many features for each head."""
+        """A linear layer with this many features per head."""
         columns = self.config.num_attention_heads * features
         return Linear(columns, self.config.dtype, cols="tensor", name=name)
 

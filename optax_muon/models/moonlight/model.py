@@ -122,7 +122,7 @@ class Moonlight:
         return self._apply(params, bias, P(present_axes(BATCH)), tokens, targets)
 
     def metrics(self, stats: ForwardStats) -> dict[str, jax.Array]:
-        """What a training log records of the statistics.
+        """The metrics that a training log records, from the statistics.
 
         Returns:
             `max_logit` of all heads; `max_logits` of each layer; the mean of `high_logits`; with a
@@ -166,7 +166,7 @@ class Moonlight:
 
     @property
     def active(self) -> int:
-        """Parameters that multiply a token: the embedding and the experts not chosen left out."""
+        """Parameters that a token is multiplied by: not the embedding, nor experts not chosen."""
         return count(self.config).active + self.config.vocab_size * self.config.hidden_size
 
     @property
@@ -215,7 +215,7 @@ class Counts(NamedTuple):
     total: int
     """All of them."""
     active: int
-    """Those that one token meets: of the routed experts, `num_experts_per_tok`."""
+    """Those that one token uses: of the routed experts, `num_experts_per_tok`."""
 
 
 def count(config: MoonlightConfig) -> Counts:

@@ -45,7 +45,7 @@ class Corpus:
     held_out: np.ndarray
     """Integers, `[held-out tokens]`, never trained on."""
     origin: str
-    """Where the text is from and how it was split, for people."""
+    """Where the text is from and how it was split, as reports print it."""
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +87,7 @@ def load_corpus(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
         if len(tokens) <= context:
             unit = "bytes" if tokens.dtype == np.uint8 else "tokens"
             raise UsageError(
-                f"the text is too short for one sequence: {len(tokens)} {unit} in the {part} part, "
+                f"the text is too short for one sequence: {len(tokens)} {unit} in the {part} part; "
                 f"at least {context + 1} are needed (context {context} + 1)"
             )
         low, high = _range(tokens)
