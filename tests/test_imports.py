@@ -22,7 +22,7 @@ BELOW = {
 BELOW["planning"] = {"sharding", "matrices", "polar", "platforms"}
 BELOW["transforms"] = {"planning", *BELOW["planning"]}
 BELOW["muon"] = {"transforms", *BELOW["transforms"]}
-BELOW["checkpoint"] = {"extras", "muon", *BELOW["muon"]}
+BELOW["checkpoint"] = {"errors", "extras", "muon", *BELOW["muon"]}
 BELOW["compat"] = {"muon", *BELOW["muon"]}
 BELOW["__init__"] = {"checkpoint", "compat", *BELOW["compat"], *GROUND}
 

@@ -69,11 +69,11 @@ class Finetune(RunOptions):
         task = self._task()
         run = self._run(task)
         names = "-".join([self.source.resolve().name, *(trial.name for trial in run.trials)])
-        folder = RunFolder(self.runs / (self.name or names))
+        folder = self.folder(self.name or names)
         distributed.on_main_process(lambda: self._create(folder, run, task))
         with task.devices.mesh_context():
             found = {"before": _evaluate(task, PretrainedSource(self.source, self.trial))}
-            train_all(run, task, folder, task.devices)
+            train_all(run, task, folder, task.devices, self.traced)
             for trial in run.trials:
                 source = PretrainedSource(folder.path, trial.name)
                 found[f"after {trial.title}"] = _evaluate(task, source)

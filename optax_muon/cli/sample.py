@@ -36,6 +36,7 @@ class Sample:
         """Print the prompt and its continuation."""
         at_least(1, "length", self.length)
         at_least(0, "temperature", self.temperature)
+        at_least(0, "seed", self.seed)
         source = PretrainedSource(self.runs / self.run, self.trial)
         params, bias = source.weights()
         prompt = self.prompt.encode()

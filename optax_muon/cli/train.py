@@ -6,6 +6,7 @@ The work is done in `training/trainer.py`, the result is shown by `reports/train
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,8 +87,8 @@ class Experiment(DeviceOptions):
             ("bias_update_speed", 0),
         ):
             at_least(least, name, getattr(self, name))
-        if self.qk_clip is not None and not self.qk_clip > 0:
-            raise UsageError(f"--qk-clip is {self.qk_clip:g}; it must be positive")
+        if self.qk_clip is not None and not 0 < self.qk_clip < math.inf:
+            raise UsageError(f"--qk-clip is {self.qk_clip:g}; it must be positive and finite")
 
     def check_model(self) -> None:
         """Check that the model has what the options need.
@@ -198,10 +199,10 @@ class Train(Experiment, RunOptions):
         self.start()
         task = self.task(self.config)
         run = self._run(task.config, task.corpus)
-        folder = RunFolder(self.runs / (self.name or self.model))
+        folder = self.folder(self.name or self.model)
         distributed.on_main_process(lambda: self._create(folder, run, task))
         with task.devices.mesh_context():
-            train_all(run, task, folder, task.devices)
+            train_all(run, task, folder, task.devices, self.traced)
             seconds = report.update_times(run, task.devices)
         if distributed.is_main_process():
             report.publish(run, task.corpus.origin, folder, seconds)
@@ -214,6 +215,7 @@ class Train(Experiment, RunOptions):
         """
         super().check()
         self.check_run()
+        at_least(1, "save_every", self.save_every)
         if self.save_every % self.eval_every:
             raise UsageError(
                 f"--save-every {self.save_every} must be a multiple of --eval-every "

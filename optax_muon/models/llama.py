@@ -28,6 +28,7 @@ import optax_muon
 from optax_muon.models import abstract
 from optax_muon.models.layers import Linear, RMSNorm, Rotations, SwiGLU, rotate, rotations
 from optax_muon.models.mesh import BATCH, FSDP_AXES, constrain, present_axes, with_auto_axes
+from optax_muon.models.sizes import size_refusals
 from optax_muon.models.spec import ModelSpec
 
 
@@ -64,7 +65,9 @@ class LlamaConfig:
     """Dtype of the matrix products; parameters, residual stream, norms and logits are float32."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not divide."""
+        """Refuse sizes that are none, and sizes that do not divide."""
+        for refusal in size_refusals(self):
+            raise ValueError(refusal)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads) or heads % kv_heads:
             raise ValueError(

@@ -56,9 +56,7 @@ def state_shardings(
     replicated = NamedSharding(next(iter(by_path.values())).mesh, PartitionSpec())
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = paths.path_name(path)
-        owners = [p for p in leaves if name == p or name.endswith(f"/{p}")]
-        owner = max(owners, key=len, default=None)
+        owner = paths.longest_suffix(leaves, paths.path_name(path))
         if owner is None or leaves[owner].shape != leaf.shape:
             return replicated
         return by_path[owner]

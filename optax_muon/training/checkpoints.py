@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -180,8 +181,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             UsageError: as `restore`.
         """
         step = self._step(step)
-        leaf = ocp.RestoreArgs(restore_type=np.ndarray)
-        tree, restore = _tree({path: self.shapes(step)[part][path]}), _tree({path: leaf})
+        shape, leaf = self.shapes(step)[part][path], ocp.RestoreArgs(restore_type=np.ndarray)
+        if not math.prod(shape.shape):
+            return np.zeros(shape.shape, shape.dtype)  # `checkpoint` saves no array of zero size
+        tree, restore = _tree({path: shape}), _tree({path: leaf})
         args = ocp.args.PyTreeRestore(tree, restore_args=restore, partial_restore=True)
         with self._one_error(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             found = reader.restore(self.path / str(step) / part, args=args)

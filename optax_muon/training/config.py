@@ -51,7 +51,10 @@ class TrainConfig:
     """Passes over the examples in fine-tuning; pretraining draws windows at random."""
 
     def __post_init__(self) -> None:
-        """Refuse a run too short for its stages."""
+        """Refuse numbers that are too small, and a run too short for its stages."""
+        for name in ("batch", "steps", "eval_every", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, it must be at least 1")
         if self.schedule == THREE_STAGE and self.steps < MIN_STEPS:
             raise UsageError(
                 f"--steps is {self.steps}; --schedule {THREE_STAGE} needs at least {MIN_STEPS}"
@@ -73,6 +76,10 @@ class TrainConfig:
     def unit(self) -> str:
         """What reports call a token."""
         return "byte" if self.model.vocab_size == 256 else "token"
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is measured after a step, counted from 1."""
+        return step % self.eval_every == 0 or step == self.steps
 
     def batch_at(self, step: int) -> int:
         """Sequences of the batch of a step, counted from 1."""

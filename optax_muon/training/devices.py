@@ -51,6 +51,20 @@ class Devices:
         sizes = {} if self.mesh is None else self.mesh.shape
         return math.prod(sizes.get(axis, 1) for axis in BATCH)
 
+    @property
+    def count(self) -> int:
+        """How many devices share the work."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are started before the numbers of a step are read.
+
+        On accelerators one, so that they never wait for the host. On CPUs none: the host is the
+        device, and its collectives may dead-lock when two programs run at once.
+        """
+        return 0 if jax.default_backend() == "cpu" else 1
+
     def sequences(self, tokens: np.ndarray, starts: np.ndarray, context: int) -> jax.Array:
         """Windows of tokens on the devices; a process reads only those of its own devices.
 

@@ -9,14 +9,18 @@ the 2048 tokens of a `small` step, about a thousandth. Work that the backward pa
 memory is not counted.
 
 The operations of an update come from the optimizer's row (`OptimizerSpec.step_flops`).
+`utilization` divides by the peak of the devices (`optax_muon.platforms`).
 """
 
 from __future__ import annotations
 
+import jax
 import optax
 
 from optax_muon.models import spec
+from optax_muon.platforms import peak_flops
 from optax_muon.training.config import TrainConfig
+from optax_muon.training.devices import Devices
 from optax_muon.training.optimizers import Trial, views
 
 
@@ -37,3 +41,23 @@ def sequence_flops(config: TrainConfig) -> int:
     """Operations of one sequence's forward and backward pass."""
     model, context = spec.model(config.model), config.model.context
     return context * 6 * (model.active + context * model.attended)
+
+
+def utilization(config: TrainConfig, speed: float, devices: Devices) -> float | None:
+    """Model FLOP utilization, MFU (arXiv 2204.02311, appendix B): the share of the devices' peak.
+
+    It counts the model's operations alone, not the optimizer's, nor what is computed again to save
+    memory. The peak is that of products in bfloat16, whatever the dtype of these.
+
+    Args:
+        config: what all trials share.
+        speed: tokens per second.
+        devices: where they are trained.
+
+    Returns:
+        The share; None where the peak is not known, as on CPUs.
+    """
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    return speed * sequence_flops(config) / config.model.context / (peak * devices.count)

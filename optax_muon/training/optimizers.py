@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import optax
@@ -45,10 +46,10 @@ class HyperParams:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no optimizer can run at."""
-        if not (self.lr > 0 and self.weight_decay >= 0):
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
             raise UsageError(
                 f"lr is {self.lr:g} and weight_decay {self.weight_decay:g}; lr must be positive "
-                "and weight_decay at least 0"
+                "and weight_decay at least 0, both finite"
             )
 
 

@@ -28,7 +28,7 @@ from optax_muon import View, measures, named_leaves
 from optax_muon.errors import UsageError
 from optax_muon.models import huggingface
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.run_folder import RunFolder, usage_errors
 
 ROUTER = "Router"
 
@@ -191,7 +191,7 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
     if not folder.is_training_run:
         name = run.resolve().name
         return [SpectraTrial(name, name)], [Source(name, 0, functools.partial(_imported, run))]
-    trials = [SpectraTrial(c["name"], c["title"]) for c in folder.read_config()["trials"]]
+    trials = [SpectraTrial(each["name"], each["title"]) for each in folder.trials]
     kept = [source for trial in trials for source in _kept(folder, trial.name)]
     if not kept:
         names = " or ".join(trial.name for trial in trials)
@@ -256,7 +256,8 @@ def _saved(path: Path, step: int) -> optax.Params:
 
 
 def _imported(run: Path) -> optax.Params:
-    _, params, _ = huggingface.load(run)
+    with usage_errors():
+        _, params, _ = huggingface.load(run)
     return params
 
 

@@ -58,14 +58,24 @@ class SweepTable:
         self.path = path
 
     def read(self) -> list[Point]:
-        """All finished points, in the order of their runs."""
+        """All finished points, in the order of their runs.
+
+        Raises:
+            UsageError: when a line is no point.
+        """
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
-            return [
-                Point(row["optimizer"], *(float(row[name]) for name in self.FIELDS[1:]))
-                for row in csv.DictReader(file)
-            ]
+            return [self._point(number, row) for number, row in enumerate(csv.DictReader(file), 2)]
+
+    def _point(self, number: int, row: Mapping[str, str]) -> Point:
+        try:
+            return Point(row["optimizer"], *(float(row[name]) for name in self.FIELDS[1:]))
+        except (KeyError, TypeError, ValueError) as error:
+            columns = ", ".join(self.FIELDS)
+            raise UsageError(
+                f"{self.path}, line {number} is no point of a sweep, with {columns}; delete it"
+            ) from error
 
     def append(self, point: Point) -> None:
         """Add one finished point."""
@@ -119,7 +129,8 @@ def run_all(task: Pretraining, points: Sequence[Point], table: SweepTable) -> No
     finished = {point.title for point in table.read()}
     missing = [point for point in points if point.title not in finished]
     titles = [point.title for point in missing]
-    with Interrupt() as interrupt, Progress(titles, task.config) as progress:
+    shown = Progress(titles, task.config, task.devices)
+    with Interrupt() as interrupt, shown as progress:
         for point in missing:
             table.append(_run(task, point, progress, interrupt))
 
@@ -130,7 +141,7 @@ def _run(task: Pretraining, point: Point, progress: Progress, interrupt: Interru
     progress.begin(point.title, done=0)
     state = initial_state(config, transformation(trial, config), task.devices.mesh)
     try:
-        for metrics, _ in train(config, trial, task, state):
+        for metrics, _ in train(config, trial, task, state, ahead=task.devices.steps_ahead):
             progress.step(point.title, metrics)
             if interrupt.pressed:
                 raise Interrupted("stopped; the finished points are saved")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from optax_muon.models.sizes import size_refusals
+
 
 @dataclasses.dataclass(frozen=True)
 class MoonlightConfig:
@@ -92,6 +94,7 @@ class MoonlightConfig:
         return "q_proj" if self.q_lora_rank is None else "q_b_proj"
 
     def _refusals(self) -> Iterator[str]:
+        yield from size_refusals(self, {"first_k_dense_replace": 0, "qk_nope_head_dim": 0})
         if self.qk_rope_head_dim % 2:
             yield f"qk_rope_head_dim {self.qk_rope_head_dim} must be even"
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
