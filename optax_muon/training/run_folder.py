@@ -85,7 +85,7 @@ class RunFolder:
 
     @property
     def trials(self) -> list[dict[str, Any]]:
-        """The trials of the run that is here, each with its name and title.
+        """The trials of the run that is here, each with its name at least.
 
         Raises:
             UsageError: when the config records none.
@@ -94,8 +94,8 @@ class RunFolder:
         if isinstance(trials, list) and all(map(_is_trial, trials)):
             return trials
         raise UsageError(
-            f"{self.config} has no list of trials with their names and titles; train and finetune"
-            " make such a run"
+            f"{self.config} has no list of trials with their names; train and finetune make such a"
+            " run"
         )
 
     @property
@@ -211,7 +211,7 @@ _NEEDED = _COLUMNS - {"val_loss", "model"}
 
 
 def _is_trial(entry: Any) -> bool:
-    return isinstance(entry, dict) and {"name", "title"} <= entry.keys()
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str)
 
 
 def _is_past(row: dict[str, Any], trial: str, step: int) -> bool:

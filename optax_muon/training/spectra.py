@@ -191,7 +191,7 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
     if not folder.is_training_run:
         name = run.resolve().name
         return [SpectraTrial(name, name)], [Source(name, 0, functools.partial(_imported, run))]
-    trials = [SpectraTrial(each["name"], each["title"]) for each in folder.trials]
+    trials = [SpectraTrial(each["name"], each.get("title", each["name"])) for each in folder.trials]
     kept = [source for trial in trials for source in _kept(folder, trial.name)]
     if not kept:
         names = " or ".join(trial.name for trial in trials)
