@@ -37,6 +37,8 @@ _HEAD_NORM = re.compile(
 _BIAS = re.compile(r"(.*/)?(\w+_)?(bias|b)")
 _VALUE = re.compile(r"kernel|w|weights?|embeddings?")
 _EMBEDDING = re.compile(r"(.*/)?(\w*embed\w*|wte|(\w+_)?emb|tok\w*)(/.*)?")
+# What has two axes in one layer, by its name.
+_TWO_AXES = re.compile(rf"(?!.*(norm|bias|scale))((.*/)?kernel|{_EMBEDDING.pattern})")
 _NOT_VOCABULARY = re.compile(r"(.*/)?\w*(pos|segment|type|patch|time|rel|label|class)\w*(/.*)?")
 _CONVOLUTION = re.compile(r"conv[^/]*(/(kernel|w|weight))?$")
 _ATTENTION = re.compile(r"\w*att(n|ention)\w*")
@@ -53,6 +55,7 @@ class _Node:
     common: frozenset[Mark] | None = None
     norms: list[str] = dataclasses.field(default_factory=list)
     vectors: bool = False
+    flattest: int = 99
 
 
 class Tree:
@@ -145,6 +148,19 @@ class Tree:
     def all_widths(self) -> frozenset[int]:
         """Widths of all features in the tree."""
         return self._norm_widths("") | self.embedding_widths
+
+    @functools.cached_property
+    def _table_widths(self) -> frozenset[int]:
+        """Widths of embeddings of two axes, before it is known what is stacked."""
+        tables = (
+            info.shape
+            for info in self.plain.values()
+            if len(info.shape) == 2
+            and _EMBEDDING.fullmatch(info.role)
+            and not _NOT_VOCABULARY.fullmatch(info.role)
+            and not info.role.endswith(("kernel", "/w"))
+        )
+        return frozenset(shape[1] for shape in tables)
 
     @functools.cached_property
     def common(self) -> int:
@@ -336,7 +352,8 @@ class Tree:
         """The stack axes that a module adds to those known; empty if it stacks nothing."""
         free = sorted(node.common or (), key=lambda mark: (mark[0] < 0, abs(mark[0])))
         free = [mark for mark in free if mark not in known]
-        if not free or _ATTENTION.fullmatch(name):
+        # What a stack leaves of a kernel or of a table has two axes.
+        if not free or node.flattest - len(known) < 3 or _ATTENTION.fullmatch(name):
             return []
         named = is_stacked_name(name) and not all(map(str.isdigit, node.children or "x"))
         if node.norms and node.count > len(node.norms):
@@ -356,9 +373,14 @@ class Tree:
             return []
         ways = list(itertools.combinations(places.values(), extra))
         if len(ways) > 1 and extra == 1:
-            # Of two axes that all share, one is the width, which is seldom less than the layers.
+            # Of two axes that all share, one is the width: an embedding's, or what is seldom less
+            # than the layers.
             width = {place: shape[1 - place] for place in places} if len(shape) == 2 else {}
-            ways = [(m,) for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
+            known_width: list[tuple[Mark, ...]] = [
+                (m,) for p, m in places.items() if width.get(p) in self._table_widths
+            ]
+            short = [(m,) for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
+            ways = known_width if len(known_width) == 1 else short
         return [(*known, *marks) for marks in ways]
 
     def _by_name(
@@ -452,12 +474,15 @@ def _summarize(node: _Node, infos: Mapping[str, ParamInfo]) -> None:
         if _NORM.fullmatch(info.role) and not _HEAD_NORM.fullmatch(info.role) and rank:
             node.norms.append(path)
         node.vectors = node.vectors or rank == 1
+        if _TWO_AXES.fullmatch(info.role):
+            node.flattest = min(node.flattest, rank)
         node.rank = max(node.rank, rank)
     node.count = len(node.leaves)
     for child in node.children.values():
         _summarize(child, infos)
         node.count += child.count
         node.rank = max(node.rank, child.rank)
+        node.flattest = min(node.flattest, child.flattest)
         node.norms += child.norms
         node.vectors = node.vectors or child.vectors
         if child.common is not None:

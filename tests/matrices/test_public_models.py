@@ -176,3 +176,14 @@ def test_nine_times_the_leaves_take_nine_times_the_calls(form):
     calls(2)  # the tables' patterns are compiled once
     # 5184 leaves take 0.3 s by the evidence on one idle core, 0.1 s by views of every parameter.
     assert calls(324) < 10 * calls(36)
+
+
+@pytest.mark.parametrize("table", ["embed/embedding", "embed", "wte/weight"])
+@pytest.mark.parametrize("module", ["blocks", "zeta", "encoder/layers"])
+@pytest.mark.parametrize("layers, width, hidden", [(12, 64, 256), (12, 64, 64), (64, 12, 48)])
+def test_an_embedding_shows_the_width_to_a_lone_norm_and_kernel(
+    table, module, layers, width, hidden
+):
+    kernel, norm = f"{module}/up/kernel", f"{module}/norm/scale"
+    shapes = {table: (1000, width), norm: (layers, width), kernel: (layers, width, hidden)}
+    assert assign(tree_of(shapes)) == {table: None, norm: None, kernel: optax_muon.View(-2, -1)}
