@@ -133,7 +133,9 @@ class Tree:
             prefix = f"{prefix}/{name}" if prefix else name
             if node.norms:
                 levels.append(self._norm_widths(prefix))
-        return frozenset.union(*levels[-2:]) or self.embedding_widths
+        # Near norms may all be those of queries and keys; then the embedding has a say.
+        shown = self.embedding_widths & set(self.shapes[path])
+        return frozenset.union(*levels[-2:]) | shown or self.embedding_widths
 
     def norm_lengths(self, path: str) -> frozenset[int]:
         """The lengths of all axes of the nearest norms that have several."""
@@ -141,8 +143,11 @@ class Tree:
         return frozenset(n for shape in shapes if len(shape) > 1 for n in shape if n > 1)
 
     def has_vector_norm(self, path: str) -> bool:
-        """Whether the nearest norms are vectors, so that no layers are stacked around."""
-        norms = self._near_norms(path)
+        """Whether the nearest norms are vectors, so that no layers are stacked around.
+
+        The root has a final norm, which says nothing of the blocks.
+        """
+        norms = self._near_norms(path, inside=True)
         return bool(norms) and all(len(self.shapes[norm]) == 1 for norm in norms)
 
     def all_widths(self) -> frozenset[int]:
@@ -288,9 +293,9 @@ class Tree:
             node = node.children[name]
         return node
 
-    def _near_norms(self, path: str) -> list[str]:
-        """The norms below the nearest module that has some."""
-        node, near = self._root, self._root.norms
+    def _near_norms(self, path: str, *, inside: bool = False) -> list[str]:
+        """The norms below the nearest module that has some, the root only if not `inside`."""
+        node, near = self._root, [] if inside else self._root.norms
         for name in path.split("/")[:-1]:
             node = node.children[name]
             near = node.norms or near
@@ -373,15 +378,19 @@ class Tree:
             return []
         ways = list(itertools.combinations(places.values(), extra))
         if len(ways) > 1 and extra == 1:
-            # Of two axes that all share, one is the width: an embedding's, or what is seldom less
-            # than the layers.
-            width = {place: shape[1 - place] for place in places} if len(shape) == 2 else {}
-            known_width: list[tuple[Mark, ...]] = [
-                (m,) for p, m in places.items() if width.get(p) in self._table_widths
-            ]
-            short = [(m,) for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
-            ways = known_width if len(known_width) == 1 else short
+            ways = [(mark,) for mark in self._shorter(places, shape)]
         return [(*known, *marks) for marks in ways]
+
+    def _shorter(self, places: Mapping[int, Mark], shape: tuple[int, ...]) -> list[Mark]:
+        """Of two axes that all share, the stack: the other one is the width.
+
+        The width is an embedding's, or what is seldom less than the layers.
+        """
+        width = {place: shape[1 - place] for place in places} if len(shape) == 2 else {}
+        beside = [mark for p, mark in places.items() if width.get(p) in self._table_widths]
+        if len(beside) == 1:
+            return beside
+        return [m for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
 
     def _by_name(
         self, node: _Node, free: list[Mark], known: tuple[Mark, ...]

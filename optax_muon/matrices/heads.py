@@ -64,10 +64,13 @@ def _decide(
         return decision
     if flow.is_fed_back(fan_in, fan_out):
         return _either(info, bound, "a layer that only recurrent cells read may be the output head")
-    if flow.is_read(info.path, bound) or len(flow.bounds) < 2 or not flow.is_fed(info.path, bound):
+    fed = flow.is_fed(info.path, bound)
+    may_be_fed = bool(flow.undecided & set(_lengths(bound, bound.row_axes)))
+    alone = len(flow.bounds) < 2 and not flow.undecided
+    if flow.is_read(info.path, bound) or alone or not (fed or may_be_fed):
         return decision
     fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
-    if tree.partial or fused:
+    if tree.partial or fused or not fed:
         return _either(info, bound, "a layer that nothing reads may be the output head")
     if flow.has_other_writers(info.path, fan_out):
         return _either(info, bound, "layers apart write what nothing reads")
@@ -139,6 +142,13 @@ class _Flow:
         for width in tree.all_widths():
             self.readers[width] += 1
             self.writers[width] += 1
+        # Lengths of ambiguous parameters, which may read or write them.
+        self.undecided = {
+            length
+            for path, decision in decisions.items()
+            if decision.interpretations
+            for length in tree.shapes[path]
+        }
         self.homes: dict[int, set[str]] = collections.defaultdict(set)
         for path, bound in bounds.items():
             self.homes[_size(bound, bound.col_axes)].add(module_of(path).rpartition("/")[0])
