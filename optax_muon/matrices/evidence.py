@@ -40,7 +40,7 @@ _EMBEDDING = re.compile(r"(.*/)?(\w*embed\w*|wte|(\w+_)?emb|tok\w*)(/.*)?")
 # What has two axes in one layer, by its name.
 _TWO_AXES = re.compile(rf"(?!.*(norm|bias|scale))((.*/)?kernel|{_EMBEDDING.pattern})")
 _NOT_VOCABULARY = re.compile(r"(.*/)?\w*(pos|segment|type|patch|time|rel|label|class)\w*(/.*)?")
-_CONVOLUTION = re.compile(r"conv[^/]*(/(kernel|w|weight))?$")
+_CONVOLUTION = re.compile(r"conv[^/]*(/(kernel|w|weight)(_lora_[ab])?)?$")
 _ATTENTION = re.compile(r"\w*att(n|ention)\w*")
 
 

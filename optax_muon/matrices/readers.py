@@ -121,6 +121,10 @@ def adapter(info: ParamInfo, tree: Tree) -> Found:
         if same and down.own[-1] == up.own[batch]:
             split = len(axes) - 1 if first else batch + 1
             views.append(View(axes[batch:split], axes[split:]))
+    ones = up.own[:-2]
+    if not views and len(ones) > 1 and set(ones) == {1} and down.own[-1] == up.own[-2]:
+        # That of a convolution: `[3, 3, in, r]`, and a pointwise one out of the rank.
+        views = [View(axes[:-1], axes[-1])]
     return Found(tuple(views)) if views else NOTHING
 
 
