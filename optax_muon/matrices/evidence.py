@@ -223,8 +223,12 @@ class Tree:
 
     @functools.cached_property
     def repeats(self) -> collections.Counter[tuple[str, tuple[int, ...]]]:
-        """How often a role occurs with a shape."""
-        return collections.Counter((info.role, info.shape) for info in self.plain.values())
+        """In how many modules a role occurs with a shape; layers of one module count once."""
+        places = {
+            (info.role, info.shape, module_of(path).rpartition("/")[0])
+            for path, info in self.plain.items()
+        }
+        return collections.Counter((role, shape) for role, shape, _ in places)
 
     def inside(self, path: str) -> bool:
         """Whether a parameter lies in a block that is repeated or stacked."""
@@ -237,6 +241,22 @@ class Tree:
         above, _, number = module_of(path).rpartition("/")
         listed = f"{above.rpartition('/')[0]}/kernel"
         return not number.isdigit() or ParamInfo.of(listed, ()).indexed
+
+    def is_last(self, path: str) -> bool:
+        """Whether it is in the last of several numbered modules, and no other is of its shape."""
+        info = self.info(path)
+        if info.stack or self.repeats[info.role, info.shape] > 1 or not info.indexed:
+            return False
+        same = self._roles[info.role]
+        return len(same) > 1 and path == max(same, key=_numbers)
+
+    @functools.cached_property
+    def _roles(self) -> dict[str, list[str]]:
+        """Role to the parameters that have it."""
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for path, info in self.plain.items():
+            found[info.role].append(path)
+        return found
 
     def head_norms(self, path: str) -> frozenset[int]:
         """Lengths that norms of queries and keys beside a parameter scale."""
@@ -459,6 +479,10 @@ def module_of(path: str) -> str:
 def is_norm(role: str) -> bool:
     """Whether a role is a norm's scale or offset."""
     return _NORM.fullmatch(role) is not None
+
+
+def _numbers(path: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path)]
 
 
 def _paths(node: _Node) -> Iterable[str]:

@@ -43,7 +43,7 @@ def find_heads(decisions: dict[str, Decision], tree: Tree) -> dict[str, Decision
     changed = (
         (path, _decide(tree.info(path), bound[path], decisions[path], tree, flow))
         for path in bound
-        if not tree.inside(path)
+        if not tree.inside(path) or tree.is_last(path)
     )
     return decisions | dict(changed)
 
@@ -70,7 +70,7 @@ def _decide(
     if flow.is_read(info.path, bound) or alone or not (fed or may_be_fed):
         return decision
     fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
-    if tree.partial or fused or not fed:
+    if tree.partial or fused or not fed or tree.inside(info.path):
         return _either(info, bound, "a layer that nothing reads may be the output head")
     if flow.has_other_writers(info.path, fan_out):
         return _either(info, bound, "layers apart write what nothing reads")
@@ -142,6 +142,11 @@ class _Flow:
         for width in tree.all_widths():
             self.readers[width] += 1
             self.writers[width] += 1
+        self.channels = {
+            size
+            for b in bounds.values()
+            if len(b.row_axes) > 2 and (size := _size(b, b.col_axes)) > 1
+        }
         # Lengths of ambiguous parameters, which may read or write them.
         self.undecided = {
             length
@@ -191,7 +196,11 @@ class _Flow:
         """Whether another parameter writes what this one reads, or it flattens a picture."""
         own = set(_lengths(bound, bound.col_axes))
         lengths = set(_lengths(bound, bound.row_axes))
-        return any(self.writers[length] - (length in own) > 0 for length in lengths)
+        if any(self.writers[length] - (length in own) > 0 for length in lengths):
+            return True
+        # A dense layer on a flattened picture reads some pixels of every channel.
+        flat = len(bound.shape) == 2 and _size(bound, bound.row_axes)
+        return bool(flat) and any(flat > n and flat % n == 0 for n in self.channels)
 
 
 def _lengths(bound: BoundView, axes: tuple[int, ...]) -> Iterator[int]:
