@@ -248,7 +248,8 @@ class Tree:
         if info.stack or self.repeats[info.role, info.shape] > 1 or not info.indexed:
             return False
         same = self._roles[info.role]
-        return len(same) > 1 and path == max(same, key=_numbers)
+        modules = {module_of(other).rpartition("/")[0] for other in same}
+        return len(modules) > 1 and path == max(same, key=_numbers)
 
     @functools.cached_property
     def _roles(self) -> dict[str, list[str]]:

@@ -58,9 +58,10 @@ def _decide(
         ):
             return vocabulary
     fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
-    if _is_inner(info, tree) or not (
-        _ANYWHERE.fullmatch(_last_name(info)) or _numbered(info, tree)
-    ):
+    generic = _ANYWHERE.fullmatch(_last_name(info)) or _numbered(info, tree)
+    # Beside repeated blocks, a layer at the root may be the last, whatever its name.
+    at_root = len(info.role.split("/")) - tree.common <= 2 and not tree.partial and flow.has_blocks
+    if _is_inner(info, tree) or not (generic or at_root):
         return decision
     if flow.is_fed_back(fan_in, fan_out):
         return _either(info, bound, "a layer that only recurrent cells read may be the output head")
@@ -70,7 +71,7 @@ def _decide(
     if flow.is_read(info.path, bound) or alone or not (fed or may_be_fed):
         return decision
     fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
-    if tree.partial or fused or not fed or tree.inside(info.path):
+    if tree.partial or fused or not fed or not generic or tree.inside(info.path):
         return _either(info, bound, "a layer that nothing reads may be the output head")
     if flow.has_other_writers(info.path, fan_out):
         return _either(info, bound, "layers apart write what nothing reads")
@@ -142,6 +143,7 @@ class _Flow:
         for width in tree.all_widths():
             self.readers[width] += 1
             self.writers[width] += 1
+        self.has_blocks = any(count > 1 for count in tree.repeats.values())
         self.channels = {
             size
             for b in bounds.values()
