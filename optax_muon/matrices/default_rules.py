@@ -12,6 +12,7 @@ reader (`readers.py`), which asks the tree and gives every reading that the evid
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from optax_muon.matrices import readers
 from optax_muon.matrices.evidence import Tree, is_norm
@@ -225,15 +226,18 @@ def classify(path: str, tree: Tree) -> Decision:
     offered = [
         i for d in decisions for i in d.interpretations or (Interpretation.of(d.view, shape),)
     ]
-    return _ambiguous(offered, decisions[0].reason, path, tree)
+    unique = _unique(by_likelihood(offered, path, tree), shape)
+    return Decision(None, decisions[0].reason, unique)
 
 
 def refuse(path: str, tree: Tree, likely: list[View | None], reason: str) -> Decision:
     """Refuse a parameter, with every way to read it, the likelier first."""
     shape, info = tree.shapes[path], tree.info(path)
     plain = dataclasses.replace(info, stack=())
-    every: list[View | None] = [*likely, *readings(info), *readings(plain), None]
-    return _ambiguous([Interpretation.of(view, shape) for view in every], reason, path, tree)
+    every: list[View | None] = [*readings(info), *readings(plain), None]
+    groups = ([Interpretation.of(view, shape) for view in views] for views in (likely, every))
+    offered = [one for group in groups for one in by_likelihood(group, path, tree)]
+    return Decision(None, reason, _unique(offered, shape))
 
 
 def _classify(info: ParamInfo, tree: Tree) -> Decision:
@@ -252,13 +256,14 @@ def _classify(info: ParamInfo, tree: Tree) -> Decision:
     return refuse(info.path, tree, [], "name without a role")
 
 
-def _ambiguous(offered: list[Interpretation], reason: str, path: str, tree: Tree) -> Decision:
+def _unique(
+    offered: Iterable[Interpretation], shape: tuple[int, ...]
+) -> tuple[Interpretation, ...]:
+    """The readings without those that cut a parameter into the same matrices."""
     unique: dict[object, Interpretation] = {}
     for one in offered:
-        unique.setdefault(
-            (one.view and (frozenset(map(frozenset, (one.view.rows, one.view.cols))))), one
-        )
-    return Decision(None, reason, by_likelihood(list(unique.values()), path, tree))
+        unique.setdefault(_sides(one.view, shape), one)
+    return tuple(unique.values())
 
 
 def _sides(view: View | None, shape: tuple[int, ...]) -> object:

@@ -43,7 +43,7 @@ def find_heads(decisions: dict[str, Decision], tree: Tree) -> dict[str, Decision
     changed = (
         (path, _decide(tree.info(path), bound[path], decisions[path], tree, flow))
         for path in bound
-        if not tree.inside(path)
+        if not tree.inside(path) or tree.is_last(path)
     )
     return decisions | dict(changed)
 
@@ -58,16 +58,20 @@ def _decide(
         ):
             return vocabulary
     fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
-    if _is_inner(info, tree) or not (
-        _ANYWHERE.fullmatch(_last_name(info)) or _numbered(info, tree)
-    ):
+    generic = _ANYWHERE.fullmatch(_last_name(info)) or _numbered(info, tree)
+    # Beside repeated blocks, a layer at the root may be the last, whatever its name.
+    at_root = len(info.role.split("/")) - tree.common <= 2 and not tree.partial and flow.has_blocks
+    if _is_inner(info, tree) or not (generic or at_root):
         return decision
     if flow.is_fed_back(fan_in, fan_out):
         return _either(info, bound, "a layer that only recurrent cells read may be the output head")
-    if flow.is_read(info.path, bound) or len(flow.bounds) < 2 or not flow.is_fed(info.path, bound):
+    fed = flow.is_fed(info.path, bound)
+    may_be_fed = bool(flow.undecided & set(_lengths(bound, bound.row_axes)))
+    alone = len(flow.bounds) < 2 and not flow.undecided
+    if flow.is_read(info.path, bound) or alone or not (fed or may_be_fed):
         return decision
     fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
-    if tree.partial or fused:
+    if tree.partial or fused or not fed or not generic or tree.inside(info.path):
         return _either(info, bound, "a layer that nothing reads may be the output head")
     if flow.has_other_writers(info.path, fan_out):
         return _either(info, bound, "layers apart write what nothing reads")
@@ -139,6 +143,19 @@ class _Flow:
         for width in tree.all_widths():
             self.readers[width] += 1
             self.writers[width] += 1
+        self.has_blocks = any(count > 1 for count in tree.repeats.values())
+        self.channels = {
+            size
+            for b in bounds.values()
+            if len(b.row_axes) > 2 and (size := _size(b, b.col_axes)) > 1
+        }
+        # Lengths of ambiguous parameters, which may read or write them.
+        self.undecided = {
+            length
+            for path, decision in decisions.items()
+            if decision.interpretations
+            for length in tree.shapes[path]
+        }
         self.homes: dict[int, set[str]] = collections.defaultdict(set)
         for path, bound in bounds.items():
             self.homes[_size(bound, bound.col_axes)].add(module_of(path).rpartition("/")[0])
@@ -181,7 +198,11 @@ class _Flow:
         """Whether another parameter writes what this one reads, or it flattens a picture."""
         own = set(_lengths(bound, bound.col_axes))
         lengths = set(_lengths(bound, bound.row_axes))
-        return any(self.writers[length] - (length in own) > 0 for length in lengths)
+        if any(self.writers[length] - (length in own) > 0 for length in lengths):
+            return True
+        # A dense layer on a flattened picture reads some pixels of every channel.
+        flat = len(bound.shape) == 2 and _size(bound, bound.row_axes)
+        return bool(flat) and any(flat > n and flat % n == 0 for n in self.channels)
 
 
 def _lengths(bound: BoundView, axes: tuple[int, ...]) -> Iterator[int]:

@@ -88,12 +88,13 @@ def head(info: ParamInfo, tree: Tree) -> Found:
     """An output head; of several kernels below it, those that another one reads are inside."""
     module = _head_module(info.path)
     below = [p for p in tree.shapes if p.startswith(f"{module}/")] if module else []
-    kernels = [k for p in below if len((k := tree.info(p)).long_axes) == 2]
-    if len(kernels) > 1 and len(info.long_axes) == 2:
-        written = _fans(info)[1]
-        reads = [_fans(kernel)[0] for kernel in kernels if kernel.path != info.path]
+    kernels = [k for p in below if len((k := tree.info(p)).long_axes) > 1]
+    if len(info.long_axes) > 1:
+        written = _channels(info)[1]
+        reads = [_channels(kernel)[0] for kernel in kernels if kernel.path != info.path]
         if written in reads:
-            return matrix(info, tree)
+            found = matrix(info, tree) if len(info.long_axes) == 2 else NOTHING
+            return dataclasses.replace(found, reason="a layer of the head that another one reads")
     return Found((None,))
 
 
@@ -121,6 +122,10 @@ def adapter(info: ParamInfo, tree: Tree) -> Found:
         if same and down.own[-1] == up.own[batch]:
             split = len(axes) - 1 if first else batch + 1
             views.append(View(axes[batch:split], axes[split:]))
+    ones = up.own[:-2]
+    if not views and len(ones) > 1 and set(ones) == {1} and down.own[-1] == up.own[-2]:
+        # That of a convolution: `[3, 3, in, r]`, and a pointwise one out of the rank.
+        views = [View(axes[:-1], axes[-1])]
     return Found(tuple(views)) if views else NOTHING
 
 
@@ -382,6 +387,14 @@ def _shared_axes(info: ParamInfo, tree: Tree) -> list[int]:
 
 def _without(info: ParamInfo, axis: int) -> ParamInfo:
     return dataclasses.replace(info, stack=(*info.stack, axis))
+
+
+def _channels(info: ParamInfo) -> tuple[int, int]:
+    """Inputs and outputs of a dense layer or of a convolution."""
+    if len(info.own) < 3:
+        return _fans(info)
+    first, second = info.own[:2] if info.out_first else info.own[-2:]
+    return (second, first) if info.out_first else (first, second)
 
 
 def _fans(info: ParamInfo) -> tuple[int, int]:

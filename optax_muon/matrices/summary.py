@@ -97,7 +97,10 @@ def ambiguity(decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int,
         codes = tuple(one.code for one in decisions[path].interpretations)
         groups.setdefault((_pattern(path), len(shapes[path]), codes), []).append(path)
     first = decisions[open_paths[0]].interpretations
-    ways = f"{first[0].words} or {first[1].words}"
+    ways = " or ".join(
+        f"{one.words}, {one.code}" if first[0].words == first[1].words else one.words
+        for one in first[:2]
+    )
     lines = [f"{open_paths[0]} of shape {shapes[open_paths[0]]} may be {ways}."]
     block: list[str] = []
     for paths in groups.values():
