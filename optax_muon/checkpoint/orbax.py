@@ -48,7 +48,7 @@ def save(
 
     Raises:
         ValueError: The folder exists, an item has a name that cannot be saved (`"description"`, or
-            one that is no name of a file), or a leaf has been donated.
+            one that is not a file name), or a leaf has been donated.
         TypeError: As `describe`.
     """
     ocp = _import_orbax()
@@ -189,9 +189,9 @@ def _check_items(items: Mapping[str, Any]) -> None:
     """Refuse what orbax would take and never give back, or refuse without a name."""
     for name, item in items.items():
         if name == DESCRIPTION:
-            raise ValueError(f"An item is called {name!r}, as the description is; rename it.")
+            raise ValueError(f"An item is called {name!r}, the name of the description; rename it.")
         if name in ("", ".", "..") or "/" in name:
-            raise ValueError(f"An item is called {name!r}, which is no name of a file; rename it.")
+            raise ValueError(f"An item is called {name!r}, which is not a file name; rename it.")
         for path, leaf in named_leaves(item).items():
             if isinstance(leaf, jax.Array) and leaf.is_deleted():
                 raise ValueError(f"{name}/{path} has been donated or deleted; save it before that.")

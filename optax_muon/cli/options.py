@@ -153,7 +153,7 @@ class RunOptions(DeviceOptions):
         """The folder of a run.
 
         Raises:
-            UsageError: when the name leads out of `--runs`, or is that folder.
+            UsageError: When the name leads out of `--runs`, or is that folder.
         """
         path = self.runs / name
         if self.runs.resolve() not in path.resolve().parents:

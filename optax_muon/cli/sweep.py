@@ -67,7 +67,7 @@ class Sweep(Experiment):
         """The points of the grid.
 
         Raises:
-            UsageError: when there is none, one is there twice, or one cannot run.
+            UsageError: When there is none, one is there twice, or one cannot run.
         """
         points = sweep.grid(self._rates(), self.weight_decay)
         if not points:

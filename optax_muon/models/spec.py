@@ -159,7 +159,7 @@ def register(row: ModelSpec) -> None:
     """Add a kind of model.
 
     Raises:
-        ValueError: its name or one of its configs' names is taken.
+        ValueError: Its name or one of its configs' names is taken.
     """
     taken = {row.name} & REGISTRY.keys() or row.configs.keys() & named_configs().keys()
     if taken:
@@ -180,7 +180,7 @@ def model(config: Config) -> Model:
     """The model of a config.
 
     Raises:
-        TypeError: the config belongs to no registered model.
+        TypeError: The config belongs to no registered model.
 
     >>> model(named_configs()["moonlight-tiny"]).kind
     'Moonlight'
@@ -201,7 +201,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
         config: `{"model": sizes}` of a training run or of a folder made by `import-hf`.
 
     Raises:
-        ValueError: the sizes are those of no registered model.
+        ValueError: The sizes are those of no registered model.
 
     >>> sizes = dataclasses.asdict(named_configs()["moonlight-tiny"])
     >>> model_of({"model": sizes, "huggingface": {}}).kind

@@ -54,7 +54,7 @@ class TrainConfig:
         """Refuse numbers that are too small, and a run too short for its stages."""
         for name in ("batch", "steps", "eval_every", "eval_sequences"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}, it must be at least 1")
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.schedule == THREE_STAGE and self.steps < MIN_STEPS:
             raise UsageError(
                 f"--steps is {self.steps}; --schedule {THREE_STAGE} needs at least {MIN_STEPS}"

@@ -69,9 +69,9 @@ class Devices:
         """Windows of tokens on the devices; a process reads only those of its own devices.
 
         Args:
-            tokens: the text.
-            starts: indices of the windows' first tokens, `[k, b]`.
-            context: tokens of a window, minus one.
+            tokens: The text.
+            starts: Indices of the windows' first tokens, `[k, b]`.
+            context: Tokens of a window, minus one.
 
         Returns:
             int32 `[k, b, context + 1]`, `b` over the batch axes.
@@ -98,7 +98,7 @@ class Devices:
         """Check that the batch and the parameters divide evenly.
 
         Raises:
-            UsageError: when the batch does not divide into micro-batches and over the devices, or a
+            UsageError: When the batch does not divide into micro-batches and over the devices, or a
                 parameter does not divide over the mesh.
         """
         parts = self.accumulate * self.batch_shards
@@ -129,7 +129,7 @@ def parse_mesh(text: str) -> Mesh:
     """The mesh of `data=2,fsdp=2,expert=2`, over all devices, in this order.
 
     Raises:
-        UsageError: when an axis is unknown or given twice, or the sizes do not multiply to the
+        UsageError: When an axis is unknown or given twice, or the sizes do not multiply to the
             number of devices.
     """
     sizes: dict[str, int] = {}

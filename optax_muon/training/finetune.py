@@ -44,7 +44,7 @@ def byte_model(source: PretrainedSource) -> Model:
     """The model of a run that can be fine-tuned.
 
     Raises:
-        UsageError: when there is no run, or its tokens are not bytes.
+        UsageError: When there is no run, or its tokens are not bytes.
     """
     model = source.model
     if model.config.vocab_size != VOCAB:

@@ -28,10 +28,10 @@ def run_flops(config: TrainConfig, trial: Trial, params: optax.Params, steps: fl
     """Operations of the first steps of a run, model and optimizer; the last may be a part of one.
 
     Args:
-        config: what all trials share.
-        trial: the optimizer.
-        params: arrays or `ShapeDtypeStruct`s.
-        steps: number of steps.
+        config: What all trials share.
+        trial: The optimizer.
+        params: Arrays or `ShapeDtypeStruct`s.
+        steps: Number of steps.
     """
     optimizer = trial.spec.step_flops(params, views(config))
     return config.sequences(steps) * sequence_flops(config) + steps * optimizer
@@ -50,9 +50,9 @@ def utilization(config: TrainConfig, speed: float, devices: Devices) -> float | 
     memory. The peak is that of products in bfloat16, whatever the dtype of these.
 
     Args:
-        config: what all trials share.
-        speed: tokens per second.
-        devices: where they are trained.
+        config: What all trials share.
+        speed: Tokens per second.
+        devices: Where they are trained.
 
     Returns:
         The share; None where the peak is not known, as on CPUs.

@@ -102,14 +102,14 @@ def train(
     """Train from step `done` to the end of the schedule.
 
     Args:
-        config: what all trials share.
-        trial: the optimizer.
-        task: what is learned; its mesh, if it has one, must be ambient.
-        state: state after `done` steps; it is donated, so use the yielded one instead.
-        done: steps already taken.
-        ahead: how many steps may be started before the numbers of a step are read
+        config: What all trials share.
+        trial: The optimizer.
+        task: What is learned; its mesh, if it has one, must be ambient.
+        state: State after `done` steps; it is donated, so use the yielded one instead.
+        done: Steps already taken.
+        ahead: How many steps may be started before the numbers of a step are read
             (`Devices.steps_ahead`). The numbers are the same.
-        is_stopped: whether to start no further step; asked only where steps are under way.
+        is_stopped: Whether to start no further step; asked only where steps are under way.
 
     Yields:
         The metrics of each step and the state after it, valid until the next one is asked for; None
@@ -117,7 +117,7 @@ def train(
         last step and the last one before a stop always have it.
 
     Raises:
-        Diverged: at the first loss, gradient or held-out loss that is not finite.
+        Diverged: At the first loss, gradient or held-out loss that is not finite.
     """
     steps = _Steps(config, trial, task, state, done)
     schedule = config.learning_rate(trial.hyper_params.lr)
@@ -136,11 +136,11 @@ class _Steps:
     """Steps that are started, and later read, in order.
 
     Args:
-        config: as `train` takes it.
-        trial: as `train` takes it.
-        task: as `train` takes it.
-        state: as `train` takes it.
-        done: steps already taken.
+        config: As `train` takes it.
+        trial: As `train` takes it.
+        task: As `train` takes it.
+        state: As `train` takes it.
+        done: Steps already taken.
     """
 
     def __init__(self, config: TrainConfig, trial: Trial, task: Task, state: State, done: int):

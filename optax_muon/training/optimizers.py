@@ -124,7 +124,7 @@ def register(spec: OptimizerSpec) -> OptimizerSpec:
     """Add an optimizer to `REGISTRY`.
 
     Raises:
-        ValueError: when the name is taken.
+        ValueError: When the name is taken.
     """
     if spec.name in REGISTRY:
         raise ValueError(f"{spec.name!r} is registered already; give the optimizer another name")
@@ -232,7 +232,7 @@ def optimizer(name: str) -> OptimizerSpec:
     """The row of `REGISTRY` called `name`.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: When there is none.
 
     >>> optimizer("muon").title
     'Muon'
@@ -252,12 +252,12 @@ def hyper_params(
     """The hyperparameters of an optimizer: tuned ones, or derived from those of its `like`.
 
     Args:
-        name: name of the optimizer.
-        tuned: hyperparameters by optimizer, as a preset holds them.
-        overrides: numbers that replace them, before others are derived from them.
+        name: Name of the optimizer.
+        tuned: Hyperparameters by optimizer, as a preset holds them.
+        overrides: Numbers that replace them, before others are derived from them.
 
     Raises:
-        UsageError: when an optimizer or a hyperparameter is unknown, or nothing is tuned.
+        UsageError: When an optimizer or a hyperparameter is unknown, or nothing is tuned.
 
     >>> tuned = {"adamw": HyperParams(1e-3, 0.1)}
     >>> hyper_params("muon-carried", tuned, {"adamw": {"lr": 2e-3}})
@@ -287,12 +287,12 @@ def comparison(
     """The trials of these optimizers; one that would repeat an earlier one is left out.
 
     Args:
-        names: names of the optimizers; the first one is the baseline.
-        tuned: as `hyper_params` takes it.
-        overrides: as `hyper_params` takes it.
+        names: Names of the optimizers; the first one is the baseline.
+        tuned: As `hyper_params` takes it.
+        overrides: As `hyper_params` takes it.
 
     Raises:
-        UsageError: as `hyper_params`, or when nothing is named.
+        UsageError: As `hyper_params`, or when nothing is named.
 
     >>> same = HyperParams(1e-3, 0.1)
     >>> [t.name for t in comparison(DEFAULT, {"adamw": same, "muon": HyperParams(2e-3, 0.1)})]

@@ -145,7 +145,7 @@ def preset(name: str) -> Preset:
     """The row called `name`.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: When there is none.
 
     >>> preset("small").model.hidden_size
     128

@@ -32,13 +32,13 @@ def three_stage_schedule(
     ['0', '0.00042', '4.2e-05', '0.0001', '5e-05', '0']
 
     Args:
-        peak: learning rate at the end of the first warm-up, which starts at 0.
-        warmup: steps of the first warm-up.
-        decay_end: step at which the cosine has come down to `floor`.
-        floor: learning rate at the end of the cosine.
-        rewarm: steps of the second warm-up.
-        rewarm_peak: learning rate at the end of the second warm-up.
-        cooldown: steps from there to zero, where it stays.
+        peak: Learning rate at the end of the first warm-up, which starts at 0.
+        warmup: Steps of the first warm-up.
+        decay_end: Step at which the cosine has come down to `floor`.
+        floor: Learning rate at the end of the cosine.
+        rewarm: Steps of the second warm-up.
+        rewarm_peak: Learning rate at the end of the second warm-up.
+        cooldown: Steps from there to zero, where it stays.
 
     Raises:
         ValueError: `decay_end` does not come after the warm-up, or a number of steps is below 1.

@@ -137,7 +137,7 @@ def views(params: optax.Params) -> dict[str, View]:
     """The views of the parameters whose spectra are taken: Muon's matrices and the routers.
 
     Raises:
-        UsageError: when one of Muon's matrices is in no group.
+        UsageError: When one of Muon's matrices is in no group.
 
     >>> views({"layers": {"router": {"kernel": jnp.ones([3, 16, 8])}}, "norm": jnp.ones(16)})
     {'layers/router/kernel': View(rows=(-2,), cols=(-1,), split=None)}
@@ -156,12 +156,12 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
     """Decompose every matrix, in float32.
 
     Args:
-        params: a Llama's or a Moonlight's, of any floating dtype.
-        trial: trial that trained them.
-        step: step of the checkpoint.
+        params: A Llama's or a Moonlight's, of any floating dtype.
+        trial: Trial that trained them.
+        step: Step of the checkpoint.
 
     Raises:
-        UsageError: when one of Muon's matrices is in no group.
+        UsageError: When one of Muon's matrices is in no group.
 
     >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.stack([jnp.eye(4, 8)] * 3)}}}}
     >>> [spectrum] = spectra(params)
@@ -181,11 +181,11 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
     """The trials of a run, the baseline first, and every checkpoint that it has kept.
 
     Args:
-        run: a folder of `optax-muon train` or `finetune`, or one of `import-hf`, which has a single
+        run: A folder of `optax-muon train` or `finetune`, or one of `import-hf`, which has a single
             trial, named after the folder, with a single checkpoint, of step 0.
 
     Raises:
-        UsageError: when there is no run, or it has no checkpoint.
+        UsageError: When there is no run, or it has no checkpoint.
     """
     folder = RunFolder(run)
     if not folder.is_training_run:

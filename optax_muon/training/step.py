@@ -47,12 +47,12 @@ def step(
     largest of the logits. One micro-batch is in memory at a time.
 
     Args:
-        model: the model.
-        tx: the optimizer; it gets `max_logits`, `[depth, heads]`, for `optax_muon.qk_clip`.
-        state: state before the step; on a mesh as `shardings` lays it out.
+        model: The model.
+        tx: The optimizer; it gets `max_logits`, `[depth, heads]`, for `optax_muon.qk_clip`.
+        state: State before the step; on a mesh as `shardings` lays it out.
         tokens: `[k, b, t + 1]` int32; on a mesh, `b` lies over the batch axes.
-        bias_update_speed: change of a router bias, float32; the caller evaluates its schedule.
-        weights: weights of the predictions of `tokens[..., 1:]`, `[k, b, t]` float32, such as 1 for
+        bias_update_speed: Change of a router bias, float32; the caller evaluates its schedule.
+        weights: Weights of the predictions of `tokens[..., 1:]`, `[k, b, t]` float32, such as 1 for
             completions and 0 for prompts; the loss is the weighted mean. None weighs all equally.
 
     Returns:
@@ -128,10 +128,10 @@ def next_token_loss(
     """Cross-entropy of each next token in nats, and the model's statistics.
 
     Args:
-        model: the model.
-        params: the parameters.
+        model: The model.
+        params: The parameters.
         tokens: `[b, t + 1]` int32.
-        bias: the router biases; None if the model has no router.
+        bias: The router biases; None if the model has no router.
         weights: `[b, t]` float32. The loss is the sum over tokens of weight and cross-entropy, over
             the number of tokens. None is a weight of 1.
     """

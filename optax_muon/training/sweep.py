@@ -61,7 +61,7 @@ class SweepTable:
         """All finished points, in the order of their runs.
 
         Raises:
-            UsageError: when a line is no point.
+            UsageError: When a line is no point.
         """
         if not self.path.exists():
             return []
@@ -89,11 +89,11 @@ def grid(lrs: Mapping[str, Sequence[float]], decays: Sequence[float]) -> list[Po
     """All points, without losses.
 
     Args:
-        lrs: learning rates by optimizer, equally many for each.
-        decays: weight decays, the same for all.
+        lrs: Learning rates by optimizer, equally many for each.
+        decays: Weight decays, the same for all.
 
     Raises:
-        UsageError: when the optimizers' budgets differ.
+        UsageError: When the optimizers' budgets differ.
 
     >>> [p.lr for p in grid({"adamw": (1e-3, 2e-3), "muon": (2e-3, 4e-3)}, (0.1,))]
     [0.001, 0.002, 0.002, 0.004]
@@ -124,7 +124,7 @@ def run_all(task: Pretraining, points: Sequence[Point], table: SweepTable) -> No
     """Run every point that the table does not hold yet; the mesh of the task is ambient.
 
     Raises:
-        Interrupted: on Ctrl-C; the finished points are in the table.
+        Interrupted: On Ctrl-C; the finished points are in the table.
     """
     finished = {point.title for point in table.read()}
     missing = [point for point in points if point.title not in finished]

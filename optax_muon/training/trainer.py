@@ -68,8 +68,8 @@ class Trainer:
         """Train one trial from its newest checkpoint, or from the start, to the end.
 
         Raises:
-            Diverged: when a loss is not finite; the checkpoints stay as they are.
-            Interrupted: on Ctrl-C, after saving.
+            Diverged: When a loss is not finite; the checkpoints stay as they are.
+            Interrupted: On Ctrl-C, after saving.
         """
         path, settings = self.folder.checkpoints(trial.name), self.run.settings(trial)
         with Checkpoints(path, RetentionPolicy(every=self.run.keep_every), settings) as checkpoints:
@@ -162,15 +162,15 @@ def train_all(
     """Train every trial to its end; the devices' mesh is ambient.
 
     Args:
-        run: what was asked for.
-        task: what is learned.
-        folder: where everything is written.
-        devices: devices and micro-batches.
-        profile: which steps are traced.
+        run: What was asked for.
+        task: What is learned.
+        folder: Where everything is written.
+        devices: Devices and micro-batches.
+        profile: Which steps are traced.
 
     Raises:
-        Diverged: as `Trainer.train`.
-        Interrupted: as `Trainer.train`.
+        Diverged: As `Trainer.train`.
+        Interrupted: As `Trainer.train`.
     """
     titles = [trial.title for trial in run.trials]
     shown = Progress(titles, run.training, devices, hidden=not distributed.is_main_process())

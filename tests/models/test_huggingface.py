@@ -543,7 +543,7 @@ def test_stacked_experts_of_a_wrong_shape_or_twice_are_refused(tmp_path):
     tensors["model.layers.1.mlp.experts.0.up_proj.weight"] = np.zeros([16, 32], np.float32)
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     assert refusal(tmp_path / "stacked", tmp_path).splitlines()[1:] == [
-        f"  misshapen  {name} [8, 16, 32], it must be [8, 32, 32]",
+        f"  misshapen  {name} [8, 16, 32], but must be [8, 32, 32]",
         "  unknown    model.layers.1.mlp.experts.0.up_proj.weight [16, 32]",
     ]
 
@@ -621,17 +621,17 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path):
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True, but must be False"),
         ({"rope_parameters": None}, "rope_theta is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
-        ({"rope_scaling": 2.0}, "rope_scaling is 2.0, it must be absent or"),
-        ({"vocab_size": "48"}, "vocab_size is '48', it must be a whole number"),
-        ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0, it must be a whole number"),
-        ({"hidden_size": -32}, "hidden_size is -32, it must be at least 1"),
-        ({"n_group": True}, "n_group is True, it must be a whole number"),
-        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, it must be true or false"),
+        ({"rope_scaling": 2.0}, "rope_scaling is 2.0, but must be absent or"),
+        ({"vocab_size": "48"}, "vocab_size is '48', but must be a whole number"),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0, but must be a whole number"),
+        ({"hidden_size": -32}, "hidden_size is -32, but must be at least 1"),
+        ({"n_group": True}, "n_group is True, but must be a whole number"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, but must be true or false"),
         (
             {"rope_theta": "1e4", "rope_parameters": None},
-            "rope_theta is '1e4', it must be a number",
+            "rope_theta is '1e4', but must be a number",
         ),
-        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, it must be a whole"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, but must be a whole"),
     ],
 )
 def test_a_config_of_another_model_is_refused(change, message, broken, tmp_path):

@@ -70,17 +70,17 @@ def import_checkpoint(
     """Convert a checkpoint to a run's folder.
 
     Args:
-        source: the checkpoint: `config.json` and safetensors files, with an index if several.
-        run: the folder to make.
-        progress: wraps the iteration over tensors, to show how far it has come.
-        note: called with a sentence for what is left out: layers of multi-token prediction, which
+        source: The checkpoint: `config.json` and safetensors files, with an index if several.
+        run: The folder to make.
+        progress: Wraps the iteration over tensors, to show how far it has come.
+        note: Called with a sentence for what is left out: layers of multi-token prediction, which
             the config must count.
 
     Returns:
         The sizes.
 
     Raises:
-        ValueError: the checkpoint is incomplete or of another architecture, or `run` exists. The
+        ValueError: The checkpoint is incomplete or of another architecture, or `run` exists. The
             message names the tensors that are missing, unknown, or of a wrong shape or dtype.
     """
     theirs = read_json(source / CONFIG)
@@ -117,13 +117,13 @@ def export_checkpoint(
     """Convert a run's parameters to a checkpoint that `transformers` and others load.
 
     Args:
-        run: a run's folder, as `import_checkpoint` makes it.
-        target: the folder to make.
-        progress: wraps the iteration over tensors, to show how far it has come.
-        shard_bytes: largest size of a file, unless a single tensor is larger.
+        run: A run's folder, as `import_checkpoint` makes it.
+        target: The folder to make.
+        progress: Wraps the iteration over tensors, to show how far it has come.
+        shard_bytes: Largest size of a file, unless a single tensor is larger.
 
     Raises:
-        ValueError: the run is incomplete, or `target` exists.
+        ValueError: The run is incomplete, or `target` exists.
     """
     config, like = read_config(run)
     entries = safetensors_io.entries(run / PARAMS)
@@ -168,8 +168,8 @@ def load(
     """Sizes, parameters and router biases of a run.
 
     Args:
-        run: a run's folder, as `import_checkpoint` makes it.
-        shardings: of the parameters, from `Moonlight.shardings`; only the slices of this process's
+        run: A run's folder, as `import_checkpoint` makes it.
+        shardings: Of the parameters, from `Moonlight.shardings`; only the slices of this process's
             devices are read. None puts everything on the first device.
 
     Raises:

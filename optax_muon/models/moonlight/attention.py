@@ -69,10 +69,10 @@ def attention(
     """Causal attention, and the statistics of its logits.
 
     Args:
-        q: queries, `[b, t, heads, d]`.
-        k: keys, `[b, t, heads, d]`.
-        v: values, `[b, t, heads, e]`.
-        query_block: queries whose logits, `[query_block, b, heads, t]` in float32, are in memory at
+        q: Queries, `[b, t, heads, d]`.
+        k: Keys, `[b, t, heads, d]`.
+        v: Values, `[b, t, heads, e]`.
+        query_block: Queries whose logits, `[query_block, b, heads, t]` in float32, are in memory at
             once; the backward pass computes them again.
 
     Returns:

@@ -60,16 +60,16 @@ def load_corpus(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
     """Read the corpus.
 
     Args:
-        pattern: a file, a folder, or a glob (`**` matches subfolders), or a `.npy` file of tokens;
+        pattern: A file, a folder, or a glob (`**` matches subfolders), or a `.npy` file of tokens;
             None is the standard library.
-        context: tokens of one sequence; each part must hold at least one, and the token after it.
-        vocab: size of the model's vocabulary.
+        context: Tokens of one sequence; each part must hold at least one, and the token after it.
+        vocab: Size of the model's vocabulary.
 
     Returns:
         The corpus.
 
     Raises:
-        UsageError: when no file matches, there is too little text, or a token is not in the
+        UsageError: When no file matches, there is too little text, or a token is not in the
             vocabulary.
 
     >>> corpus = load_corpus(None, context=128)

@@ -68,11 +68,11 @@ def load_prompts(path: Path, context: int) -> PromptDataset:
     """Read a file of prompt-completion pairs.
 
     Args:
-        path: a line of JSON per example, UTF-8; empty lines are skipped.
-        context: tokens of one sequence; prompt, completion and one zero byte must fit.
+        path: A line of JSON per example, UTF-8; empty lines are skipped.
+        context: Tokens of one sequence; prompt, completion and one zero byte must fit.
 
     Raises:
-        UsageError: when the file cannot be read or has fewer than two prompts; or when a line is
+        UsageError: When the file cannot be read or has fewer than two prompts; or when a line is
             not JSON, lacks a key, has an empty completion or is too long. The message gives its
             number.
     """
