@@ -59,7 +59,7 @@ def get_platform(name: str) -> Platform:
     """Return the row called `name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
 
     >>> get_platform("tpu").compute_dtype.name, get_platform("cpu").flops_per_byte
     ('bfloat16', 40.0)

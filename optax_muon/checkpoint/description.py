@@ -60,7 +60,7 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
         parameter, and the settings.
 
     Raises:
-        TypeError: a setting that JSON cannot hold, a leaf that is neither an array nor a number, or
+        TypeError: A setting that JSON cannot hold, a leaf that is neither an array nor a number, or
             items that are no mapping of names.
 
     >>> import jax.numpy as jnp, optax
@@ -90,7 +90,7 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
         where: What the checkpoint is called in the message.
 
     Raises:
-        ValueError: something differs, with a line for each; or one of them is no description.
+        ValueError: Something differs, with a line for each; or one of them is no description.
 
     >>> check(describe({}, {"beta": 0.95}), describe({}, {"beta": 0.9}))
     Traceback (most recent call last):
@@ -111,7 +111,7 @@ def to_json(settings: Any) -> Any:
     """Settings as they come back from JSON.
 
     Raises:
-        TypeError: a setting that JSON cannot hold.
+        TypeError: A setting that JSON cannot hold.
 
     >>> to_json({"beta": np.float32(0.5), "rows": (1, 2)})
     {'beta': 0.5, 'rows': [1, 2]}

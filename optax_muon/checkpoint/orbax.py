@@ -30,7 +30,7 @@ def _import_orbax() -> Any:
     """The module `orbax.checkpoint`.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: It is not installed; the message names the extra.
     """
     require_extra("checkpoint", "Saving and restoring")
     return importlib.import_module("orbax.checkpoint")
@@ -47,9 +47,9 @@ def save(
         settings: What must not change, as `describe` takes it.
 
     Raises:
-        ValueError: the folder exists, an item has a name that cannot be saved (`"description"`, or
-            one that is no name of a file), or a leaf has been donated.
-        TypeError: as `describe`.
+        ValueError: The folder exists, an item has a name that cannot be saved (`"description"`, or
+            one that is not a file name), or a leaf has been donated.
+        TypeError: As `describe`.
     """
     ocp = _import_orbax()
 
@@ -73,7 +73,7 @@ def restore(
         The items of `like`, with the arrays of the checkpoint, bit for bit.
 
     Raises:
-        ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
+        ValueError: The state differs from the saved one (`check`), or files are missing or damaged.
     """
     ocp = _import_orbax()
 
@@ -96,10 +96,10 @@ def save_args(
         settings: What must not change, as `describe` takes it.
 
     Raises:
-        ValueError: an item has a name that cannot be saved (`"description"`, or one that is no name
+        ValueError: An item has a name that cannot be saved (`"description"`, or one that is no name
             of a file), or a leaf has been donated.
-        TypeError: as `describe`.
-        ImportError: orbax is not installed.
+        TypeError: As `describe`.
+        ImportError: Orbax is not installed.
 
     >>> import jax.numpy as jnp
     >>> sorted(save_args({"params": {"up": jnp.ones((4, 8))}}, {"beta": 0.95}).keys())
@@ -118,7 +118,7 @@ def description_args() -> ocp.args.Composite:
     """The `args` of `ocp.CheckpointManager.restore` that read only the item `description`.
 
     Raises:
-        ImportError: orbax is not installed.
+        ImportError: Orbax is not installed.
     """
     ocp = _import_orbax()
 
@@ -132,7 +132,7 @@ def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
         like: What to read, as `restore` takes it.
 
     Raises:
-        ImportError: orbax is not installed.
+        ImportError: Orbax is not installed.
     """
     ocp = _import_orbax()
 
@@ -174,14 +174,14 @@ def reading(where: Path) -> Iterator[None]:
         where: The path that the message names.
 
     Raises:
-        ValueError: anything that was raised inside.
+        ValueError: Anything that was raised inside.
     """
     try:
         yield
     except Exception as error:  # orbax raises OSError, ValueError, KeyError and bare Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{where} cannot be read, files of it are missing or damaged: {reason[0][:200]}"
+            f"{where} cannot be read; files are missing or damaged: {reason[0][:200]}"
         ) from error
 
 
@@ -189,9 +189,9 @@ def _check_items(items: Mapping[str, Any]) -> None:
     """Refuse what orbax would take and never give back, or refuse without a name."""
     for name, item in items.items():
         if name == DESCRIPTION:
-            raise ValueError(f"An item is called {name!r}, as the description is; rename it.")
+            raise ValueError(f"An item is called {name!r}, the name of the description; rename it.")
         if name in ("", ".", "..") or "/" in name:
-            raise ValueError(f"An item is called {name!r}, which is no name of a file; rename it.")
+            raise ValueError(f"An item is called {name!r}, which is not a file name; rename it.")
         for path, leaf in named_leaves(item).items():
             if isinstance(leaf, jax.Array) and leaf.is_deleted():
                 raise ValueError(f"{name}/{path} has been donated or deleted; save it before that.")

@@ -56,7 +56,12 @@ def _command(arguments: list[str]) -> Callable[[], None]:
 
     from optax_muon.cli.commands import COMMANDS
 
-    command: Callable[[], None] = tyro.cli(COMMANDS, prog="optax-muon", args=arguments)
+    command: Callable[[], None] = tyro.cli(
+        COMMANDS,
+        prog="optax-muon",
+        description="Train language models with Muon, inspect them, and plan Muon on a mesh.",
+        args=arguments,
+    )
     return command
 
 

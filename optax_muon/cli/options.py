@@ -22,13 +22,13 @@ def at_least(least: float, name: str, value: float | None) -> None:
     """Check that an option is neither too small nor infinite; None is one that is not given.
 
     Raises:
-        UsageError: with the option as it is typed.
+        UsageError: With the option as it is typed.
 
     >>> at_least(1, "eval_every", 20)
     >>> at_least(0, "temperature", float("nan"))
     Traceback (most recent call last):
       ...
-    optax_muon.errors.UsageError: --temperature is nan, it must be at least 0 and finite
+    optax_muon.errors.UsageError: --temperature is nan; it must be at least 0 and finite
     """
     if value is None or least <= value <= MOST:
         return
@@ -37,14 +37,14 @@ def at_least(least: float, name: str, value: float | None) -> None:
         bound = f"at least {least}" if value < least else f"at most {MOST}"
     else:
         bound = f"at least {least} and finite"
-    raise UsageError(f"--{option} is {value}, it must be {bound}")
+    raise UsageError(f"--{option} is {value}; it must be {bound}")
 
 
 def assignments(words: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The hyper-parameters of `--set`, by optimizer and name.
+    """The hyperparameters of `--set`, by optimizer and name.
 
     Raises:
-        UsageError: when a word is not `OPTIMIZER.HYPERPARAMETER=NUMBER[,NUMBER...]`.
+        UsageError: When a word is not `OPTIMIZER.HYPERPARAMETER=NUMBER[,NUMBER...]`.
 
     >>> assignments(["muon.lr=1e-3,2e-3", "muon.weight_decay=0.1"])
     {'muon': {'lr': (0.001, 0.002), 'weight_decay': (0.1,)}}
@@ -71,7 +71,7 @@ def single_values(words: Sequence[str]) -> dict[str, dict[str, float]]:
     """As `assignments`, one number each.
 
     Raises:
-        UsageError: as `assignments`, or when there are several numbers.
+        UsageError: As `assignments`, or when there are several numbers.
 
     >>> single_values(["muon.lr=1e-3"])
     {'muon': {'lr': 0.001}}
@@ -105,7 +105,7 @@ class DeviceOptions:
         """The devices; initializes them, so call it after `distributed.start`.
 
         Raises:
-            UsageError: when the mesh does not fit the devices, or something does not divide.
+            UsageError: When the mesh does not fit the devices, or something does not divide.
         """
         at_least(1, "accumulate", self.accumulate)
         devices = Devices(None if self.mesh is None else parse_mesh(self.mesh), self.accumulate)
@@ -135,12 +135,12 @@ class RunOptions(DeviceOptions):
         """Check that the options do not contradict each other.
 
         Raises:
-            UsageError: when they do.
+            UsageError: When they do.
         """
         at_least(1, "accumulate", self.accumulate)
         at_least(1, "profile", self.profile)
         if self.resume and self.overwrite:
-            raise UsageError("--resume and --overwrite exclude each other")
+            raise UsageError("--resume and --overwrite are mutually exclusive")
         if self.distributed and self.mesh is None:
             raise UsageError("--distributed needs --mesh, which says how devices share the work")
 
@@ -153,7 +153,7 @@ class RunOptions(DeviceOptions):
         """The folder of a run.
 
         Raises:
-            UsageError: when the name leads out of `--runs`, or is that folder.
+            UsageError: When the name leads out of `--runs`, or is that folder.
         """
         path = self.runs / name
         if self.runs.resolve() not in path.resolve().parents:

@@ -53,7 +53,7 @@ class Spectra:
         console.print(table(trials, lines))
         for line in comparison(trials, lines):
             console.print(line, highlight=False, markup=False)
-        console.out(f"All of it is in {out}", highlight=False)
+        console.out(f"Results are in {out}", highlight=False)
 
 
 def write(path: Path, lines: Sequence[SpectraRow]) -> None:

@@ -67,7 +67,7 @@ class Sweep(Experiment):
         """The points of the grid.
 
         Raises:
-            UsageError: when there is none, one is there twice, or one cannot run.
+            UsageError: When there is none, one is there twice, or one cannot run.
         """
         points = sweep.grid(self._rates(), self.weight_decay)
         if not points:
@@ -82,7 +82,7 @@ class Sweep(Experiment):
         """Learning rates by optimizer.
 
         Raises:
-            UsageError: when something else than the rates of these optimizers is set.
+            UsageError: When something else than the rates of these optimizers is set.
         """
         given = assignments(self.overrides)
         for name, numbers in given.items():

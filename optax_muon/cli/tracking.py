@@ -18,8 +18,8 @@ def tracked(items: Iterable[Item], unit: str) -> Iterable[Item]:
     """The items, with the progress shown on stderr.
 
     Args:
-        items: what is iterated over.
-        unit: what they are, in the plural.
+        items: What is iterated over.
+        unit: What they are, in the plural.
     """
     console, known = Console(stderr=True), list(items)
     if console.is_interactive or console.is_jupyter:
@@ -36,10 +36,10 @@ def with_lines(
     """The items, with a line every `SECONDS` seconds.
 
     Args:
-        items: what is iterated over.
-        unit: what they are, in the plural.
-        console: where the lines are written.
-        clock: seconds since any moment.
+        items: What is iterated over.
+        unit: What they are, in the plural.
+        console: Where the lines are written.
+        clock: Seconds since any moment.
     """
     written = clock()
     for number, item in enumerate(items):

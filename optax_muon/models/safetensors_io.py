@@ -89,15 +89,15 @@ def entries(path: Path) -> dict[str, Entry]:
 
 
 def load(path: Path, shardings: Any = None) -> dict[str, Any]:
-    """Read a file as the tree that its names, `layers/attn/kernel`, spell.
+    """Read a file as a tree; its names are paths, such as `layers/attn/kernel`.
 
     Args:
-        path: the file.
-        shardings: a tree of shardings of the same structure; only the slices of this process's
+        path: The file.
+        shardings: A tree of shardings of the same structure; only the slices of this process's
             devices are read. None puts everything on the first device.
 
     Raises:
-        ValueError: the file is missing or not a safetensors file.
+        ValueError: The file is missing or not a safetensors file.
     """
     tree: dict[str, Any] = {}
     with _opened(path) as file:

@@ -13,14 +13,14 @@ def size_refusals(config: Any, least: Mapping[str, int] | None = None) -> Iterat
     """A sentence for every number of a config that no model can have.
 
     Args:
-        config: a dataclass; its fields annotated `int` are sizes, those annotated `float` numbers.
-        least: the smallest value of sizes that may be smaller than 1.
+        config: A dataclass; its fields annotated `int` are sizes, those annotated `float` numbers.
+        least: The smallest value of sizes that may be smaller than 1.
 
     >>> from optax_muon.models.llama import LlamaConfig
     >>> LlamaConfig(16, 2, 0, num_key_value_heads=1, intermediate_size=32, context=8)
     Traceback (most recent call last):
       ...
-    ValueError: num_attention_heads is 0, it must be a whole number of at least 1
+    ValueError: num_attention_heads is 0; it must be a whole number of at least 1
     """
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), str(field.type)
@@ -28,9 +28,9 @@ def size_refusals(config: Any, least: Mapping[str, int] | None = None) -> Iterat
             continue
         smallest = (least or {}).get(field.name, 1)
         if kind.startswith("int") and not _is_whole(value, smallest):
-            yield f"{field.name} is {value!r}, it must be a whole number of at least {smallest}"
+            yield f"{field.name} is {value!r}; it must be a whole number of at least {smallest}"
         if kind.startswith("float") and not _is_finite(value):
-            yield f"{field.name} is {value!r}, it must be a finite number"
+            yield f"{field.name} is {value!r}; it must be a finite number"
 
 
 def _is_whole(value: Any, smallest: int) -> bool:

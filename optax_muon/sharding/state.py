@@ -31,20 +31,20 @@ def state_shardings(
     is free to lay out its results.
 
     Args:
-        tx: the optimizer, with all its wrappers.
-        params: arrays or `ShapeDtypeStruct`s.
-        shardings: those of the parameters: a tree, or prefix of one, of `NamedSharding`.
-        zero1: mesh axes that replicate parameters, over which the momenta are to be cut: ZeRO-1 as
-            in arXiv 2502.16982, section 2.3. On Auto axes the optimizer has to be told as well, by
+        tx: The optimizer, with all its wrappers.
+        params: Arrays or `ShapeDtypeStruct`s.
+        shardings: Those of the parameters: a tree, or prefix of one, of `NamedSharding`.
+        zero1: Mesh axes that replicate parameters, over which the momenta are to be cut: ZeRO-1 as
+            in arXiv 2502.16982, section 2.3. On Auto axes the optimizer needs them too:
             `muon(shardings=zero1_shardings(...))`.
 
     Returns:
         A tree of `NamedSharding` with the structure of the state.
 
     Raises:
-        ValueError: a parameter without a sharding, a sharding without a parameter, or an axis that
+        ValueError: A parameter without a sharding, a sharding without a parameter, or an axis that
             the mesh lacks.
-        TypeError: a parameter that is neither an array nor a number.
+        TypeError: A parameter that is neither an array nor a number.
 
     >>> import jax.numpy as jnp, optax_muon
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -82,17 +82,17 @@ def zero1_shardings(
     result, as `muon(shardings=...)`, and has to exist before its state has shardings.
 
     Args:
-        params: arrays or `ShapeDtypeStruct`s.
-        shardings: a tree, or prefix of one, of `NamedSharding`.
-        axes: one mesh axis, or several; none cuts nothing.
+        params: Arrays or `ShapeDtypeStruct`s.
+        shardings: A tree, or prefix of one, of `NamedSharding`.
+        axes: One mesh axis, or several; none cuts nothing.
 
     Returns:
         Path to sharding: what `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
 
     Raises:
-        ValueError: a parameter without a sharding, a sharding without a parameter, or an axis that
+        ValueError: A parameter without a sharding, a sharding without a parameter, or an axis that
             the mesh lacks.
-        TypeError: a parameter that is neither an array nor a number.
+        TypeError: A parameter that is neither an array nor a number.
     """
     entries = _entries(shardings)
     _check_entries(entries, params)

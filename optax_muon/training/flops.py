@@ -1,14 +1,14 @@
 """The floating-point operations of a step: the model's and the optimizer's.
 
-A multiply-add counts as two. The model's are 6 per token and parameter that the token is multiplied
-with (2 forward, 4 backward; Kaplan et al., arXiv 2001.08361, section 2.1): of experts
-those it goes to. Attention scores are another `6 t` per token and feature of all heads' queries and
+A multiply-add counts as two. The model takes 6 per token and parameter that the token is multiplied
+by (2 forward, 4 backward; Kaplan et al., arXiv 2001.08361, section 2.1); of the experts only those
+that it goes to. Attention scores are another `6 t` per token and feature of all heads' queries and
 values (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B: `12 t width` per layer where both have
 `width` features). Embedding look-ups and AdamW's dozen operations per parameter are left out: with
 the 2048 tokens of a `small` step, about a thousandth. Work that the backward pass repeats to save
 memory is not counted.
 
-What an update costs is a function of the optimizer's row (`OptimizerSpec.step_flops`).
+The operations of an update come from the optimizer's row (`OptimizerSpec.step_flops`).
 `utilization` divides by the peak of the devices (`optax_muon.platforms`).
 """
 
@@ -28,10 +28,10 @@ def run_flops(config: TrainConfig, trial: Trial, params: optax.Params, steps: fl
     """Operations of the first steps of a run, model and optimizer; the last may be a part of one.
 
     Args:
-        config: what all trials share.
-        trial: the optimizer.
-        params: arrays or `ShapeDtypeStruct`s.
-        steps: how many.
+        config: What all trials share.
+        trial: The optimizer.
+        params: Arrays or `ShapeDtypeStruct`s.
+        steps: Number of steps.
     """
     optimizer = trial.spec.step_flops(params, views(config))
     return config.sequences(steps) * sequence_flops(config) + steps * optimizer
@@ -50,9 +50,9 @@ def utilization(config: TrainConfig, speed: float, devices: Devices) -> float | 
     memory. The peak is that of products in bfloat16, whatever the dtype of these.
 
     Args:
-        config: what all trials share.
-        speed: tokens per second.
-        devices: where they are trained.
+        config: What all trials share.
+        speed: Tokens per second.
+        devices: Where they are trained.
 
     Returns:
         The share; None where the peak is not known, as on CPUs.

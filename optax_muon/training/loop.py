@@ -3,8 +3,8 @@
 `train` is a generator that knows neither files nor screens: the trainer (`trainer.py`) writes what
 it yields and saves what it should, the sweep (`sweep.py`) only looks at the last metrics. What is
 learned is a `Task`: pretraining (`pretrain.py`) or fine-tuning (`finetune.py`). The batch of a step
-is a function of the seed and the step, so going on from a saved state gives the same numbers, bit
-for bit, as never having stopped.
+is a function of the seed and the step, so a run that resumes from a saved state gives the same
+numbers, bit for bit, as one that never stopped.
 
 An accelerator must not wait for the host. While a step runs, the next batch is put on the devices,
 and with `ahead=1` the next step is started before the numbers of this one are read:
@@ -56,9 +56,9 @@ class StepMetrics:
     """The measurements of one step: a line of `metrics.jsonl`."""
 
     step: int
-    """Counted from 1."""
+    """The step, counted from 1."""
     loss: float
-    """Of the step's batch before its update, nats per token."""
+    """Loss of the step's batch before the update, nats per token."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
     lr: float
@@ -69,7 +69,7 @@ class StepMetrics:
     val_loss: float | None = None
     """Held-out loss after the update, nats per token; None between evaluations."""
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The model's own (`Model.metrics`); empty for a model that reports nothing."""
+    """Metrics of the model (`Model.metrics`); empty if it has none."""
 
 
 class _Started(NamedTuple):
@@ -102,14 +102,14 @@ def train(
     """Train from step `done` to the end of the schedule.
 
     Args:
-        config: what all trials share.
-        trial: the optimizer.
-        task: what is learned; its mesh, if it has one, must be ambient.
-        state: after `done` steps; it is donated, so use the yielded one instead.
-        done: steps already taken.
-        ahead: how many steps may be started before the numbers of a step are read
+        config: What all trials share.
+        trial: The optimizer.
+        task: What is learned; its mesh, if it has one, must be ambient.
+        state: State after `done` steps; it is donated, so use the yielded one instead.
+        done: Steps already taken.
+        ahead: How many steps may be started before the numbers of a step are read
             (`Devices.steps_ahead`). The numbers are the same.
-        is_stopped: whether to start no further step; asked only where steps are under way.
+        is_stopped: Whether to start no further step; asked only where steps are under way.
 
     Yields:
         The metrics of each step and the state after it, valid until the next one is asked for; None
@@ -117,7 +117,7 @@ def train(
         last step and the last one before a stop always have it.
 
     Raises:
-        Diverged: at the first loss, gradient or held-out loss that is not finite.
+        Diverged: At the first loss, gradient or held-out loss that is not finite.
     """
     steps = _Steps(config, trial, task, state, done)
     schedule = config.learning_rate(trial.hyper_params.lr)
@@ -136,11 +136,11 @@ class _Steps:
     """Steps that are started, and later read, in order.
 
     Args:
-        config: as `train` takes it.
-        trial: as `train` takes it.
-        task: as `train` takes it.
-        state: as `train` takes it.
-        done: steps already taken.
+        config: As `train` takes it.
+        trial: As `train` takes it.
+        task: As `train` takes it.
+        state: As `train` takes it.
+        done: Steps already taken.
     """
 
     def __init__(self, config: TrainConfig, trial: Trial, task: Task, state: State, done: int):
@@ -206,7 +206,7 @@ def _step(
     bias_update_speed: jax.Array,
     weights: jax.Array | None,
 ) -> tuple[State, dict[str, Any]]:
-    """`step`, and of what it measured the fields of `StepMetrics`."""
+    """Take a step, and keep the measurements that `StepMetrics` records."""
     state, aux = step(model, tx, state, tokens, bias_update_speed, weights)
     measured = {"loss": aux.loss, "grad_norm": aux.grad_norm, "model": model.metrics(aux.stats)}
     return state, measured

@@ -25,7 +25,7 @@ class Profile:
         """A context whose steps are traced, into a folder that `xprof` and TensorBoard read.
 
         Args:
-            path: the folder; nothing is written if the run ends before the steps begin.
+            path: The folder; nothing is written if the run ends before the steps begin.
         """
         trace = Trace(path, self.steps)
         try:
@@ -42,8 +42,8 @@ class Trace:
     """A trace that begins and ends by the number of steps.
 
     Args:
-        path: the folder that it is written to.
-        steps: how many are traced; 0 for none.
+        path: The folder that it is written to.
+        steps: How many are traced; 0 for none.
     """
 
     def __init__(self, path: Path, steps: int):

@@ -33,10 +33,10 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     """The progress of some trials, as it can be shown here.
 
     Args:
-        titles: of the trials.
-        config: what they share.
-        devices: where they are trained.
-        hidden: show nothing, as in all processes but the main one.
+        titles: Titles of the trials.
+        config: What the trials share.
+        devices: Where they are trained.
+        hidden: Show nothing, as in all processes but the main one.
     """
 
     def __init__(
@@ -146,10 +146,10 @@ class Lines(Display):
     """A line when a trial begins, after its first and its last step, and every few seconds.
 
     Args:
-        config: what the trials share.
-        devices: where they are trained.
-        console: where the lines are written.
-        clock: seconds since any moment.
+        config: What the trials share.
+        devices: Where they are trained.
+        console: Where the lines are written.
+        clock: Seconds since any moment.
     """
 
     def __init__(

@@ -34,12 +34,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """What was asked for."""
+        """The file of the run's configuration."""
         return self.path / "config.json"
 
     @property
     def journal(self) -> Journal:
-        """A line per trial and step."""
+        """The metrics, a line per trial and step."""
         return Journal(self.path / "metrics.jsonl")
 
     def checkpoints(self, trial: str) -> Path:
@@ -56,13 +56,13 @@ class RunFolder:
         """Create the folder with its `config.json`, or check that its run can be resumed.
 
         Args:
-            config: what is asked for, as JSON can hold it.
-            resume: go on with the run in the folder; its config must be the same.
-            overwrite: delete the run in the folder.
-            option: the option that names the folder, for messages.
+            config: The configuration asked for, as JSON can hold it.
+            resume: Continue the run in the folder; its config must be the same.
+            overwrite: Delete the run in the folder.
+            option: The option that names the folder, for messages.
 
         Raises:
-            UsageError: when the folder holds a run and neither is asked for, when there is no run
+            UsageError: When the folder holds a run and neither is asked for, when there is no run
                 to resume, or when that run has another config.
         """
         if resume:
@@ -76,7 +76,7 @@ class RunFolder:
         """The config of the run that is here.
 
         Raises:
-            UsageError: when there is none, or it cannot be read.
+            UsageError: When there is none, or it cannot be read.
         """
         if not self.config.exists():
             raise UsageError(f"there is no run in {self.path}")
@@ -88,7 +88,7 @@ class RunFolder:
         """The trials of the run that is here, each with its name at least.
 
         Raises:
-            UsageError: when the config records none.
+            UsageError: When the config records none.
         """
         trials = self.read_config().get("trials")
         if isinstance(trials, list) and all(map(_is_trial, trials)):
@@ -107,7 +107,7 @@ class RunFolder:
         """The part of the config with the sizes of the model, as `spec.model_of` takes it.
 
         Raises:
-            UsageError: when it is no mapping.
+            UsageError: When it is no mapping.
         """
         config = self.read_config()
         sizes = config.get("training", config)
@@ -119,7 +119,7 @@ class RunFolder:
         """The checkpoints of the last of these trials that has any.
 
         Raises:
-            UsageError: when none has.
+            UsageError: When none has.
         """
         for path in map(self.checkpoints, reversed(trials)):
             if path.exists():
@@ -132,7 +132,7 @@ class RunFolder:
         """The checkpoints of a trial of this run; None is the last one that has any.
 
         Raises:
-            UsageError: when there is no such trial, or it has none.
+            UsageError: When there is no such trial, or it has none.
         """
         names = [each["name"] for each in self.trials]
         if trial not in (None, *names):
@@ -146,13 +146,13 @@ class RunFolder:
         except ValueError as error:
             differences = " ".join(str(error).split())
             raise UsageError(
-                f"{differences}; ask for the same, or give another {option}"
+                f"{differences}; give the same options, or another {option}"
             ) from error
 
     def _clear(self, overwrite: bool) -> None:
         if not overwrite:
             raise UsageError(
-                f"{self.path} exists; --resume goes on with it, --overwrite deletes it, "
+                f"{self.path} exists; --resume continues it, --overwrite deletes it, "
                 "--name makes another"
             )
         self.read_config()  # nothing but a run is ever deleted
@@ -188,7 +188,7 @@ class Journal:
         """Whole lines only, and what they say: a killed process may have left a partial one.
 
         Raises:
-            UsageError: when a line is none that `write` has written.
+            UsageError: When a line is none that `write` has written.
         """
         text = self.path.read_text() if self.path.exists() else ""
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -50,15 +50,15 @@ class Trainer:
     """Trains the trials of one run."""
 
     run: RunConfig
-    """What was asked for."""
+    """The configuration of the run."""
     task: Task
-    """What is learned."""
+    """What the trials learn."""
     folder: RunFolder
-    """Where everything is written."""
+    """The folder that everything is written to."""
     progress: Progress
-    """What the user sees meanwhile."""
+    """The progress bars."""
     interrupt: Interrupt
-    """Whether the user wants to stop."""
+    """Knows whether the user has pressed Ctrl-C."""
     devices: Devices = SINGLE_DEVICE
     """Devices and micro-batches."""
     profile: Profile = NO_PROFILE
@@ -68,8 +68,8 @@ class Trainer:
         """Train one trial from its newest checkpoint, or from the start, to the end.
 
         Raises:
-            Diverged: when a loss is not finite; the checkpoints stay as they are.
-            Interrupted: on Ctrl-C, after saving.
+            Diverged: When a loss is not finite; the checkpoints stay as they are.
+            Interrupted: On Ctrl-C, after saving.
         """
         path, settings = self.folder.checkpoints(trial.name), self.run.settings(trial)
         with Checkpoints(path, RetentionPolicy(every=self.run.keep_every), settings) as checkpoints:
@@ -109,7 +109,7 @@ class Trainer:
                 yield metrics, state
 
     def _begin(self, trial: Trial, checkpoints: Checkpoints) -> tuple[State, int]:
-        """The state to go on from and its step."""
+        """The state to continue from, and its step."""
         done, config, mesh = checkpoints.latest, self.run.training, self.devices.mesh
         if distributed.is_main_process():
             self.folder.journal.truncate(trial.name, after=done)
@@ -135,12 +135,12 @@ class Trainer:
         return jax.process_count() == 1 and self.interrupt.pressed
 
     def _is_due(self, metrics: StepMetrics) -> bool:
-        """Whether to save: only where the held-out loss has just shown these parameters good."""
+        """Whether to save: only after an evaluation, which has shown the parameters to be good."""
         last = metrics.step == self.run.training.steps
         return metrics.val_loss is not None and (last or metrics.step % self.run.save_every == 0)
 
     def _position(self, metrics: StepMetrics) -> dict[str, Any]:
-        """Position in the data, for people: a batch is a function of the seed and the step."""
+        """Position in the data, only to be read: a batch is a function of the seed and the step."""
         config = self.run.training
         tokens = int(config.sequences(metrics.step)) * config.model.context
         return {"seed": config.seed, "tokens": tokens}
@@ -162,15 +162,15 @@ def train_all(
     """Train every trial to its end; the devices' mesh is ambient.
 
     Args:
-        run: what was asked for.
-        task: what is learned.
-        folder: where everything is written.
-        devices: devices and micro-batches.
-        profile: which steps are traced.
+        run: What was asked for.
+        task: What is learned.
+        folder: Where everything is written.
+        devices: Devices and micro-batches.
+        profile: Which steps are traced.
 
     Raises:
-        Diverged: as `Trainer.train`.
-        Interrupted: as `Trainer.train`.
+        Diverged: As `Trainer.train`.
+        Interrupted: As `Trainer.train`.
     """
     titles = [trial.title for trial in run.trials]
     shown = Progress(titles, run.training, devices, hidden=not distributed.is_main_process())

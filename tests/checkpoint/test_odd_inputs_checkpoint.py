@@ -94,8 +94,8 @@ BAD = {
     "an object": ({"params": {"o": object()}}, TypeError, "params/o is <object object"),
     "no mapping": ([jnp.ones(3)], TypeError, "items is [Array"),
     "a number as a name": ({3: jnp.ones(3)}, TypeError, "give a mapping from names"),
-    "a slash in a name": ({"a/b": jnp.ones(3)}, ValueError, "'a/b', which is no name of a file"),
-    "an empty name": ({"": jnp.ones(3)}, ValueError, "'', which is no name of a file"),
+    "a slash in a name": ({"a/b": jnp.ones(3)}, ValueError, "'a/b', which is not a file name"),
+    "an empty name": ({"": jnp.ones(3)}, ValueError, "'', which is not a file name"),
     "a donated leaf": ({"params": {"a": deleted()}}, ValueError, "params/a has been donated"),
     "a float0 leaf": (
         {"params": {"a": np.zeros(3, jax.dtypes.float0)}},
@@ -249,6 +249,6 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
 
 
 def test_an_empty_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read, files of it are missing or damaged"):
+    with pytest.raises(ValueError, match="cannot be read; files are missing or damaged"):
         checkpoint.restore(tmp_path, {"params": jnp.ones(2)})
     assert list(tmp_path.iterdir()) == []

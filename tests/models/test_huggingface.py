@@ -428,8 +428,8 @@ def test_all_that_is_wrong_with_tensors_is_in_one_error(broken, tmp_path):
     change(spoil)
     assert refusal(folder, tmp_path).splitlines()[1:] == [
         "  dtype      model.layers.0.input_layernorm.weight I8, "
-        "it must be one of BF16, F16, F32, F64",
-        "  misshapen  lm_head.weight [32, 48], it must be [48, 32]",
+        "but must be one of BF16, F16, F32, F64",
+        "  misshapen  lm_head.weight [32, 48], but must be [48, 32]",
         "  missing    model.layers.1.mlp.experts.3.up_proj.weight [16, 32]",
         "  missing    model.norm.weight [32]",
         "  unknown    model.layers.3.enorm.weight [32]",
@@ -543,7 +543,7 @@ def test_stacked_experts_of_a_wrong_shape_or_twice_are_refused(tmp_path):
     tensors["model.layers.1.mlp.experts.0.up_proj.weight"] = np.zeros([16, 32], np.float32)
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     assert refusal(tmp_path / "stacked", tmp_path).splitlines()[1:] == [
-        f"  misshapen  {name} [8, 16, 32], it must be [8, 32, 32]",
+        f"  misshapen  {name} [8, 16, 32], but must be [8, 32, 32]",
         "  unknown    model.layers.1.mlp.experts.0.up_proj.weight [16, 32]",
     ]
 
@@ -612,26 +612,26 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', it must be 'deepseek_v3'"),
+        ({"model_type": "llama"}, "model_type is 'llama', but must be 'deepseek_v3'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads must be num_attention_heads, 4"),
-        ({"scoring_func": "softmax"}, "scoring_func is 'softmax', it must be 'sigmoid'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax', but must be 'sigmoid'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, it must be False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, but must be False"),
         ({"rope_parameters": None}, "rope_theta is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
-        ({"rope_scaling": 2.0}, "rope_scaling is 2.0, it must be absent or"),
-        ({"vocab_size": "48"}, "vocab_size is '48', it must be a whole number"),
-        ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0, it must be a whole number"),
-        ({"hidden_size": -32}, "hidden_size is -32, it must be at least 1"),
-        ({"n_group": True}, "n_group is True, it must be a whole number"),
-        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, it must be true or false"),
+        ({"rope_scaling": 2.0}, "rope_scaling is 2.0, but must be absent or"),
+        ({"vocab_size": "48"}, "vocab_size is '48', but must be a whole number"),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0, but must be a whole number"),
+        ({"hidden_size": -32}, "hidden_size is -32, but must be at least 1"),
+        ({"n_group": True}, "n_group is True, but must be a whole number"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, but must be true or false"),
         (
             {"rope_theta": "1e4", "rope_parameters": None},
-            "rope_theta is '1e4', it must be a number",
+            "rope_theta is '1e4', but must be a number",
         ),
-        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, it must be a whole"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, but must be a whole"),
     ],
 )
 def test_a_config_of_another_model_is_refused(change, message, broken, tmp_path):
@@ -687,7 +687,7 @@ def test_the_commands_copy_there_and_back(checkpoint, tmp_path, capsys):
     assert "3 layers, 8 experts, 46,864 parameters" in capsys.readouterr().err
     for arguments, message in (
         (["import-hf", str(source), "--out", str(run)], "exists; give a folder that does not"),
-        (["import-hf", str(run), "--out", str(tmp_path / "x")], "is of no Moonlight"),
+        (["import-hf", str(run), "--out", str(tmp_path / "x")], "does not describe a Moonlight"),
         (["export-hf", str(source), "--out", str(tmp_path / "x")], "has no sizes of a Moonlight"),
         (["export-hf", str(tmp_path), "--out", str(tmp_path / "x")], "there is no run in"),
     ):

@@ -109,30 +109,30 @@ MOON = "train --model moonlight-tiny --data text"
 NO_RUN = "there is no run in"
 
 OPTIONS = {
-    f"{TRAIN} --steps 0": "--steps is 0, it must be at least 1",
-    f"{TRAIN} --steps -3": "--steps is -3, it must be at least 1",
-    f"{TRAIN} --batch 0": "--batch is 0, it must be at least 1",
-    f"{TRAIN} --batch -8": "--batch is -8, it must be at least 1",
-    f"{TRAIN} --context 0": "--context is 0, it must be at least 1",
-    f"{TRAIN} --eval-every 0": "--eval-every is 0, it must be at least 1",
-    f"{TRAIN} --save-every 0": "--save-every is 0, it must be at least 1",
-    f"{TRAIN} --save-every -20": "--save-every is -20, it must be at least 1",
-    f"{TRAIN} --keep-every 0": "--keep-every is 0, it must be at least 1",
-    f"{TRAIN} --keep-every -100": "--keep-every is -100, it must be at least 1",
-    f"{TRAIN} --seed -1": "--seed is -1, it must be at least 0",
-    f"{TRAIN} --seed {2**63}": f"--seed is {2**63}, it must be at most {2**63 - 1}",
+    f"{TRAIN} --steps 0": "--steps is 0; it must be at least 1",
+    f"{TRAIN} --steps -3": "--steps is -3; it must be at least 1",
+    f"{TRAIN} --batch 0": "--batch is 0; it must be at least 1",
+    f"{TRAIN} --batch -8": "--batch is -8; it must be at least 1",
+    f"{TRAIN} --context 0": "--context is 0; it must be at least 1",
+    f"{TRAIN} --eval-every 0": "--eval-every is 0; it must be at least 1",
+    f"{TRAIN} --save-every 0": "--save-every is 0; it must be at least 1",
+    f"{TRAIN} --save-every -20": "--save-every is -20; it must be at least 1",
+    f"{TRAIN} --keep-every 0": "--keep-every is 0; it must be at least 1",
+    f"{TRAIN} --keep-every -100": "--keep-every is -100; it must be at least 1",
+    f"{TRAIN} --seed -1": "--seed is -1; it must be at least 0",
+    f"{TRAIN} --seed {2**63}": f"--seed is {2**63}; it must be at most {2**63 - 1}",
     f"{TRAIN} --steps {10**30}": "it must be at most",
-    f"{TRAIN} --accumulate 0": "--accumulate is 0, it must be at least 1",
+    f"{TRAIN} --accumulate 0": "--accumulate is 0; it must be at least 1",
     f"{TRAIN} --accumulate 3": "does not divide into 3 micro-batches",
-    f"{TRAIN} --profile 0": "--profile is 0, it must be at least 1",
-    f"{TRAIN} --profile -1": "--profile is -1, it must be at least 1",
+    f"{TRAIN} --profile 0": "--profile is 0; it must be at least 1",
+    f"{TRAIN} --profile -1": "--profile is -1; it must be at least 1",
     f"{TRAIN} --mesh ''": "--mesh  has ''; it takes axes and sizes",
     f"{TRAIN} --mesh data=0": "--mesh data=0 has 'data=0'",
     f"{TRAIN} --mesh data=8,": "has ''; it takes axes",
     f"{TRAIN} --mesh data=3": "--mesh data=3 needs 3 devices, there are 8",
     f"{TRAIN} --mesh data=8,data=1": "has 'data=1'",
     f"{TRAIN} --schedule three-stage --steps 2": "needs at least 4",
-    f"{TRAIN} --resume --overwrite": "exclude each other",
+    f"{TRAIN} --resume --overwrite": "are mutually exclusive",
     f"{TRAIN} --distributed": "--distributed needs --mesh",
     f"{TRAIN} --resume": NO_RUN,
     f"{TRAIN} --name .": "--name is '.', it must name a folder inside --runs runs",
@@ -141,17 +141,17 @@ OPTIONS = {
     f"{TRAIN} --name /nowhere": "it must name a folder inside --runs runs",
     f"{TRAIN} --name {'x' * 300}": "File name too long",
     f"{TRAIN} --runs file": "cannot make file/tiny",
-    f"{TRAIN} --runs . --name empty": "exists; --resume goes on with it",
+    f"{TRAIN} --runs . --name empty": "exists; --resume continues it",
     f"{TRAIN} --runs . --name empty --overwrite": NO_RUN,
     f"{TRAIN} --model ''": "unknown model ''; there are",
     f"{TRAIN} --optimizers": "no optimizer is named",
     f"{TRAIN} --optimizers ''": "unknown optimizer ''",
-    f"{MOON} --bias-update-speed nan": "--bias-update-speed is nan, it must be at least 0 and",
-    f"{MOON} --bias-update-speed inf": "--bias-update-speed is inf, it must be at least 0 and",
-    f"{MOON} --bias-update-speed -1": "--bias-update-speed is -1.0, it must be at least 0",
-    f"{MOON} --qk-clip nan": "--qk-clip is nan, it must be positive",
-    f"{MOON} --qk-clip inf": "--qk-clip is inf, it must be positive and finite",
-    f"{MOON} --qk-clip 0": "--qk-clip is 0, it must be positive",
+    f"{MOON} --bias-update-speed nan": "--bias-update-speed is nan; it must be at least 0 and",
+    f"{MOON} --bias-update-speed inf": "--bias-update-speed is inf; it must be at least 0 and",
+    f"{MOON} --bias-update-speed -1": "--bias-update-speed is -1.0; it must be at least 0",
+    f"{MOON} --qk-clip nan": "--qk-clip is nan; it must be positive",
+    f"{MOON} --qk-clip inf": "--qk-clip is inf; it must be positive and finite",
+    f"{MOON} --qk-clip 0": "--qk-clip is 0; it must be positive",
 }
 
 NUMBERS = {
@@ -164,9 +164,9 @@ NUMBERS = {
     f"{TRAIN} --set muon.lr=": "is not OPTIMIZER.HYPERPARAMETER=NUMBER",
     f"{TRAIN} --set ''": "is not OPTIMIZER.HYPERPARAMETER=NUMBER",
     f"{TRAIN} --set muon.lr=1 muon.lr=2": "--set has muon.lr twice; give it once",
-    f"{TRAIN} --set muon.speed=1": "muon has no hyper-parameter 'speed'; it has lr, weight_decay",
+    f"{TRAIN} --set muon.speed=1": "muon has no hyperparameter 'speed'; it has lr, weight_decay",
     f"{TRAIN} --set sgd.lr=1": "unknown optimizer 'sgd'",
-    f"{SWEEP} --steps 0": "--steps is 0, it must be at least 1",
+    f"{SWEEP} --steps 0": "--steps is 0; it must be at least 1",
     f"{SWEEP} --weight-decay nan": "weight_decay nan; lr must be positive",
     f"{SWEEP} --weight-decay -1": "weight_decay -1; lr must be positive",
     f"{SWEEP} --weight-decay": "there is nothing to run",
@@ -176,23 +176,23 @@ NUMBERS = {
     f"{SWEEP} --set muon.lr=1e-3,2e-3,inf": "lr is inf and weight_decay 0.1",
     f"{SWEEP} --out file": "--out file exists and is no sweep; give another folder",
     f"{SWEEP} --out empty": "--out empty exists and is no sweep; give another folder",
-    f"{SWEEP} --out run": "give another --out",
+    f"{SWEEP} --out run": "or another --out",
     f"{SWEEP} --out file/x": "cannot make file/x",
     f"{FINETUNE} --lr nan": "lr is nan and weight_decay 0.1",
     f"{FINETUNE} --lr -1": "lr is -1 and weight_decay 0.1",
     f"{FINETUNE} --weight-decay inf": "weight_decay inf; lr must be positive",
-    f"{FINETUNE} --epochs 0": "--epochs is 0, it must be at least 1",
-    f"{FINETUNE} --batch 0": "--batch is 0, it must be at least 1",
-    f"{FINETUNE} --eval-every -1": "--eval-every is -1, it must be at least 1",
-    f"{FINETUNE} --seed -1": "--seed is -1, it must be at least 0",
-    f"{FINETUNE} --profile 0": "--profile is 0, it must be at least 1",
+    f"{FINETUNE} --epochs 0": "--epochs is 0; it must be at least 1",
+    f"{FINETUNE} --batch 0": "--batch is 0; it must be at least 1",
+    f"{FINETUNE} --eval-every -1": "--eval-every is -1; it must be at least 1",
+    f"{FINETUNE} --seed -1": "--seed is -1; it must be at least 0",
+    f"{FINETUNE} --profile 0": "--profile is 0; it must be at least 1",
     f"{FINETUNE} --name ..": "it must name a folder inside --runs runs",
-    "sample --runs . --run run --length 0": "--length is 0, it must be at least 1",
-    "sample --runs . --run run --length -5": "--length is -5, it must be at least 1",
-    "sample --runs . --run run --temperature nan": "--temperature is nan, it must be at least 0",
-    "sample --runs . --run run --temperature inf": "--temperature is inf, it must be at least 0",
-    "sample --runs . --run run --temperature -1": "--temperature is -1.0, it must be at least 0",
-    "sample --runs . --run run --seed -1": "--seed is -1, it must be at least 0",
+    "sample --runs . --run run --length 0": "--length is 0; it must be at least 1",
+    "sample --runs . --run run --length -5": "--length is -5; it must be at least 1",
+    "sample --runs . --run run --temperature nan": "--temperature is nan; it must be at least 0",
+    "sample --runs . --run run --temperature inf": "--temperature is inf; it must be at least 0",
+    "sample --runs . --run run --temperature -1": "--temperature is -1.0; it must be at least 0",
+    "sample --runs . --run run --seed -1": "--seed is -1; it must be at least 0",
     "plan --mesh ''": "--mesh is ''; write different axes and sizes",
     "plan --mesh fsdp=0": "--mesh is 'fsdp=0'; write different axes and sizes",
     "plan --mesh fsdp=7": "which do not divide over 7 devices",
@@ -222,8 +222,8 @@ DATA = {
 }
 
 PAIRS = {
-    "empty.txt": "has 0 prompts, at least two are needed",
-    "one.jsonl": "has 1 prompts, at least two are needed",
+    "empty.txt": "has 0 prompts; at least two are needed",
+    "one.jsonl": "has 1 prompts; at least two are needed",
     "half.jsonl": "half.jsonl, line 41 is not JSON",
     "null.jsonl": 'null.jsonl, line 1 has no text "prompt"',
     "number.jsonl": 'number.jsonl, line 1 has no text "prompt"',
@@ -247,10 +247,10 @@ FOLDERS = {
     **{f"sample --runs . --run {run}": said for run, said in RUNS.items()},
     **{f"spectra {run}": said for run, said in RUNS.items()},
     **{f"export-hf {run} --out new": said for run, said in RUNS.items()},
-    f"{TRAIN} --from nothing": "the keys of none of these models",
+    f"{TRAIN} --from nothing": "those of none of these models",
     f"{TRAIN} --from nameless": "nameless/config.json has no sizes of a model under training",
-    f"{TRAIN} --from no-heads": "num_attention_heads is 0, it must be a whole number of at least 1",
-    f"{TRAIN} --from words": "hidden_size is 'wide', it must be a whole number",
+    f"{TRAIN} --from no-heads": "num_attention_heads is 0; it must be a whole number of at least 1",
+    f"{TRAIN} --from words": "hidden_size is 'wide'; it must be a whole number",
     f"{FINETUNE} --trial adamw": "run has no trial 'adamw'; it has muon",
     f"{FINETUNE} --optimizers": "no optimizer is named",
     "finetune --from untrained --data good.jsonl": "untrained has no checkpoint of muon",
@@ -270,7 +270,7 @@ FOLDERS = {
     "import-hf missing --out new": "cannot read missing/config.json",
     "import-hf broken --out new": "cannot read broken/config.json",
     "import-hf list --out new": "list/config.json holds a list; it must be a JSON object",
-    "import-hf nothing --out new": "config.json is of no Moonlight: hidden_size is missing",
+    "import-hf nothing --out new": "config.json does not describe a Moonlight: hidden_size",
     "import-hf file --out new": "cannot read file/config.json",
 }
 
@@ -383,14 +383,14 @@ def test_an_empty_sweep_has_no_points(text, tmp_path):
 @pytest.mark.parametrize("name", ["batch", "steps", "eval_every", "eval_sequences"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_run_of_nothing_is_refused(name, value):
-    with pytest.raises(UsageError, match=f"{name} is {value}, it must be at least 1"):
+    with pytest.raises(UsageError, match=f"{name} is {value}; it must be at least 1"):
         dataclasses.replace(CONFIG, **{name: value})
 
 
 @pytest.mark.parametrize("field", [f for f in dataclasses.fields(LlamaConfig) if f.type == "int"])
 @pytest.mark.parametrize("value", [0, -8, 2.0, "8", True, None, math.nan])
 def test_a_size_of_a_llama_is_a_whole_number(field, value):
-    with pytest.raises(ValueError, match=rf"{field.name} is .*, it must be a whole number"):
+    with pytest.raises(ValueError, match=rf"{field.name} is .*; it must be a whole number"):
         dataclasses.replace(TINY.model, **{field.name: value})
 
 
@@ -401,7 +401,7 @@ def test_a_number_of_a_moonlight_is_one(field):
     for value in (-1, math.nan, "8"):
         if field.type == "float" and value == -1:
             continue
-        with pytest.raises(ValueError, match=rf"{field.name} is {value!r}, it must be"):
+        with pytest.raises(ValueError, match=rf"{field.name} is {value!r}; it must be"):
             dataclasses.replace(CONFIGS["moonlight-tiny"], **{field.name: value})
 
 
@@ -419,7 +419,7 @@ def test_a_rate_that_no_optimizer_runs_at_is_refused(lr, decay):
 @pytest.mark.parametrize("number", [0, -1])
 def test_keeping_no_checkpoint_is_refused(number):
     for name in ("last", "every"):
-        with pytest.raises(UsageError, match=f"{name} is {number}, it must be at least 1"):
+        with pytest.raises(UsageError, match=f"{name} is {number}; it must be at least 1"):
             RetentionPolicy(**{name: number})
 
 

@@ -45,10 +45,10 @@ def from_huggingface(config: Mapping[str, Any]) -> MoonlightConfig:
     """The sizes in a checkpoint's `config.json`.
 
     Raises:
-        ValueError: a size is missing, or the config is of another architecture.
+        ValueError: A size is missing, or the config is of another architecture.
     """
     if refusals := list(_refusals(config)):
-        raise ValueError(f"{CONFIG} is of no Moonlight: {'; '.join(refusals)}")
+        raise ValueError(f"{CONFIG} does not describe a Moonlight: {'; '.join(refusals)}")
     return MoonlightConfig(
         **{name: config[name] for name in _SAME},
         context=config[CONTEXT],
@@ -64,9 +64,9 @@ def to_huggingface(
     """A `config.json` that `transformers` loads.
 
     Args:
-        config: the sizes.
-        dtype: numpy's name for the dtype of most parameters.
-        like: the config of the checkpoint that the run started from; its other entries, such as
+        config: The sizes.
+        dtype: Numpy's name for the dtype of most parameters.
+        like: The config of the checkpoint that the run started from; its other entries, such as
             the tokens that begin and end a text, are kept.
     """
     fixed = {key: value for key, value in _FIXED.items() if value is not None}
@@ -99,7 +99,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
-            yield f"{key} is {config[key]!r}, it must be {value!r}"
+            yield f"{key} is {config[key]!r}, but must be {value!r}"
     for key in (*_SAME, CONTEXT):
         if key not in config:
             yield f"{key} is missing"
@@ -118,11 +118,11 @@ def _rope_refusals(key: str, rope: Any) -> Iterator[str]:
     if rope is None:
         return
     if not isinstance(rope, Mapping):
-        yield f"{key} is {rope!r}, it must be absent or {{'rope_type': 'default'}}"
+        yield f"{key} is {rope!r}, but must be absent or {{'rope_type': 'default'}}"
         return
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        yield f"{key} is {dict(rope)!r}: rope_type is {kind!r}, it must be 'default'"
+        yield f"{key} is {dict(rope)!r}: rope_type is {kind!r}, but must be 'default'"
 
 
 def _type_refusals(config: Mapping[str, Any]) -> Iterator[str]:
@@ -136,12 +136,12 @@ def _type_refusals(config: Mapping[str, Any]) -> Iterator[str]:
         accepted, words = _KINDS[kind.removesuffix(" | None")]
         is_bool = isinstance(value, bool)
         if not isinstance(value, accepted) or is_bool != (accepted is bool):
-            yield f"{key} is {value!r}, it must be {words}"
+            yield f"{key} is {value!r}, but must be {words}"
         elif not is_bool and value < (0 if key == "first_k_dense_replace" else 1) and "int" in kind:
-            yield f"{key} is {value!r}, it must be at least 1"
+            yield f"{key} is {value!r}, but must be at least 1"
     if not isinstance(_rope(config).get("rope_theta", 1.0), int | float):
-        yield f"rope_theta is {_rope(config)['rope_theta']!r}, it must be a number"
+        yield f"rope_theta is {_rope(config)['rope_theta']!r}, but must be a number"
     for key in EXTRA_LAYERS:
         count = config.get(key)
         if count is not None and (not isinstance(count, int) or count < 0):
-            yield f"{key} is {count!r}, it must be a whole number of at least 0"
+            yield f"{key} is {count!r}, but must be a whole number of at least 0"

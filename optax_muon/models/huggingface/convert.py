@@ -70,17 +70,17 @@ def import_checkpoint(
     """Convert a checkpoint to a run's folder.
 
     Args:
-        source: the checkpoint: `config.json` and safetensors files, with an index if several.
-        run: the folder to make.
-        progress: wraps the iteration over tensors, to show how far it has come.
-        note: called with a sentence for what is left out: layers of multi-token prediction, which
+        source: The checkpoint: `config.json` and safetensors files, with an index if several.
+        run: The folder to make.
+        progress: Wraps the iteration over tensors, to show how far it has come.
+        note: Called with a sentence for what is left out: layers of multi-token prediction, which
             the config must count.
 
     Returns:
         The sizes.
 
     Raises:
-        ValueError: the checkpoint is incomplete or of another architecture, or `run` exists. The
+        ValueError: The checkpoint is incomplete or of another architecture, or `run` exists. The
             message names the tensors that are missing, unknown, or of a wrong shape or dtype.
     """
     theirs = read_json(source / CONFIG)
@@ -117,13 +117,13 @@ def export_checkpoint(
     """Convert a run's parameters to a checkpoint that `transformers` and others load.
 
     Args:
-        run: a run's folder, as `import_checkpoint` makes it.
-        target: the folder to make.
-        progress: wraps the iteration over tensors, to show how far it has come.
-        shard_bytes: largest size of a file, unless a single tensor is larger.
+        run: A run's folder, as `import_checkpoint` makes it.
+        target: The folder to make.
+        progress: Wraps the iteration over tensors, to show how far it has come.
+        shard_bytes: Largest size of a file, unless a single tensor is larger.
 
     Raises:
-        ValueError: the run is incomplete, or `target` exists.
+        ValueError: The run is incomplete, or `target` exists.
     """
     config, like = read_config(run)
     entries = safetensors_io.entries(run / PARAMS)
@@ -153,7 +153,9 @@ def read_config(run: Path) -> tuple[MoonlightConfig, dict[str, Any] | None]:
     sizes = config.get("model")
     names = {field.name for field in dataclasses.fields(MoonlightConfig)}
     if not isinstance(sizes, dict) or not sizes.keys() <= names:
-        raise ValueError(f"{run / CONFIG} has no sizes of a Moonlight; import-hf makes such a run")
+        raise ValueError(
+            f"{run / CONFIG} has no sizes of a Moonlight; give a run made by import-hf"
+        )
     try:
         return MoonlightConfig(**sizes), config.get("huggingface")
     except TypeError as error:  # a size is missing, or is no number
@@ -166,8 +168,8 @@ def load(
     """Sizes, parameters and router biases of a run.
 
     Args:
-        run: a run's folder, as `import_checkpoint` makes it.
-        shardings: of the parameters, from `Moonlight.shardings`; only the slices of this process's
+        run: A run's folder, as `import_checkpoint` makes it.
+        shardings: Of the parameters, from `Moonlight.shardings`; only the slices of this process's
             devices are read. None puts everything on the first device.
 
     Raises:
@@ -230,9 +232,9 @@ def _check(
     for name in expected.keys() & found.keys():
         shape, dtype = found[name]
         if shape != expected[name]:
-            wrong.append(f"misshapen  {name} {list(shape)}, it must be {list(expected[name])}")
+            wrong.append(f"misshapen  {name} {list(shape)}, but must be {list(expected[name])}")
         if dtype not in DTYPES:
-            wrong.append(f"dtype      {name} {dtype}, it must be one of {', '.join(DTYPES)}")
+            wrong.append(f"dtype      {name} {dtype}, but must be one of {', '.join(DTYPES)}")
     if wrong:
         lines = "\n  ".join(shortened(sorted(wrong)))
         raise ValueError(f"{where} does not hold the tensors of its config:\n  {lines}")
@@ -244,7 +246,7 @@ def _one_dtype_each(
     where: Mapping[str, Place],
     found: Mapping[str, Entry],
 ) -> dict[str, str]:
-    """The dtype of every leaf; the tensors that it stacks must have the same."""
+    """The dtype of every leaf; all tensors that it stacks must have the same dtype."""
     dtypes: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for tensor in expected:
         name = where[tensor.name].name

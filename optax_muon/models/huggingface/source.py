@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of JSON.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: The file cannot be read, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ def stored_tensors(source: Path) -> dict[str, Stored]:
     With an index, a tensor is in the file that its `weight_map` names, whatever other files hold.
 
     Raises:
-        ValueError: there are no files, one is missing or damaged, the index is none, a tensor is
+        ValueError: There are no files, one is missing or damaged, the index is none, a tensor is
             not in the file that the index names, or without an index two files hold it.
     """
     index = source / INDEX
@@ -77,12 +77,12 @@ def without_extra_layers(
     the model itself does not use them.
 
     Args:
-        stored: by name.
-        config: the sizes of the model.
-        theirs: the config of the checkpoint.
+        stored: By name.
+        config: The sizes of the model.
+        theirs: The config of the checkpoint.
 
     Raises:
-        ValueError: there are more of them than the config counts.
+        ValueError: There are more of them than the config counts.
     """
     last = config.num_hidden_layers
     counted = next((theirs[key] for key in EXTRA_LAYERS if theirs.get(key)), 0)

@@ -29,11 +29,11 @@ def update_bias(
     """The router biases after a step.
 
     Args:
-        bias: of each expert of each layer, `[.., experts]` float32.
-        load: number of tokens routed to each expert in the step, `[.., experts]`; summed over the
+        bias: Of each expert of each layer, `[.., experts]` float32.
+        load: Number of tokens routed to each expert in the step, `[.., experts]`; summed over the
             micro-batches. Integers are compared exactly, however large; floats are rounded to
             float32.
-        bias_update_speed: change of a bias in the step; for a schedule, its value at the step.
+        bias_update_speed: Change of a bias in the step; for a schedule, its value at the step.
 
     Returns:
         The new biases; their mean is that of the old ones.
@@ -49,7 +49,7 @@ def imbalance(load: jax.Array) -> jax.Array:
     """The load violation MaxVio of arXiv 2408.15664, Eq. 4: largest load over mean load, less one.
 
     Args:
-        load: number of tokens routed to each expert, `[.., experts]`.
+        load: Number of tokens routed to each expert, `[.., experts]`.
 
     Returns:
         `[..]` float32; 0 if all loads are equal, also if all are 0.
