@@ -230,6 +230,12 @@ class Tree:
         }
         return collections.Counter((role, shape) for role, shape, _ in places)
 
+    @functools.cached_property
+    def layers(self) -> collections.Counter[tuple[str, str]]:
+        """How many layers of a role a module has."""
+        homes = ((module_of(path).rpartition("/")[0], info) for path, info in self.plain.items())
+        return collections.Counter((home, info.role) for home, info in homes)
+
     def inside(self, path: str) -> bool:
         """Whether a parameter lies in a block that is repeated or stacked."""
         info = self.info(path)

@@ -8,6 +8,7 @@ outputs, though something writes its inputs. Where that is not certain, the para
 from __future__ import annotations
 
 import collections
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -57,25 +58,43 @@ def _decide(
             not flow.is_read(info.path, bound) or len(set(info.own)) == 1
         ):
             return vocabulary
-    fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
-    generic = _ANYWHERE.fullmatch(_last_name(info)) or _numbered(info, tree)
-    # Beside repeated blocks, a layer at the root may be the last, whatever its name.
-    at_root = len(info.role.split("/")) - tree.common <= 2 and not tree.partial and flow.has_blocks
-    if _is_inner(info, tree) or not (generic or at_root):
+    if not _may_be_last(info, tree, flow):
         return decision
+    fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
     if flow.is_fed_back(fan_in, fan_out):
         return _either(info, bound, "a layer that only recurrent cells read may be the output head")
-    fed = flow.is_fed(info.path, bound)
-    may_be_fed = bool(flow.undecided & set(_lengths(bound, bound.row_axes)))
-    alone = len(flow.bounds) < 2 and not flow.undecided
-    if flow.is_read(info.path, bound) or alone or not (fed or may_be_fed):
+    if flow.is_read(info.path, bound) or flow.is_alone or not flow.may_be_fed(info.path, bound):
         return decision
-    fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
-    if tree.partial or fused or not fed or not generic or tree.inside(info.path):
-        return _either(info, bound, "a layer that nothing reads may be the output head")
-    if flow.has_other_writers(info.path, fan_out):
-        return _either(info, bound, "layers apart write what nothing reads")
+    doubt = _doubt(info, bound, tree, flow)
+    if doubt:
+        return _either(info, bound, doubt)
     return Decision(None, f"output head: nothing reads its {fan_out} outputs")
+
+
+def _may_be_last(info: ParamInfo, tree: Tree, flow: _Flow) -> bool:
+    """Whether its name and its place allow it to be the last layer of a model."""
+    # Beside repeated blocks, a layer at the root may be the last, whatever its name.
+    at_root = len(info.role.split("/")) - tree.common <= 2 and not tree.partial
+    return not _is_inner(info, tree) and (_is_generic(info, tree) or (at_root and flow.has_blocks))
+
+
+def _doubt(info: ParamInfo, bound: BoundView, tree: Tree, flow: _Flow) -> str:
+    """Why a layer that nothing reads may not be the head; empty if nothing speaks against it."""
+    fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
+    fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
+    fed = flow.is_fed(info.path, bound)
+    if tree.partial or fused or not fed or not _is_generic(info, tree) or tree.inside(info.path):
+        return "a layer that nothing reads may be the output head"
+    if flow.has_other_writers(info.path, fan_out):
+        return "layers apart write what nothing reads"
+    return ""
+
+
+def _is_generic(info: ParamInfo, tree: Tree) -> bool:
+    """Whether its name says nothing, or it is one of layers in a row: `hidden_0`, `hidden_1`."""
+    home = module_of(info.path).rpartition("/")[0]
+    named = _ANYWHERE.fullmatch(_last_name(info)) is not None
+    return named or tree.layers[home, info.role] > 1
 
 
 def _vocabulary(info: ParamInfo, tree: Tree) -> Decision | None:
@@ -99,15 +118,9 @@ def _is_inner(info: ParamInfo, tree: Tree) -> bool:
     if role[0] == "mlp" and len(role) > 2:
         # `mlp` with a norm and one layer, outside all others, is a model's last layer.
         top = "/".join(info.path.split("/")[: 1 + tree.common])
-        kernels = [path for path in tree.below(top) if len(tree.info(path).long_axes) > 1]
-        return len(kernels) > 1
+        kernels = (path for path in tree.below(top) if len(tree.info(path).long_axes) > 1)
+        return len(list(itertools.islice(kernels, 2))) > 1
     return _INNER.fullmatch("/".join(role)) is not None
-
-
-def _numbered(info: ParamInfo, tree: Tree) -> bool:
-    """Whether it is one of several layers in a row: `hidden_0`, `hidden_1`."""
-    home = module_of(info.path).rpartition("/")[0]
-    return sum(tree.plain[path].role == info.role for path in tree.homes[home]) > 1
 
 
 def _either(info: ParamInfo, bound: BoundView, reason: str) -> Decision:
@@ -193,6 +206,16 @@ class _Flow:
             and fan_out not in self.cells_write
             and 0 < read == by_cells
         )
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether a tree has one matrix, of which nothing can be said."""
+        return len(self.bounds) < 2 and not self.undecided
+
+    def may_be_fed(self, path: str, bound: BoundView) -> bool:
+        """Whether another parameter writes what this one reads, or an ambiguous one may."""
+        lengths = set(_lengths(bound, bound.row_axes))
+        return bool(self.undecided & lengths) or self.is_fed(path, bound)
 
     def is_fed(self, path: str, bound: BoundView) -> bool:
         """Whether another parameter writes what this one reads, or it flattens a picture."""

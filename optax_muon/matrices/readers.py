@@ -7,6 +7,7 @@ decides; several are ambiguous, and the caller refuses; none says that the reade
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 
@@ -175,6 +176,9 @@ def attention(info: ParamInfo, tree: Tree) -> Found:
     if len(ways) > 1 and _is_general_kernel(info, tree, kind):
         ways = [axes[-1]] if kind == "o" else [axes[0]]
     views = [_one_and_rest(axes, way, kind == "o") for way in ways]
+    if len(info.own) > len(axes) == 3 and not _is_apart(info, tree):
+        # One head, and of the other axes one may be layers.
+        views += [View(one, other) for one, other in itertools.combinations(axes, 2)]
     return Found(tuple(views), "out of heads" if kind == "o" else "into heads")
 
 
@@ -321,6 +325,11 @@ def _fitting(info: ParamInfo, tree: Tree, kind: str, ways: list[int]) -> list[in
     places = {query.long_axes.index(a) for a, _ in fits}
     found = [info.long_axes[place] for place in sorted(places)]
     return [a for a in found if a in ways]
+
+
+def _is_apart(info: ParamInfo, tree: Tree) -> bool:
+    """Whether it is known that no layers are stacked, or where they are."""
+    return bool(info.stack) or info.indexed or tree.has_vector_norm(info.path)
 
 
 def _rest(info: ParamInfo, axis: int) -> tuple[int, ...]:

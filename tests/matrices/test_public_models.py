@@ -67,6 +67,14 @@ def test_random_trees_are_never_read_silently_wrong(block):
     assert refused <= 0.1 * total
 
 
+def test_random_trees_without_some_parameters_are_never_read_silently_wrong():
+    for seed in range(150):
+        made = random_trees.thinned(random_trees.make(seed), seed)
+        for row in label(tree_of(made.shapes), strict=False).rows:
+            if not row.interpretations:
+                assert sides(row.view, row.shape) == made.truth[row.path], (seed, row)
+
+
 def test_a_random_tree_masked_at_random_is_decided_alike_or_refused():
     for seed in range(100):
         made, rng = random_trees.make(seed), np.random.default_rng(seed)
