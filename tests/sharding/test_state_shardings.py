@@ -310,7 +310,6 @@ def test_none_is_a_mesh_axis_too_few_and_one_twice_is_once():
         ({"a": "text"}, everywhere(), TypeError, "a is 'text', a str; parameters are arrays or"),
         ({"a": jnp.sin}, everywhere(), TypeError, "parameters are arrays or numbers"),
     ],
-    ids=str,
 )
 def test_what_has_no_sharding_or_no_parameter_is_named(params, given, kind, message):
     with pytest.raises(kind) as error:
