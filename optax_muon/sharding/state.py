@@ -30,6 +30,10 @@ def state_shardings(
     On Auto mesh axes, pass them to the training step as `out_shardings` too: otherwise the compiler
     is free to lay out its results.
 
+    `optax.tree.map_params(tx, f, state, specs, is_leaf=...)` maps a state with a tree like the
+    parameters. As with every `optax.partition`, the moments of either optimizer lack the leaves of
+    the other: pass `is_leaf=lambda node: isinstance(node, optax.MaskedNode)`.
+
     Args:
         tx: The optimizer, with all its wrappers.
         params: Arrays or `ShapeDtypeStruct`s.
