@@ -49,18 +49,12 @@ CHECKED = ((2, 384, 384), (1, 500, 1100), (1, 1024, 1024), (1, 1024, 4096))
 
 
 @dataclasses.dataclass(frozen=True)
-class GpuTime:
-    """One implementation on one case."""
+class GpuTime(_bench.TimedRow):
+    """One implementation on one case; all zeros if it did not run."""
 
-    case: str
-    implementation: str
     form: str
     outcome: str
     """`ran`, or the reason why it did not."""
-    lower_ms: float = 0.0
-    median_ms: float = 0.0
-    upper_ms: float = 0.0
-    rounds: int = 0
     tflops: float = 0.0
     """Operations of the plain form per second, 1e12; for the ceiling, its own operations."""
     over_ceiling: float = 0.0
@@ -166,7 +160,7 @@ def timed(
     for name, make in makers.items():
         run, outcome = attempted(functools.partial(ran_once, make))
         if run is None:
-            failed.append(GpuTime(case, name, named.get(name, ""), outcome))
+            failed.append(GpuTime(case, name, 0.0, 0.0, 0.0, 0, named.get(name, ""), outcome))
         else:
             ready[name] = run
     times = _bench.measure_in_rounds(ready, repeats)
@@ -176,10 +170,10 @@ def timed(
         GpuTime(
             case,
             name,
-            named.get(name, ""),
-            "ran",
             **each.milliseconds(),
             rounds=len(each.seconds),
+            form=named.get(name, ""),
+            outcome="ran",
             tflops=round(rate[name] / 1e12, 1),
             over_ceiling=round(rate[name] / rate[CEILING], 3) if CEILING in rate else 0.0,
             over_optax=round(each.over(times[OPTAX]), 3) if OPTAX in times else 0.0,

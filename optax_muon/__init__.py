@@ -48,6 +48,7 @@ from optax_muon.sharding.assignment import Assignment
 from optax_muon.sharding.cost import CostModel
 from optax_muon.sharding.mesh import Shardings
 from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.sharding.planner import LAYOUTS
 from optax_muon.transforms.decay import Mask, cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
@@ -69,6 +70,7 @@ __all__ = [
     "CUBIC",
     "DEEPSEEK_V4",
     "KELLER",
+    "LAYOUTS",
     "MATRICES",
     "MHA",
     "MLA",

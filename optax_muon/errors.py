@@ -1,4 +1,22 @@
-"""The errors of the training and command wings; `cli/main.py` prints each on one line of stderr."""
+"""The errors of the training and command wings; `cli/main.py` prints each on one line of stderr.
+
+The library raises ValueError and TypeError. `shortened` keeps a message about many things readable.
+"""
+
+from collections.abc import Sequence
+
+SHOWN = 20
+"""Lines that a message lists; the rest are counted."""
+
+
+def shortened(lines: Sequence[str]) -> list[str]:
+    """The first `SHOWN` lines, and how many there are beyond them.
+
+    >>> shortened([str(i) for i in range(2000)])[-2:]
+    ['19', 'and 1980 more']
+    """
+    rest = len(lines) - SHOWN
+    return [*lines[:SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
 
 
 class UsageError(ValueError):

@@ -30,7 +30,7 @@ def require_extra(extra: str, user: str) -> None:
         user: Who needs them, as the message names it.
 
     Raises:
-        MissingExtraError: one of them is missing; the message names it and the extra.
+        MissingExtraError: One of them is missing; the message names it and the extra.
 
     >>> require_extra("models", "optax_muon.models")
     """

@@ -113,7 +113,7 @@ def collectives(text: str) -> list[Collective]:
         text: HLO of a compiled program, as `compiled.as_text()` returns it.
 
     Raises:
-        ValueError: the text is not the HLO of a program.
+        ValueError: The text is not the HLO of a program.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax.sharding import NamedSharding, PartitionSpec as P
@@ -159,7 +159,7 @@ def collective_counts(text: str) -> dict[str, int]:
     """Count the collectives of each kind that a program runs.
 
     Raises:
-        ValueError: the text is not the HLO of a program.
+        ValueError: The text is not the HLO of a program.
     """
     total: collections.Counter[str] = collections.Counter()
     for each in collectives(text):
@@ -171,7 +171,7 @@ def collective_bytes(text: str) -> int:
     """Sum the result bytes of all collectives that one device runs.
 
     Raises:
-        ValueError: the text is not the HLO of a program.
+        ValueError: The text is not the HLO of a program.
     """
     return sum(each.bytes * each.times for each in collectives(text))
 
@@ -183,10 +183,10 @@ def flops(text: str, loop_trips: int = 1) -> int:
 
     Args:
         text: HLO of a compiled program, as `compiled.as_text()` returns it.
-        loop_trips: iterations of the loops whose number of iterations depends on data.
+        loop_trips: Iterations to assume for loops whose number of iterations depends on data.
 
     Raises:
-        ValueError: the text is not the HLO of a program.
+        ValueError: The text is not the HLO of a program.
 
     >>> import jax, jax.numpy as jnp
     >>> def work(x):

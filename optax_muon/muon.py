@@ -13,24 +13,34 @@ the RMS of AdamW, so AdamW's learning rate and weight decay carry over.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import optax
 
 from optax_muon.matrices import paths
+from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import View, Views
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer
-from optax_muon.sharding.mesh import Shardings
+from optax_muon.sharding.mesh import Shardings, check_names
 from optax_muon.sharding.plan import Plan
-from optax_muon.transforms.decay import Mask, decoupled_decay
+from optax_muon.transforms.arguments import (
+    check_link,
+    check_number,
+    check_orthogonalizer,
+    holds_functions,
+)
+from optax_muon.transforms.decay import Mask, decoupled_decay, settle_mask
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import ScaleRule, scale_by_shape
 from optax_muon.transforms.wrappers import (
     in_float32,
+    on_trainable_leaves,
     under_standard_promotion,
+    with_mu_dtype,
     with_settled_views,
     with_state_sharding,
 )
@@ -39,6 +49,7 @@ MUON, FALLBACK = "muon", "fallback"
 """The two groups of parameters, as keys of the optimizer state."""
 
 
+@holds_functions("orthogonalizer", "scale", "views", "weight_decay_mask", "shardings", "mu_dtype")
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -63,17 +74,17 @@ def muon(
     Args:
         learning_rate: The learning rate that you would give AdamW: a number or a schedule of the
             step.
-        beta: Momentum, in [0, 1); a number or a schedule.
+        beta: Momentum, in [0, 1]; a number or a schedule.
         nesterov: Whether to use Nesterov momentum, as the paper does.
         weight_decay: Decoupled decay per unit of learning rate: a number, a schedule, or a link
             such as `cautious_decay(0.1)`. The default fallback uses it too.
         weight_decay_mask: True where decay applies: a tree of booleans or a prefix of one, or a
-            callable of the parameters. None decays everything, as the paper does.
+            callable of the parameters. Every parameter must have an entry, and every entry a
+            parameter. None decays everything, as the paper does.
         orthogonalizer: A function `[..., m, n] -> [..., m, n]`; None is `newton_schulz` with five
-            steps of `KELLER`. (The default is None because `optax.inject_hyperparams` would call a
-            callable default as a schedule.)
+            steps of `KELLER`.
         post: A link between orthogonalization and scale, such as `normuon()`, or an `optax.chain`
-            of several. A link that takes `views` does not get these: give it the same ones.
+            of several. It reads matrices by these `views`, unless it is given its own.
         scale: `(fan_in, fan_out) -> factor`, or a link such as `scale_by_update_norm(0.2)`; None is
             `match_rms(0.2)`.
         views: Which parameters are matrices, and how. None decides by role; otherwise a tree of
@@ -82,17 +93,23 @@ def muon(
         fallback: The optimizer of the other parameters, with its own learning rate; None is AdamW
             with this learning rate and decay, betas 0.9 and 0.95, eps 1e-8.
         mu_dtype: The dtype of the stored momenta; None is float32, whatever the parameters are.
+            Complex momenta stay complex, in the complex dtype of that precision.
         shardings: How the parameters are sharded, needed on Auto mesh axes only: a tree or prefix
             of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable of the
-            leaves.
+            leaves. None takes those that dimension numbers in `views` carry.
         plan: Where each matrix is processed, made by `optax_muon.plan`; None makes a plan.
 
     Returns:
-        A transformation whose updates, like all of optax's, are to be added to the parameters.
+        A transformation whose updates, like all of optax's, are to be added to the parameters. They
+        have the dtype that gradient and parameter promote to. `update` needs `params` unless
+        `weight_decay` is the number 0. Leaves that are not floating point have no state and do not
+        change: functions and settings of an Equinox module, random keys, counters.
 
     Raises:
-        ValueError: (in `init`) No rule decides a parameter, or a view does not fit. The message
-            names the path and the line to add.
+        ValueError: A number is out of its range, or `weight_decay_mask` comes with a link. (In
+            `init`:) No rule decides a parameter, a view does not fit, or an entry of a tree belongs
+            to no parameter. The message names the path, and the line to add.
+        TypeError: An argument is of another type.
 
     >>> import jax.numpy as jnp
     >>> params = {"embed": jnp.ones((16, 4)), "dense": {"kernel": jnp.ones((4, 8))}}
@@ -102,32 +119,44 @@ def muon(
     >>> jax.tree.map(jnp.shape, optax.apply_updates(params, updates))
     {'dense': {'kernel': (4, 8)}, 'embed': (16, 4)}
     """
-    decay = (
-        weight_decay
-        if isinstance(weight_decay, optax.GradientTransformation)
-        else decoupled_decay(weight_decay, weight_decay_mask)
+    shardings = given_shardings(shardings, views)
+    orthogonalized = functools.partial(
+        scale_by_muon,
+        beta=beta,
+        nesterov=nesterov,
+        orthogonalizer=orthogonalizer,
+        post=post,
+        scale=scale,
+        mu_dtype=mu_dtype,
+        shardings=shardings,
+        plan=plan,
     )
-    adam = optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype)
-    adamw = optax.chain(
-        with_state_sharding(lambda state: state.mu, under_standard_promotion(adam)),
-        decay,
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    others = fallback or in_float32(adamw)
+    orthogonalized()  # wrong arguments fail here, not in `init`
+    check_number("learning_rate", learning_rate)
+    if fallback is not None:
+        check_link("fallback", fallback, "an optimizer")
+    if not isinstance(weight_decay, optax.GradientTransformation):
+        check_number("weight_decay", weight_decay, at_least=0)
+    elif weight_decay_mask is not None:
+        raise ValueError(
+            "weight_decay is a link, which weight_decay_mask does not reach; give the link its own,"
+            " as in cautious_decay(0.1, mask=...)."
+        )
+    adam = with_mu_dtype(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8), mu_dtype)
 
-    def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
+    def build(tree: Any, settled: dict[str, View | None]) -> optax.GradientTransformation:
+        check_names(tree, shardings)
+        decay = weight_decay
+        if not isinstance(decay, optax.GradientTransformation):
+            mask = None if weight_decay_mask is None else settle_mask(weight_decay_mask, tree)
+            decay = decoupled_decay(decay, mask)
         matrices = optax.chain(
-            scale_by_muon(
-                beta=beta,
-                nesterov=nesterov,
-                orthogonalizer=orthogonalizer,
-                post=post,
-                scale=scale,
-                views={path: view for path, view in settled.items() if view is not None},
-                mu_dtype=mu_dtype,
-                shardings=shardings,
-                plan=plan,
-            ),
+            orthogonalized(views={path: v for path, v in settled.items() if v is not None}),
+            decay,
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        adamw = optax.chain(
+            with_state_sharding(lambda state: state.mu, under_standard_promotion(adam)),
             decay,
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -136,13 +165,14 @@ def muon(
             return FALLBACK if settled[paths.path_name(path)] is None else MUON
 
         return optax.partition(
-            {MUON: in_float32(matrices), FALLBACK: others},
+            {MUON: in_float32(matrices), FALLBACK: fallback or in_float32(adamw)},
             lambda params: jax.tree.map_with_path(group, params),
         )
 
-    return with_settled_views(build, views)
+    return on_trainable_leaves(with_settled_views(build, views))
 
 
+@holds_functions("orthogonalizer", "scale", "views", "shardings", "mu_dtype")
 def scale_by_muon(
     *,
     beta: optax.ScalarOrSchedule = 0.95,
@@ -176,18 +206,19 @@ def scale_by_muon(
     >>> params = {"kernel": jnp.ones((4, 8))}
     >>> updates, _ = tx.update(params, tx.init(params))
     """
+    shardings = given_shardings(shardings, views)
+    if post is not None:
+        check_link("post", post, "a link such as normuon()")
+    orthogonalizer = newton_schulz if orthogonalizer is None else orthogonalizer
+    check_orthogonalizer(orthogonalizer)
+    momentum = scale_by_momentum(beta, nesterov, mu_dtype)
+    rescale = scale
+    if not isinstance(rescale, optax.GradientTransformation):
+        rescale = scale_by_shape(rescale)
 
-    def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
-        links = [
-            scale_by_momentum(beta, nesterov, mu_dtype),
-            orthogonalize(
-                orthogonalizer or newton_schulz, views=settled, shardings=shardings, plan=plan
-            ),
-            *([] if post is None else [post]),
-            scale
-            if isinstance(scale, optax.GradientTransformation)
-            else scale_by_shape(scale, views=settled),
-        ]
+    def build(_: Any, settled: dict[str, View | None]) -> optax.GradientTransformation:
+        link = orthogonalize(orthogonalizer, views=settled, shardings=shardings, plan=plan)
+        links = [momentum, link, *([] if post is None else [post]), rescale]
         return in_float32(with_state_sharding(lambda state: state[0].mu, optax.chain(*links)))
 
-    return with_settled_views(build, views)
+    return on_trainable_leaves(with_settled_views(build, views))

@@ -6,15 +6,19 @@ printed is what runs.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from optax_muon.matrices import assign, paths
-from optax_muon.matrices.views import BoundView, Views
+from optax_muon.matrices.dimension_numbers import given_shardings
+from optax_muon.matrices.views import BoundView, View, Views
 from optax_muon.platforms import get_platform
 from optax_muon.polar import (
     GramNewtonSchulz,
@@ -56,7 +60,8 @@ def plan(
         orthogonalizer: The function that will process the matrices; None is `newton_schulz`.
         views: Which leaves are matrices, and how; see `optax_muon.label`.
         shardings: A tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
-            or a callable that returns one. None reads the arrays' types.
+            or a callable that returns one. None takes those of dimension numbers in `views`, or
+            reads the arrays' types.
         mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh.
         platform: `tpu`, `gpu` or `cpu`; None is the mesh's, or without a mesh this machine's. An
             `AbstractMesh` has none and counts as CPUs.
@@ -84,6 +89,7 @@ def plan(
         get_platform(platform)
     leaves = paths.named_leaves(params)
     bounds = bind_views(params, views)
+    shardings = given_shardings(shardings, views)
     check_names(leaves, shardings)
     where = resolve_shardings({path: leaves[path] for path in bounds}, shardings, mesh)
     return make_plan(
@@ -98,13 +104,44 @@ def plan(
     )
 
 
+_SETTLED: contextvars.ContextVar[Mapping[str, View | None] | None] = contextvars.ContextVar(
+    "settled views of the chain around a link", default=None
+)
+
+
+@contextlib.contextmanager
+def settled_views(views: Mapping[str, View | None]) -> Iterator[None]:
+    """While it lasts, links without views of their own read matrices as the chain around them.
+
+    Without this, `muon(views=..., post=normuon())` would normalize by the default views, and where
+    the two differ it would do so silently along another axis.
+
+    Args:
+        views: Path to view, None for the fallback, of the whole tree.
+    """
+    token = _SETTLED.set(views)
+    try:
+        yield
+    finally:
+        _SETTLED.reset(token)
+
+
 def bind_views(tree: Any, views: Views) -> dict[str, BoundView]:
-    """Return `{path: view}` of the leaves that have a view, bound to their shapes."""
+    """Return `{path: view}` of the leaves that have a view, bound to their shapes.
+
+    With `views=None` they are those of the chain around, or without one decided by the evidence.
+    Leaves without entries, such as a stack of no layers, have no matrices.
+    """
     leaves = paths.named_leaves(tree)
+    settled = _SETTLED.get()
+    if views is None and settled is not None and leaves.keys() <= settled.keys():
+        found = {path: settled[path] for path in leaves}
+    else:
+        found = assign.assign(tree, views)
     return {
         path: view.bind(leaves[path].shape)
-        for path, view in assign.assign(tree, views).items()
-        if view is not None
+        for path, view in found.items()
+        if view is not None and math.prod(leaves[path].shape)
     }
 
 

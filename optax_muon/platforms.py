@@ -13,7 +13,7 @@ from types import MappingProxyType
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["PLATFORMS", "Platform", "get_platform"]
+__all__ = ["PEAK_FLOPS", "PLATFORMS", "Platform", "get_platform", "peak_flops"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def get_platform(name: str) -> Platform:
     """Return the row called `name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
 
     >>> get_platform("tpu").compute_dtype.name, get_platform("cpu").flops_per_byte
     ('bfloat16', 40.0)
@@ -71,3 +71,36 @@ def get_platform(name: str) -> Platform:
     if name not in PLATFORMS:
         raise ValueError(f"platform {name!r} is unknown; use one of {', '.join(PLATFORMS)}.")
     return PLATFORMS[name]
+
+
+PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
+    {
+        # Google Cloud's pages of each TPU; a device of v2 and v3 is one of the chip's two cores.
+        "TPU v2": 22.5e12,
+        "TPU v3": 61.5e12,
+        "TPU v4": 275e12,
+        "TPU v5 lite": 197e12,
+        "TPU v5e": 197e12,
+        "TPU v5": 459e12,
+        "TPU v6 lite": 918e12,
+        "TPU v6e": 918e12,
+        # NVIDIA's data sheets, without sparsity.
+        "NVIDIA A100": 312e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA H100": 989e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA B200": 2250e12,
+    }
+)
+"""Peak operations per second of products in bfloat16, by the beginning of JAX's `device_kind`."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return the peak of one device in bfloat16; None of a kind that is not in `PEAK_FLOPS`.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("TPU v5 lite"), peak_flops("cpu")
+    (989000000000000.0, 197000000000000.0, None)
+    """
+    kinds = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None

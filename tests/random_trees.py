@@ -6,6 +6,7 @@ A truth is None, or the axes longer than 1 parted into two sides, in no order.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -163,3 +164,12 @@ def _renamed(made: Made, rng: np.random.Generator) -> Made:
         {new[old]: shape for old, shape in made.shapes.items()},
         {new[old]: sides for old, sides in made.truth.items()},
     )
+
+
+def thinned(made: Made, seed: int) -> Made:
+    """The tree without a quarter of its parameters, those of repeated blocks alike."""
+    rng = np.random.default_rng(seed)
+    roles = dict.fromkeys(re.sub(r"\d+", "#", path) for path in made.shapes)
+    gone = {role for role in roles if rng.random() < 0.25}
+    kept = [path for path in made.shapes if re.sub(r"\d+", "#", path) not in gone]
+    return Made(*({path: field[path] for path in kept} for field in (made.shapes, made.truth)))

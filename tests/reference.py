@@ -50,7 +50,7 @@ def each_matrix(
 
 
 def value_at(value: Any, step: int) -> float:
-    """A hyper-parameter at a step: the number itself, or the value of its schedule."""
+    """A hyperparameter at a step: the number itself, or the value of its schedule."""
     return float(value(step)) if callable(value) else float(value)
 
 

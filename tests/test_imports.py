@@ -17,12 +17,12 @@ BELOW = {
     **{room: set() for room in GROUND},
     "polar": {"platforms"},
     "matrices": set(),
-    "sharding": {"matrices", "platforms"},
+    "sharding": {"errors", "matrices", "platforms"},
 }
 BELOW["planning"] = {"sharding", "matrices", "polar", "platforms"}
 BELOW["transforms"] = {"planning", *BELOW["planning"]}
 BELOW["muon"] = {"transforms", *BELOW["transforms"]}
-BELOW["checkpoint"] = {"extras", "muon", *BELOW["muon"]}
+BELOW["checkpoint"] = {"errors", "extras", "muon", *BELOW["muon"]}
 BELOW["compat"] = {"muon", *BELOW["muon"]}
 BELOW["__init__"] = {"checkpoint", "compat", *BELOW["compat"], *GROUND}
 

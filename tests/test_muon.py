@@ -142,11 +142,11 @@ def no_decay_of_vectors(params):
     ("mask", "decayed"),
     [
         ({path: path != "tall/kernel" for path in FEW}, lambda path: path != "tall/kernel"),
-        ({"norm/scale": False}, lambda path: path != "norm/scale"),
+        ({"": True, "norm/scale": False}, lambda path: path != "norm/scale"),
         (False, lambda path: False),
         (no_decay_of_vectors, lambda path: path != "norm/scale"),
     ],
-    ids=["tree", "part of a tree", "one for all", "callable"],
+    ids=["tree", "all but one", "one for all", "callable"],
 )
 def test_weight_decay_mask_chooses_what_decays(mask, decayed):
     params, zeros = gaussian(0, FEW), {p: np.zeros(shape, np.float32) for p, shape in FEW.items()}

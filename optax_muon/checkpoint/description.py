@@ -11,13 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from optax_muon.matrices.paths import named_leaves
+from optax_muon.errors import shortened
+from optax_muon.matrices.paths import longest_suffix, named_leaves
 
 PARAMS = "params"
 """The item that holds the parameters."""
@@ -29,8 +32,17 @@ _TRAINED_BY = {
 }
 """The optimizer of each state class; any other state goes by the name of its class."""
 
-_SHOWN = 20
-"""Differences that a message lists; the rest are counted."""
+_KEYS = {"leaves", "trained_by", "settings"}
+"""The parts of a description."""
+
+_NO_NUMBERS = frozenset("OSUMm")
+"""Kinds of numpy dtypes that no checkpoint holds: objects, bytes, strings, times."""
+
+_LONGEST = 200
+"""Characters of a setting that a message shows."""
+
+_ABSENT = object()
+"""Stands for a setting that is not there, and is spelled `absent`."""
 
 
 def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -48,7 +60,8 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
         parameter, and the settings.
 
     Raises:
-        TypeError: a setting that JSON cannot hold.
+        TypeError: A setting that JSON cannot hold, a leaf that is neither an array nor a number, or
+            items that are no mapping of names.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"up": jnp.ones((4, 8))}
@@ -56,8 +69,12 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
     >>> describe(items, {"beta": 0.95, "mu_dtype": jnp.bfloat16})["trained_by"]
     {'up': ['ScaleByAdamState']}
     """
+    if not isinstance(items, Mapping) or not all(isinstance(name, str) for name in items):
+        raise TypeError(
+            f"items is {_named(items)}; give a mapping from names, such as 'params', to trees."
+        )
     return {
-        "leaves": {name: _leaves(item) for name, item in items.items()},
+        "leaves": {name: _leaves(name, item) for name, item in items.items()},
         "trained_by": _trained_by(items),
         "settings": None if settings is None else to_json(settings),
     }
@@ -73,7 +90,7 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
         where: What the checkpoint is called in the message.
 
     Raises:
-        ValueError: something differs; the message has a line for each.
+        ValueError: Something differs, with a line for each; or one of them is no description.
 
     >>> check(describe({}, {"beta": 0.95}), describe({}, {"beta": 0.9}))
     Traceback (most recent call last):
@@ -81,10 +98,12 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
     ValueError: The checkpoint does not fit what is to be restored:
       beta is 0.95 in the checkpoint and 0.9 now
     """
+    for name, description in (("saved", saved), ("new", new)):
+        if not isinstance(description, Mapping) or not description.keys() >= _KEYS:
+            raise ValueError(f"{where}: {name} is no description; give one that describe has made.")
     found = list(_differences(saved, new))
     if found:
-        rest = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-        lines = "\n  ".join([*found[:_SHOWN], *rest])
+        lines = "\n  ".join(shortened(found))
         raise ValueError(f"{where} does not fit what is to be restored:\n  {lines}")
 
 
@@ -92,26 +111,34 @@ def to_json(settings: Any) -> Any:
     """Settings as they come back from JSON.
 
     Raises:
-        TypeError: a setting that JSON cannot hold.
+        TypeError: A setting that JSON cannot hold.
 
     >>> to_json({"beta": np.float32(0.5), "rows": (1, 2)})
     {'beta': 0.5, 'rows': [1, 2]}
     """
-    return json.loads(json.dumps(settings, default=_to_json))
+    try:
+        return json.loads(json.dumps(settings, default=_to_json))
+    except ValueError as error:  # json's own sentence, "Circular reference detected", names nothing
+        raise TypeError("settings hold themselves; give them without the cycle.") from error
 
 
 # ---- describing ----------------------------------------------------------------------------------
 
 
-def _leaves(item: Any) -> dict[str, Any]:
-    arrays = {
-        path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        for path, leaf in named_leaves(item).items()
-    }
-    return {
-        path: {"shape": list(array.shape), "dtype": str(array.dtype)}
-        for path, array in arrays.items()
-    }
+def _leaves(name: str, item: Any) -> dict[str, Any]:
+    return {path: _leaf(f"{name}/{path}", leaf) for path, leaf in named_leaves(item).items()}
+
+
+def _leaf(name: str, leaf: Any) -> dict[str, Any]:
+    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    if array.dtype == jax.dtypes.float0 or getattr(array.dtype, "kind", None) in _NO_NUMBERS:
+        raise TypeError(f"{name} is {_named(leaf)}; a checkpoint holds arrays and numbers only.")
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def _named(value: Any) -> str:
+    """A value with its type, for a message."""
+    return f"{repr(value)[:60]}, a {type(value).__name__}"
 
 
 def _trained_by(items: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -139,6 +166,8 @@ def _to_json(value: Any) -> Any:
         return {"function": value.func, "arguments": value.args, **value.keywords}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(value).tolist()
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()
     if isinstance(value, np.dtype):
@@ -187,7 +216,7 @@ def _leaf_differences(
     moved: Mapping[str, str],
 ) -> Iterator[str]:
     for path in {**saved, **new}:
-        if item != PARAMS and any(path == p or path.endswith(f"/{p}") for p in moved):
+        if item != PARAMS and longest_suffix(moved, path) is not None:
             continue  # has a line of its own already
         name = f"{item}/{path}" if path else item
         if path not in new:
@@ -205,9 +234,29 @@ def _spell(leaf: Mapping[str, Any]) -> str:
 def _setting_differences(saved: Any, new: Any) -> Iterator[str]:
     saved, new = dict(_flat(saved)), dict(_flat(new))
     for key in saved | new:
-        before, now = saved.get(key, "absent"), new.get(key, "absent")
-        if before != now:
-            yield f"{key} is {before} in the checkpoint and {now} now"
+        before, now = saved.get(key, _ABSENT), new.get(key, _ABSENT)
+        if not _equal(before, now):
+            name = key or "settings"
+            yield f"{name} is {_value(before)} in the checkpoint and {_value(now)} now"
+
+
+def _equal(before: Any, now: Any) -> bool:
+    """Whether two values of JSON are equal; NaN equals NaN."""
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_equal, before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(_equal(before[k], now[k]) for k in before)
+    if isinstance(before, float) and isinstance(now, float) and math.isnan(before):
+        return math.isnan(now)
+    return bool(before == now)
+
+
+def _value(value: Any) -> str:
+    """A setting for a message; a long one, such as an array, is cut."""
+    if value is _ABSENT:
+        return "absent"
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from optax_muon.checkpoint.description import check, describe
 from optax_muon.extras import require_extra
+from optax_muon.matrices.paths import named_leaves
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -28,7 +30,7 @@ def _import_orbax() -> Any:
     """The module `orbax.checkpoint`.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: It is not installed; the message names the extra.
     """
     require_extra("checkpoint", "Saving and restoring")
     return importlib.import_module("orbax.checkpoint")
@@ -45,7 +47,9 @@ def save(
         settings: What must not change, as `describe` takes it.
 
     Raises:
-        ValueError: the folder exists, or an item is called `"description"`.
+        ValueError: The folder exists, an item has a name that cannot be saved (`"description"`, or
+            one that is not a file name), or a leaf has been donated.
+        TypeError: As `describe`.
     """
     ocp = _import_orbax()
 
@@ -69,7 +73,7 @@ def restore(
         The items of `like`, with the arrays of the checkpoint, bit for bit.
 
     Raises:
-        ValueError: the state differs from the saved one (`check`), or files are missing or damaged.
+        ValueError: The state differs from the saved one (`check`), or files are missing or damaged.
     """
     ocp = _import_orbax()
 
@@ -92,8 +96,10 @@ def save_args(
         settings: What must not change, as `describe` takes it.
 
     Raises:
-        ValueError: an item is called `"description"`.
-        ImportError: orbax is not installed.
+        ValueError: An item has a name that cannot be saved (`"description"`, or one that is no name
+            of a file), or a leaf has been donated.
+        TypeError: As `describe`.
+        ImportError: Orbax is not installed.
 
     >>> import jax.numpy as jnp
     >>> sorted(save_args({"params": {"up": jnp.ones((4, 8))}}, {"beta": 0.95}).keys())
@@ -101,10 +107,10 @@ def save_args(
     """
     ocp = _import_orbax()
 
-    if DESCRIPTION in items:
-        raise ValueError(f"An item is called {DESCRIPTION!r}, as the description is; rename it.")
+    described = describe(items, settings)
+    _check_items(items)
     trees = {name: ocp.args.StandardSave(tree) for name, tree in _trees(items).items()}
-    description = ocp.args.JsonSave(describe(items, settings))
+    description = ocp.args.JsonSave(described)
     return ocp.args.Composite(**trees, **{DESCRIPTION: description})
 
 
@@ -112,7 +118,7 @@ def description_args() -> ocp.args.Composite:
     """The `args` of `ocp.CheckpointManager.restore` that read only the item `description`.
 
     Raises:
-        ImportError: orbax is not installed.
+        ImportError: Orbax is not installed.
     """
     ocp = _import_orbax()
 
@@ -126,7 +132,7 @@ def restore_args(like: Mapping[str, Any]) -> ocp.args.Composite:
         like: What to read, as `restore` takes it.
 
     Raises:
-        ImportError: orbax is not installed.
+        ImportError: Orbax is not installed.
     """
     ocp = _import_orbax()
 
@@ -143,12 +149,19 @@ def restored_items(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[st
         found: What `ocp.CheckpointManager.restore` returned.
         like: The items that `restore_args` was given.
     """
+    saved = _trees(like)
 
     def item(name: str) -> Any:
         tree = like[name]
         if not jax.tree.leaves(tree):
-            return tree  # it has no arrays, so nothing was saved
-        return found[name][0] if _is_lone(tree) else found[name]
+            return tree  # it has no arrays
+        if _is_lone(tree):
+            return found[name][0] if name in saved else _zeros(tree)
+        if name not in saved:
+            return jax.tree.map(_zeros, tree)
+        if not any(map(_is_empty, jax.tree.leaves(tree))):
+            return found[name]
+        return jax.tree.map(lambda x, y: _zeros(x) if _is_empty(x) else y, tree, found[name])
 
     return {name: item(name) for name in like}
 
@@ -161,24 +174,50 @@ def reading(where: Path) -> Iterator[None]:
         where: The path that the message names.
 
     Raises:
-        ValueError: anything that was raised inside.
+        ValueError: Anything that was raised inside.
     """
     try:
         yield
     except Exception as error:  # orbax raises OSError, ValueError, KeyError and bare Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{where} cannot be read, files of it are missing or damaged: {reason[0][:200]}"
+            f"{where} cannot be read; files are missing or damaged: {reason[0][:200]}"
         ) from error
 
 
+def _check_items(items: Mapping[str, Any]) -> None:
+    """Refuse what orbax would take and never give back, or refuse without a name."""
+    for name, item in items.items():
+        if name == DESCRIPTION:
+            raise ValueError(f"An item is called {name!r}, the name of the description; rename it.")
+        if name in ("", ".", "..") or "/" in name:
+            raise ValueError(f"An item is called {name!r}, which is not a file name; rename it.")
+        for path, leaf in named_leaves(item).items():
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise ValueError(f"{name}/{path} has been donated or deleted; save it before that.")
+
+
 def _trees(items: Mapping[str, Any]) -> dict[str, Any]:
-    """The items that orbax can save: those with leaves, and lone leaves in a list."""
-    return {
-        name: [item] if _is_lone(item) else item
+    """The items as orbax can save them: those with numbers in them, and lone leaves in a list.
+
+    Orbax refuses arrays of zero size. None stands for each; its shape is in the description.
+    """
+    trees = {
+        name: [item] if jax.tree.leaves(item) and _is_lone(item) else item
         for name, item in items.items()
-        if jax.tree.leaves(item)
     }
+    trees = jax.tree.map(lambda leaf: None if _is_empty(leaf) else leaf, trees)
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+def _is_empty(leaf: Any) -> bool:
+    return 0 in getattr(leaf, "shape", ())
+
+
+def _zeros(leaf: Any) -> Any:
+    """An array of zero size like this one, or like this description of one."""
+    like = _abstract(leaf)
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
 def _is_lone(item: Any) -> bool:

@@ -36,11 +36,11 @@ class Finetune(RunOptions):
     """
 
     source: Annotated[Path, tyro.conf.arg(name="from")]
-    """Folder of the run to begin with, made by train, finetune or import-hf."""
+    """Folder of the run to start from, made by train, finetune or import-hf."""
     data: Path
     """Prompt-completion pairs, UTF-8: one line {"prompt": "...", "completion": "..."} each."""
     trial: str | None = None
-    """Optimizer of that run whose parameters to begin with; by default the last one that has a
+    """Optimizer of that run whose parameters to start from; by default the last one that has a
     checkpoint."""
     optimizers: tuple[str, ...] = ("muon",)
     """Optimizers to fine-tune with, each from the same parameters: adamw, muon, normuon, lion."""
@@ -49,9 +49,10 @@ class Finetune(RunOptions):
     weight_decay: float = 0.1
     """Weight decay."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
-    """Hyper-parameters of one optimizer that replace those of all, such as muon.lr=1e-4."""
+    """Hyperparameters of one optimizer, in place of --lr and --weight-decay: muon.lr=1e-4."""
     name: str | None = None
-    """Folder of the new run, inside --runs; FROM-OPTIMIZERS by default."""
+    """Folder of the new run, inside --runs. By default the names of the run it starts from and of
+    the optimizers, such as small-muon."""
     epochs: int = 2
     """Number of passes over the examples."""
     batch: int = 16
@@ -68,24 +69,24 @@ class Finetune(RunOptions):
         task = self._task()
         run = self._run(task)
         names = "-".join([self.source.resolve().name, *(trial.name for trial in run.trials)])
-        folder = RunFolder(self.runs / (self.name or names))
+        folder = self.folder(self.name or names)
         distributed.on_main_process(lambda: self._create(folder, run, task))
         with task.devices.mesh_context():
             found = {"before": _evaluate(task, PretrainedSource(self.source, self.trial))}
-            train_all(run, task, folder, task.devices)
+            train_all(run, task, folder, task.devices, self.traced)
             for trial in run.trials:
                 source = PretrainedSource(folder.path, trial.name)
                 found[f"after {trial.title}"] = _evaluate(task, source)
         if distributed.is_main_process():
             console = Console()
             console.print(terminal_table("held-out completions", rows(found)))
-            console.out(f"All of it is in {folder.path}", highlight=False)
+            console.out(f"Results are in {folder.path}", highlight=False)
 
     def check(self) -> None:
         """Check that no number is too small, and that the options fit each other.
 
         Raises:
-            UsageError: when one is, or they do not.
+            UsageError: When one is, or they do not.
         """
         for name, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("eval_every", 1)):
             at_least(least, name, getattr(self, name))
@@ -112,7 +113,7 @@ class Finetune(RunOptions):
         )
 
     def _create(self, folder: RunFolder, run: RunConfig, task: Finetuning) -> None:
-        """Create the folder or resume in it, and print what begins."""
+        """Create the folder or resume in it, and print what is to be trained."""
         PretrainedSource(self.source, self.trial).check()
         folder.create_or_resume(run.to_json(), resume=self.resume, overwrite=self.overwrite)
         heading = f"{self.source}: {_describe(task.dataset)}, {task.config.steps} steps of"

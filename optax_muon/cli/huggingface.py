@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 
+from optax_muon.cli.tracking import tracked
 from optax_muon.errors import UsageError
 from optax_muon.models.huggingface import (
     Tensor,
@@ -41,7 +41,7 @@ class ImportHF:
     def __call__(self) -> None:
         """Copy, then say what it is."""
         with usage_errors():
-            config = import_checkpoint(self.directory, self.out, _shown)
+            config = import_checkpoint(self.directory, self.out, _shown, _note)
         Console(stderr=True).out(f"{self.out}: {_describe(config)}", highlight=False)
 
 
@@ -74,7 +74,11 @@ class ExportHF:
 
 
 def _shown(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    return track(list(tensors), "tensors", console=Console(stderr=True), transient=True)
+    return tracked(tensors, "tensors")
+
+
+def _note(sentence: str) -> None:
+    Console(stderr=True).out(sentence, highlight=False)
 
 
 def _describe(config: MoonlightConfig) -> str:

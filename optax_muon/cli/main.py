@@ -39,6 +39,12 @@ def _run(arguments: list[str]) -> None:
     except (CommandError, UsageError, MissingExtraError) as error:
         sys.stderr.write(f"optax-muon: {error}{_resume_hint(error, arguments)}\n")
         sys.exit(EXIT_CODES[type(error)])
+    except BrokenPipeError:
+        raise  # `main` ends quietly
+    except OSError as error:  # a file that cannot be read or written, or a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"optax-muon: {where}{error.strerror or error}\n")
+        sys.exit(EXIT_CODES[UsageError])
     except KeyboardInterrupt:
         sys.stderr.write("optax-muon: interrupted\n")
         sys.exit(EXIT_CODES[Interrupted])
@@ -50,7 +56,12 @@ def _command(arguments: list[str]) -> Callable[[], None]:
 
     from optax_muon.cli.commands import COMMANDS
 
-    command: Callable[[], None] = tyro.cli(COMMANDS, prog="optax-muon", args=arguments)
+    command: Callable[[], None] = tyro.cli(
+        COMMANDS,
+        prog="optax-muon",
+        description="Train language models with Muon, inspect them, and plan Muon on a mesh.",
+        args=arguments,
+    )
     return command
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,26 +11,40 @@ from optax_muon.errors import UsageError
 from optax_muon.models.spec import Model
 from optax_muon.training import distributed
 from optax_muon.training.devices import Devices, parse_mesh
+from optax_muon.training.profile import NO_PROFILE, Profile
+from optax_muon.training.run_folder import RunFolder
+
+MOST = 2**63 - 1
+"""The largest whole number that an option may be; a seed is a number of 64 bits."""
 
 
 def at_least(least: float, name: str, value: float | None) -> None:
-    """Check that an option is not too small; None is an option that is not given.
+    """Check that an option is neither too small nor infinite; None is one that is not given.
 
     Raises:
-        UsageError: with the option as it is typed.
+        UsageError: With the option as it is typed.
 
     >>> at_least(1, "eval_every", 20)
+    >>> at_least(0, "temperature", float("nan"))
+    Traceback (most recent call last):
+      ...
+    optax_muon.errors.UsageError: --temperature is nan; it must be at least 0 and finite
     """
-    if value is not None and value < least:
-        option = name.replace("_", "-")
-        raise UsageError(f"--{option} is {value}, it must be at least {least}")
+    if value is None or least <= value <= MOST:
+        return
+    option = name.replace("_", "-")
+    if math.isfinite(value):
+        bound = f"at least {least}" if value < least else f"at most {MOST}"
+    else:
+        bound = f"at least {least} and finite"
+    raise UsageError(f"--{option} is {value}; it must be {bound}")
 
 
 def assignments(words: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The hyper-parameters of `--set`, by optimizer and name.
+    """The hyperparameters of `--set`, by optimizer and name.
 
     Raises:
-        UsageError: when a word is not `OPTIMIZER.HYPERPARAMETER=NUMBER[,NUMBER...]`.
+        UsageError: When a word is not `OPTIMIZER.HYPERPARAMETER=NUMBER[,NUMBER...]`.
 
     >>> assignments(["muon.lr=1e-3,2e-3", "muon.weight_decay=0.1"])
     {'muon': {'lr': (0.001, 0.002), 'weight_decay': (0.1,)}}
@@ -46,7 +61,9 @@ def assignments(words: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]
             raise UsageError(
                 f"--set {word} is not OPTIMIZER.HYPERPARAMETER=NUMBER, such as muon.lr=1.2e-2"
             )
-        found.setdefault(optimizer, {})[name] = values
+        if name in found.setdefault(optimizer, {}):
+            raise UsageError(f"--set has {target} twice; give it once")
+        found[optimizer][name] = values
     return found
 
 
@@ -54,7 +71,7 @@ def single_values(words: Sequence[str]) -> dict[str, dict[str, float]]:
     """As `assignments`, one number each.
 
     Raises:
-        UsageError: as `assignments`, or when there are several numbers.
+        UsageError: As `assignments`, or when there are several numbers.
 
     >>> single_values(["muon.lr=1e-3"])
     {'muon': {'lr': 0.001}}
@@ -88,7 +105,7 @@ class DeviceOptions:
         """The devices; initializes them, so call it after `distributed.start`.
 
         Raises:
-            UsageError: when the mesh does not fit the devices, or something does not divide.
+            UsageError: When the mesh does not fit the devices, or something does not divide.
         """
         at_least(1, "accumulate", self.accumulate)
         devices = Devices(None if self.mesh is None else parse_mesh(self.mesh), self.accumulate)
@@ -110,17 +127,38 @@ class RunOptions(DeviceOptions):
     --accumulate, up to rounding."""
     overwrite: bool = False
     """Delete the run in the folder and start again."""
+    profile: int | None = None
+    """Number of steps of each trial to trace with jax.profiler, after its first two. The traces are
+    written to the folder profile of the run, for xprof and TensorBoard."""
 
     def check_run(self) -> None:
         """Check that the options do not contradict each other.
 
         Raises:
-            UsageError: when they do.
+            UsageError: When they do.
         """
+        at_least(1, "accumulate", self.accumulate)
+        at_least(1, "profile", self.profile)
         if self.resume and self.overwrite:
-            raise UsageError("--resume and --overwrite exclude each other")
+            raise UsageError("--resume and --overwrite are mutually exclusive")
         if self.distributed and self.mesh is None:
             raise UsageError("--distributed needs --mesh, which says how devices share the work")
+
+    @property
+    def traced(self) -> Profile:
+        """The steps that are traced."""
+        return NO_PROFILE if self.profile is None else Profile(self.profile)
+
+    def folder(self, name: str) -> RunFolder:
+        """The folder of a run.
+
+        Raises:
+            UsageError: When the name leads out of `--runs`, or is that folder.
+        """
+        path = self.runs / name
+        if self.runs.resolve() not in path.resolve().parents:
+            raise UsageError(f"--name is {name!r}, it must name a folder inside --runs {self.runs}")
+        return RunFolder(path)
 
     def start(self) -> None:
         """Connect to the other processes, if there are any."""

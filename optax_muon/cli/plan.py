@@ -25,8 +25,6 @@ from optax_muon.training.presets import PRESETS
 
 REPLICAS = "data"
 """Name of the mesh axis over which parameters are replicated."""
-LAYOUTS = ("home", "gather")
-"""The layouts that can be asked for."""
 MAX_DEVICES = 2**16
 
 CONFIGS = {name: preset.model for name, preset in PRESETS.items()} | spec.named_configs()
@@ -55,7 +53,7 @@ class PlanModel:
     mesh: str = "fsdp=16,tensor=4"
     """Axes and sizes of the mesh, major first: data, fsdp, expert, tensor."""
     layout: str | None = None
-    """`home` or `gather` for all matrices; by default the cheapest for each."""
+    """home or gather, for all matrices; by default the cheapest layout for each shape."""
     platform: str = "tpu"
     """Kind of the devices: tpu, gpu or cpu."""
     png: Path | None = None
@@ -81,7 +79,7 @@ class PlanModel:
         _one_of("model", self.model, MODELS)
         _one_of("platform", self.platform, tuple(PLATFORMS))
         if self.layout is not None:
-            _one_of("layout", self.layout, LAYOUTS)
+            _one_of("layout", self.layout, tuple(optax_muon.LAYOUTS))
         for option, path in (("png", self.png), ("json", self.json)):
             if path is not None:
                 _check_file(option, path)

@@ -24,7 +24,7 @@ class Sample:
     """Optimizer whose parameters to use, such as adamw, muon-carried or muon; by default the last
     one of the run that has a checkpoint."""
     prompt: str = "def "
-    """Text to continue; an empty one stands for the beginning of a file."""
+    """Text to continue; if it is empty, generation starts at the beginning of a file."""
     length: int = 400
     """Number of bytes to generate."""
     temperature: float = 0.7
@@ -36,6 +36,7 @@ class Sample:
         """Print the prompt and its continuation."""
         at_least(1, "length", self.length)
         at_least(0, "temperature", self.temperature)
+        at_least(0, "seed", self.seed)
         source = PretrainedSource(self.runs / self.run, self.trial)
         params, bias = source.weights()
         prompt = self.prompt.encode()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from optax_muon.cli.reports import spectra as figures
 from optax_muon.cli.reports.tables import terminal_table
+from optax_muon.cli.tracking import tracked
 from optax_muon.training.spectra import SpectraRow, SpectraTrial, rows, sources, spectra
 
 
@@ -37,7 +37,7 @@ class Spectra:
     def __call__(self) -> None:
         """Decompose, then write, draw and print."""
         trials, kept = sources(self.run)
-        shown = track(kept, "checkpoints", console=Console(stderr=True), transient=True)
+        shown = tracked(kept, "checkpoints")
         found = [
             spectrum
             for source in shown
@@ -53,7 +53,7 @@ class Spectra:
         console.print(table(trials, lines))
         for line in comparison(trials, lines):
             console.print(line, highlight=False, markup=False)
-        console.out(f"All of it is in {out}", highlight=False)
+        console.out(f"Results are in {out}", highlight=False)
 
 
 def write(path: Path, lines: Sequence[SpectraRow]) -> None:

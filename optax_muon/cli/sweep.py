@@ -45,7 +45,7 @@ class Sweep(Experiment):
     def __call__(self) -> None:
         """Run the missing points, then report."""
         self.check()
-        points = sweep.grid(self._rates(), self.weight_decay)
+        points = self._points()
         # Only the final loss counts, so one evaluation at the end is enough.
         config = dataclasses.replace(self.config, eval_every=self.row.steps)
         task, folder = self.task(config), RunFolder(self.out)
@@ -53,18 +53,36 @@ class Sweep(Experiment):
             "training": dataclasses.asdict(config),
             "fingerprint": task.corpus.fingerprint,
         }
-        folder.create_or_resume(asked, resume=folder.config.exists(), overwrite=False)
+        resume = folder.config.exists()
+        if self.out.exists() and not resume:
+            raise UsageError(f"--out {self.out} exists and is no sweep; give another folder")
+        folder.create_or_resume(asked, resume=resume, overwrite=False, option="--out")
         table = sweep.SweepTable(self.out / "sweep.csv")
         with task.devices.mesh_context():
             sweep.run_all(task, points, table)
         heading = training_report.describe(self.model, config)
         sweep_report.publish(table.read(), heading, config.unit, self.out)
 
+    def _points(self) -> list[sweep.Point]:
+        """The points of the grid.
+
+        Raises:
+            UsageError: When there is none, one is there twice, or one cannot run.
+        """
+        points = sweep.grid(self._rates(), self.weight_decay)
+        if not points:
+            raise UsageError("there is nothing to run; give --optimizers and --weight-decay values")
+        for point in points:
+            if points.count(point) > 1:
+                raise UsageError(f"{point.title} is asked for twice; give each value once")
+            _ = point.trial  # refuses numbers that it cannot run at
+        return points
+
     def _rates(self) -> dict[str, tuple[float, ...]]:
         """Learning rates by optimizer.
 
         Raises:
-            UsageError: when something else than the rates of these optimizers is set.
+            UsageError: When something else than the rates of these optimizers is set.
         """
         given = assignments(self.overrides)
         for name, numbers in given.items():

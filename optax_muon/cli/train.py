@@ -6,6 +6,7 @@ The work is done in `training/trainer.py`, the result is shown by `reports/train
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,7 +40,7 @@ class Experiment(DeviceOptions):
     """What `train` and `sweep` have in common."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--preset"])] = "small"
-    """The preset to train: its model, batch, steps, hyper-parameters and schedule. A Llama: tiny,
+    """The preset to train: its model, batch, steps, hyperparameters and schedule. A Llama: tiny,
     small, medium, base or large. A mixture of experts as in the paper: moonlight-tiny,
     moonlight-small or moonlight-16b-a3b. All of them recompute layers in the backward pass."""
     data: str | None = None
@@ -67,14 +68,14 @@ class Experiment(DeviceOptions):
     bias_update_speed: float | None = None
     """Change of an expert's router bias in a step, towards balance; the preset's by default."""
     qk_clip: float | None = None
-    """Scale down queries and keys of heads whose largest attention logit is above this; the paper
-    of the method takes 100. Off by default. Moonlights only."""
+    """Scale down the queries and keys of every head whose largest attention logit exceeds this; the
+    paper that introduced it takes 100. Off by default. For Moonlights only."""
 
     def check(self) -> None:
         """Check that no number is too small.
 
         Raises:
-            UsageError: when one is.
+            UsageError: When one is.
         """
         for name, least in (
             ("steps", 1),
@@ -86,14 +87,14 @@ class Experiment(DeviceOptions):
             ("bias_update_speed", 0),
         ):
             at_least(least, name, getattr(self, name))
-        if self.qk_clip is not None and not self.qk_clip > 0:
-            raise UsageError(f"--qk-clip is {self.qk_clip:g}, it must be positive")
+        if self.qk_clip is not None and not 0 < self.qk_clip < math.inf:
+            raise UsageError(f"--qk-clip is {self.qk_clip:g}; it must be positive and finite")
 
     def check_model(self) -> None:
         """Check that the model has what the options need.
 
         Raises:
-            UsageError: when it does not.
+            UsageError: When it does not.
         """
         model = spec.model(self.row.model)
         for option, value, needed, has in (
@@ -151,7 +152,7 @@ class Experiment(DeviceOptions):
         """What is learned; initializes the devices.
 
         Raises:
-            UsageError: when the devices, the model or the text do not fit the options.
+            UsageError: When the devices, the model or the text do not fit the options.
         """
         self.check_model()
         devices = self.devices(spec.model(config.model), config.batch)
@@ -163,12 +164,12 @@ class Experiment(DeviceOptions):
 class Train(Experiment, RunOptions):
     """Train one model with several optimizers and compare them.
 
-    By default: AdamW, Muon at AdamW's hyper-parameters, and Muon at its own. All see the same
+    By default: AdamW, Muon at AdamW's hyperparameters, and Muon at its own. All see the same
     batches in the same order. Writes config.json, metrics.jsonl, checkpoints, routing.txt (which
-    parameters are Muon's, and why), loss.png and summary.md, and prints when each run reached the
+    parameters Muon trains, and why), loss.png and summary.md, and prints when each run reached the
     final loss of the first optimizer. Ctrl-C saves.
 
-    On several machines start the same command on each, with --distributed and --mesh, in a shared
+    On several machines, start the same command on each, with --distributed and --mesh, in a shared
     folder. A TPU pod: gcloud compute tpus tpu-vm ssh NAME --worker=all --command="...".
     SLURM: srun --ntasks-per-node=GPUS optax-muon train --distributed --mesh data=4,fsdp=8.
     """
@@ -176,21 +177,21 @@ class Train(Experiment, RunOptions):
     name: str | None = None
     """Folder of the run, inside --runs; the preset's name by default."""
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Begin with the newest parameters of this run, or of a folder made by import-hf, and use its
-    sizes; batch, steps and hyper-parameters are those of --model."""
+    """Start from the newest parameters of this run, or of a folder made by import-hf. The sizes of
+    the model are then those of the run; batch, steps and hyperparameters are still --model's."""
     optimizers: tuple[str, ...] = DEFAULT
     """Optimizers to train, one after the other: adamw, muon-carried (Muon at AdamW's
-    hyper-parameters), muon, normuon, lion. The first one is the baseline of the comparison; one
-    that would repeat an earlier one is left out."""
+    hyperparameters), muon, normuon, lion. The first one is the baseline of the comparison; one
+    that would repeat an earlier one is skipped."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
-    """Hyper-parameters that replace the preset's, such as muon.lr=1.2e-2 adamw.weight_decay=0.1.
-    Optimizers without hyper-parameters of their own in the preset follow those of another one:
+    """Hyperparameters that replace the preset's, such as muon.lr=1.2e-2 adamw.weight_decay=0.1.
+    Optimizers without hyperparameters of their own in the preset follow those of another one:
     muon-carried and lion follow adamw, normuon follows muon."""
     save_every: int = 100
     """Steps between checkpoints, a multiple of --eval-every."""
     keep_every: int | None = None
-    """Steps between checkpoints that are kept for good, a multiple of --save-every: spectra shows
-    them. The last two are kept in any case."""
+    """Steps between checkpoints that are kept for good, a multiple of --save-every; spectra reads
+    them. The last two checkpoints are always kept; by default, only those."""
 
     def __call__(self) -> None:
         """Train, then report."""
@@ -198,10 +199,10 @@ class Train(Experiment, RunOptions):
         self.start()
         task = self.task(self.config)
         run = self._run(task.config, task.corpus)
-        folder = RunFolder(self.runs / (self.name or self.model))
+        folder = self.folder(self.name or self.model)
         distributed.on_main_process(lambda: self._create(folder, run, task))
         with task.devices.mesh_context():
-            train_all(run, task, folder, task.devices)
+            train_all(run, task, folder, task.devices, self.traced)
             seconds = report.update_times(run, task.devices)
         if distributed.is_main_process():
             report.publish(run, task.corpus.origin, folder, seconds)
@@ -210,10 +211,11 @@ class Train(Experiment, RunOptions):
         """Check that the options fit each other.
 
         Raises:
-            UsageError: when they do not.
+            UsageError: When they do not.
         """
         super().check()
         self.check_run()
+        at_least(1, "save_every", self.save_every)
         if self.save_every % self.eval_every:
             raise UsageError(
                 f"--save-every {self.save_every} must be a multiple of --eval-every "
@@ -227,7 +229,7 @@ class Train(Experiment, RunOptions):
             )
 
     def sizes(self, row: Preset) -> Config:
-        """Those of the run that this one begins with, if it does."""
+        """Those of the run that this one starts from, if any."""
         if self.source is None:
             return row.model
         given, own = PretrainedSource(self.source).model, spec.model(row.model)
@@ -237,12 +239,12 @@ class Train(Experiment, RunOptions):
             ]
             raise UsageError(
                 f"--from {self.source} is a {given.kind} and --model {self.model} a {own.kind}; "
-                f"give the batch, steps and hyper-parameters of one of {', '.join(fitting)}"
+                f"give the batch, steps and hyperparameters of one of {', '.join(fitting)}"
             )
         return given.config
 
     def _create(self, folder: RunFolder, run: RunConfig, task: Pretraining) -> None:
-        """Create the folder or resume in it, and print what begins."""
+        """Create the folder or resume in it, and print what is to be trained."""
         folder.create_or_resume(run.to_json(), resume=self.resume, overwrite=self.overwrite)
         params = shapes(spec.model(task.config.model), optax.identity()).params
         labels = optax_muon.label(params, views(task.config))

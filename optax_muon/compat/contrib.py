@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 from optax.contrib import MuonDimensionNumbers, MuonState
@@ -31,9 +32,14 @@ from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
 from optax_muon.matrices.paths import path_name
 from optax_muon.matrices.views import View
 from optax_muon.polar.coefficients import KELLER, YOU, Row
+from optax_muon.transforms.arguments import holds_functions
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import keller_scale, match_rms, scale_by_shape
-from optax_muon.transforms.wrappers import under_standard_promotion, with_settled_views
+from optax_muon.transforms.wrappers import (
+    on_trainable_leaves,
+    under_standard_promotion,
+    with_settled_views,
+)
 
 Coefficients = Sequence[ArrayLike] | Sequence[Sequence[ArrayLike]] | ArrayLike
 """One row `(a, b, c)` for every step, or `[steps, 3]`."""
@@ -41,9 +47,16 @@ Coefficients = Sequence[ArrayLike] | Sequence[Sequence[ArrayLike]] | ArrayLike
 Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
 
 _STANDARD: Row = KELLER.rows[0]
+_ITERATIONS = {
+    name: functools.partial(newton_schulz, precondition=precondition)
+    for name, precondition in PRECONDITIONERS.items()
+}
+"""Made once, because compiled programs are found by them."""
+
 _PRESETS: dict[str, Coefficients] = {"standard": _STANDARD, "dion": YOU.rows}
 
 
+@holds_functions("weight_decay_mask", "muon_weight_dimension_numbers", "mu_dtype")
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients | str = _STANDARD,
@@ -111,15 +124,14 @@ def muon(
 
     Source: optax 0.2.8, `optax.contrib.muon`.
     """
-    adam = optax.adamw(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=eps,
-        eps_root=adam_eps_root,
-        weight_decay=adam_weight_decay,
-        mu_dtype=mu_dtype,
-        nesterov=nesterov,
+    adam = optax.chain(
+        optax.scale_by_adam(
+            adam_b1, adam_b2, eps, adam_eps_root, mu_dtype=mu_dtype, nesterov=nesterov
+        ),
+        _decayed_weights(adam_weight_decay),
+        optax.scale_by_learning_rate(
+            learning_rate if adam_learning_rate is None else adam_learning_rate
+        ),
     )
     scale_by_views = functools.partial(
         scale_by_muon,
@@ -137,12 +149,12 @@ def muon(
     if dimensions is None:
         dimensions = _every_matrix
 
-    def build(settled: dict[str, View | None]) -> optax.GradientTransformation:
+    def build(_: Any, settled: dict[str, View | None]) -> optax.GradientTransformation:
         views = {path: view for path, view in settled.items() if view is not None}
         chain = optax.chain(
             scale_by_views(weight_dimension_numbers=views),
             scale_by_shape(rule, views=views),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -153,9 +165,11 @@ def muon(
             {"muon": chain, "adam": adam}, lambda params: jax.tree.map_with_path(group, params)
         )
 
-    return under_standard_promotion(with_settled_views(build, dimensions))
+    chain = on_trainable_leaves(with_settled_views(build, dimensions))
+    return under_standard_promotion(chain)
 
 
+@holds_functions("weight_dimension_numbers", "mu_dtype")
 def scale_by_muon(
     ns_coeffs: Coefficients = _STANDARD,
     ns_steps: int = 5,
@@ -215,9 +229,7 @@ def scale_by_muon(
         mu = optax.tree.update_moment(updates, state.mu, beta, 1)
         average = _unbiased(updates, mu, beta, count, nesterov)
         polar = jax.tree_util.Partial(
-            functools.partial(newton_schulz, precondition=PRECONDITIONERS[preconditioning]),
-            rows=_rows(state.ns_coeffs, ns_steps),
-            eps=eps,
+            _ITERATIONS[preconditioning], eps=eps, **_rows(state.ns_coeffs, ns_steps)
         )
         updates, _ = orthogonalize(polar, views=views).update(average, optax.EmptyState())
         if adaptive:
@@ -225,6 +237,14 @@ def scale_by_muon(
         return updates, MuonState(count, optax.tree.cast(mu, mu_dtype), state.ns_coeffs)
 
     return under_standard_promotion(optax.GradientTransformation(init, update))
+
+
+def _decayed_weights(rate: ArrayLike, mask: Any = None) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, which needs no parameters where the rate is the number 0."""
+    link = optax.add_decayed_weights(rate, mask)
+    if not isinstance(rate, int | float) or rate != 0:
+        return link
+    return optax.GradientTransformation(link.init, lambda updates, state, _=None: (updates, state))
 
 
 def _every_matrix(params: optax.Params) -> Any:
@@ -240,12 +260,13 @@ def _preset(name: str) -> Coefficients:
 
 def _checked(ns_coeffs: Coefficients, ns_steps: int) -> jax.Array:
     """The coefficients as the state keeps them: `[3]` or `[steps, 3]`."""
-    if ns_steps < 1:
+    traced = isinstance(ns_steps, jax.core.Tracer)  # by `optax.inject_hyperparams`
+    if not traced and ns_steps < 1:
         raise ValueError(f"ns_steps is {ns_steps}; it must be 1 or more.")
-    coeffs = jnp.asarray(ns_coeffs)
+    coeffs = jnp.array(ns_coeffs)  # a copy: the state may be donated
     if coeffs.ndim not in (1, 2) or coeffs.shape[-1] != 3:
         raise ValueError(f"ns_coeffs has the shape {coeffs.shape}; it must be (3,) or (steps, 3).")
-    if coeffs.ndim == 2 and coeffs.shape[0] > ns_steps:
+    if not traced and coeffs.ndim == 2 and coeffs.shape[0] > ns_steps:
         raise ValueError(
             f"ns_coeffs has {coeffs.shape[0]} rows and ns_steps is {ns_steps};"
             f" all rows are used, so ns_steps must be {coeffs.shape[0]} or more."
@@ -253,8 +274,13 @@ def _checked(ns_coeffs: Coefficients, ns_steps: int) -> jax.Array:
     return coeffs
 
 
-def _rows(ns_coeffs: jax.Array, ns_steps: int) -> jax.Array:
-    return jnp.broadcast_to(ns_coeffs, (ns_steps, 3)) if ns_coeffs.ndim == 1 else ns_coeffs
+def _rows(ns_coeffs: jax.Array, ns_steps: ArrayLike) -> dict[str, Any]:
+    """The options of `newton_schulz`; `optax.inject_hyperparams` traces the steps."""
+    if ns_coeffs.ndim == 2:
+        return {"rows": ns_coeffs}
+    if isinstance(ns_steps, jax.core.Tracer):
+        return {"rows": ns_coeffs, "steps": ns_steps}
+    return {"rows": jnp.broadcast_to(ns_coeffs, (np.asarray(ns_steps).item(), 3))}
 
 
 def _unbiased(

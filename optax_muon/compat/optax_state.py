@@ -12,11 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from optax.contrib import MuonState
 
 from optax_muon.matrices.paths import named_leaves, path_name
 from optax_muon.transforms.momentum import MomentumState
+
+COUNTS = ("count", "gradient_step")
+"""Fields of optax's states that count the steps done; the second one is that of `MultiSteps`."""
 
 
 def from_optax(
@@ -73,7 +78,29 @@ def from_optax(
         momentum=lambda path, _: take(path, "Muon", "Muon") / (1 - beta),
         moment=lambda kind, path, _: take(path, kind, "Adam"),
     )
-    return optax.tree.set(moved, count=theirs.count)
+    return counting_from(moved, theirs.count)
+
+
+def counting_from(state: optax.OptState, count: ArrayLike) -> optax.OptState:
+    """A state whose every step count is this one: of schedules, Adam, and of wrappers around them.
+
+    `optax.tree.set(state, count=...)` stops at the first one, `inject_hyperparams`' own.
+
+    Args:
+        state: Any optimizer state; counts are its int32 `[]` named `count` or `gradient_step`.
+        count: How many steps were done. Each place gets a copy, so that the state can be donated.
+
+    >>> tx = optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(1.0, 0.0, 10))
+    >>> state = counting_from(tx.init(jax.numpy.ones(2)), 4)
+    >>> [int(count) for _, count in optax.tree.get_all_with_path(state, "count")]
+    [4, 4, 4]
+    """
+
+    def counted(path: Any, leaf: Any) -> Any:
+        is_count = str(getattr(path[-1], "name", "")) in COUNTS and jnp.ndim(leaf) == 0
+        return jnp.array(count, leaf.dtype) if is_count else leaf
+
+    return jax.tree.map_with_path(counted, state)
 
 
 def filled(

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_muon.polar.normalize import safe_sqrt
+
 Preconditioner = Callable[[jax.Array, ArrayLike], tuple[jax.Array, jax.Array]]
 """`(X, eps) -> (scaled X, its Gram matrix)`, of shapes `[..., m, n]` and `[..., m, m]`."""
 
@@ -35,15 +37,20 @@ _MATRIX = (-2, -1)
 
 
 def newton_schulz(
-    x: jax.Array, rows: jax.Array, precondition: Preconditioner, eps: ArrayLike = 1e-8
+    x: jax.Array,
+    rows: jax.Array,
+    precondition: Preconditioner,
+    eps: ArrayLike = 1e-8,
+    steps: ArrayLike | None = None,
 ) -> jax.Array:
     """Drive every singular value towards one.
 
     Args:
         x: `[..., m, n]` with `m <= n`, real or complex.
-        rows: `[steps, 3]`, one `(a, b, c)` per step, at least one.
+        rows: `[steps, 3]`, one `(a, b, c)` per step, at least one; or `[3]` for all of them.
         precondition: One of `PRECONDITIONERS`.
         eps: Added to the norm by frobenius and spectral, in units of the norm of `x`.
+        steps: How many steps, where `rows` is one; it may be traced.
 
     Returns:
         `[..., m, n]` in the dtype of `x`.
@@ -54,7 +61,12 @@ def newton_schulz(
      [0. 1. 0.]]
     """
     rows = rows.astype(x.dtype)
+    # Selecting zeros makes the derivative at a zero matrix zero as well.
+    x = jnp.where(jnp.any(x != 0, _MATRIX, keepdims=True), x, jnp.zeros_like(x))
     x, gram = precondition(x, eps)
+    if rows.ndim == 1:
+        x = _step(x, gram, rows)
+        return jax.lax.fori_loop(1, steps, lambda _, x: _step(x, _gram(x), rows), x)
     x = _step(x, gram, rows[0])
     return jax.lax.scan(lambda x, row: (_step(x, _gram(x), row), None), x, rows[1:])[0]
 
@@ -73,8 +85,7 @@ def frobenius(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
     >>> print(x, gram)
     [[0.6 0.8]] [[1.]]
     """
-    norm = jnp.linalg.norm(x, "fro", _MATRIX, keepdims=True)
-    x = x / (norm + eps).astype(x.dtype)
+    x = _divided(x, _frobenius_norm(x), eps)
     return x, _gram(x)
 
 
@@ -88,8 +99,7 @@ def spectral(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
     Returns:
         The scaled `x` and its Gram matrix `[..., m, m]`, in the dtype of `x`.
     """
-    norm = jnp.linalg.norm(x, 2, _MATRIX, keepdims=True)
-    x = x / (norm + eps).astype(x.dtype)
+    x = _divided(x, jnp.linalg.norm(x, 2, _MATRIX, keepdims=True), eps)
     return x, _gram(x)
 
 
@@ -125,7 +135,7 @@ def schatten(x: jax.Array, eps: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """
     del eps
     gram = x @ x.mT  # optax 0.2.8 does not conjugate here; its numbers are the contract
-    scale = _inverse_root(jnp.linalg.norm(gram, "fro", _MATRIX, keepdims=True), x.dtype)
+    scale = _inverse_root(_frobenius_norm(gram), x.dtype)
     return x * scale, gram * scale**2
 
 
@@ -133,6 +143,18 @@ PRECONDITIONERS: Mapping[str, Preconditioner] = MappingProxyType(
     {"frobenius": frobenius, "spectral": spectral, "aol": aol, "schatten": schatten}
 )
 """The preconditioners by optax's names."""
+
+
+def _frobenius_norm(x: jax.Array) -> jax.Array:
+    """The norm as `jnp.linalg.norm` computes it, with the derivative 0 at 0 instead of NaN."""
+    return safe_sqrt(jnp.sum(jnp.real(x * jnp.conj(x)), _MATRIX, keepdims=True))
+
+
+def _divided(x: jax.Array, norm: jax.Array, eps: ArrayLike) -> jax.Array:
+    divisor = norm + eps
+    # In float16 an eps of 1e-8 is zero, and a zero matrix would become NaN.
+    divisor = jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
+    return x / divisor.astype(x.dtype)
 
 
 def _gram(x: jax.Array) -> jax.Array:

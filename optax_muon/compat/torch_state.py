@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_muon.compat.optax_state import filled
+from optax_muon.compat.optax_state import counting_from, filled
 
 MOMENTUM = ("momentum_buffer",)
 """Names of the momentum in a torch Muon's state."""
@@ -99,6 +98,7 @@ def from_torch(
         ValueError: a buffer that is missing, misshapen or left over, or another count in it; the
             message names the parameter.
 
+    >>> import jax.numpy as jnp
     >>> from optax_muon.muon import muon
     >>> params = {"embedding": jnp.ones((16, 4)), "up": {"kernel": jnp.ones((4, 8))}}
     >>> buffers = {
@@ -147,4 +147,4 @@ def from_torch(
             f"torch's state has {', '.join(state[left[0]])} for {left[0]!r}, and the new optimizer"
             " keeps nothing of that path; give the state our paths, those of its parameters only."
         )
-    return optax.tree.set(found, count=jnp.asarray(count, jnp.int32))
+    return counting_from(found, count)

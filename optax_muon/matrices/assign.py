@@ -12,28 +12,25 @@ Evidence is asked in this order, and what decided is the printed reason:
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from optax_muon.matrices.axis_names import AxisRoles, Names, as_names, axis_names, read_view
+from optax_muon.matrices.axis_names import AxisRoles, CarriedAxes, Names, as_names, read_names
 from optax_muon.matrices.default_rules import DEFAULT_RULES, classify, from_end
+from optax_muon.matrices.dimension_numbers import is_dimension_numbers
+from optax_muon.matrices.entries import is_function, is_position, keys_of, listed
 from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
-from optax_muon.matrices.paths import is_masked, longest_prefix, named_leaves
+from optax_muon.matrices.paths import is_masked, named_leaves
 from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, as_view
-from optax_muon.matrices.summary import LabelRow, Labels, ambiguity, listed
+from optax_muon.matrices.summary import LabelRow, Labels, ambiguity
 from optax_muon.matrices.views import Axes, View
 
 __all__ = ["DEFAULT_RULES", "MATRICES", "Rule", "Stacked", "assign", "label"]
-
-_GLOB = re.compile(r"[*?[]")
 
 MATRICES = "matrices"
 """As `views=`, or as an entry of it: parameters of two axes are matrices, whatever their names."""
@@ -110,7 +107,8 @@ def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
         # 'codebook': None,  # no matrix
     }
     """
-    return {path: decision.view for path, decision in _settled(tree, views).items()}
+    _, decisions = _decide(tree, views)
+    return {path: decision.view for path, decision in decisions.items()}
 
 
 def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
@@ -137,55 +135,86 @@ def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
     muon       1       196,608     99.6%
     adamw      1       768         0.4%
     """
-    leaves = named_leaves(params, is_leaf=is_masked)
-    decisions = _settled(params, views) if strict else _decide(params, views)
+    leaves, decisions = _decide(params, views, strict=strict)
     return Labels(tuple(_row(path, leaves[path], decision) for path, decision in decisions.items()))
 
 
-def _settled(tree: Any, views: Any) -> dict[str, Decision]:
-    decisions = _decide(tree, views)
-    if any(decision.interpretations for decision in decisions.values()):
-        leaves = named_leaves(tree, is_leaf=is_masked)
-        raise ValueError(ambiguity(decisions, {path: _shape(leaves[path]) for path in decisions}))
-    return decisions
-
-
-def _decide(tree: Any, views: Any) -> dict[str, Decision]:
-    positions = named_leaves(tree, is_leaf=_is_position)
-    hidden = [path for path, leaf in positions.items() if is_masked(leaf)]
+def _decide(
+    tree: Any, views: Any, *, strict: bool = True
+) -> tuple[dict[str, Any], dict[str, Decision]]:
+    """The arrays of a tree and the decision for each, by path, in the tree's order."""
+    positions = named_leaves(tree, is_leaf=is_position)
     leaves = {p: leaf for p, leaf in positions.items() if leaf is not None and not is_masked(leaf)}
     user = _user_decision(tree, positions, views)
     shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
     floating = {path for path, leaf in leaves.items() if jnp.issubdtype(_dtype(leaf), jnp.inexact)}
     said = {path: user(ParamInfo.of(path, shape)) for path, shape in shapes.items()}
-    decisions: dict[str, Decision] = {}
+    decisions = dict.fromkeys(shapes, Decision(None, "not floating point"))
     for path, entry in said.items():
         if isinstance(entry, Decision):
             decisions[path] = _checked(path, shapes[path], entry, _dtype(leaves[path]), floating)
-    carried = axis_names(tree)
-    names = {path: _names_of(path, shapes[path], said[path], carried) for path in floating}
+    # Where the views decide every parameter, as in the links of a chain, nothing else is asked.
+    if any(not isinstance(said[path], Decision) for path in floating):
+        hidden = any(map(is_masked, positions.values()))
+        found = _by_evidence(
+            {path: shape for path, shape in shapes.items() if path in floating},
+            said,
+            CarriedAxes.of(tree),
+            partial=hidden,
+        )
+        decisions |= {p: d for p, d in found.items() if not isinstance(said[p], Decision)}
+    if strict and any(decision.interpretations for decision in decisions.values()):
+        raise ValueError(ambiguity(decisions, shapes))
+    return leaves, decisions
+
+
+def _by_evidence(
+    shapes: Mapping[str, tuple[int, ...]],
+    said: Mapping[str, Any],
+    carried: CarriedAxes,
+    *,
+    partial: bool,
+) -> dict[str, Decision]:
+    """Decide all parameters together, those that the user decided among them."""
+    roles = {path: _roles(path, shapes[path], said[path], carried) for path in shapes}
     stacks = {
         path: entry.on(path, shapes[path])
         for path, entry in said.items()
-        if isinstance(entry, Stacked)
+        if isinstance(entry, Stacked) and path in shapes
     }
-    stacks |= {p: n.stack for p, n in names.items() if n is not None and (n.stack or n.known)}
-    evidence = Tree(
-        {p: shapes[p] for p in shapes if p in floating}, partial=bool(hidden), stacks=stacks
-    )
-    found = {p: _classified(p, names[p], said[p], evidence) for p in shapes if p in floating}
+    stacks |= {p: n.stack for p, n in roles.items() if n is not None and (n.stack or n.known)}
+    evidence = Tree(shapes, partial=partial, stacks=stacks)
+    found = {
+        path: _classified(
+            path, carried.layer_of(path) or _named(path, roles[path], evidence), evidence
+        )
+        for path in shapes
+    }
     found = _agreeing(find_heads(found, evidence), evidence)
-    found = {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
-    integers = dict.fromkeys(shapes, Decision(None, "not floating point"))
-    return {**integers, **found, **decisions}
+    return {p: _two_axes(d, shapes[p]) if said[p] == MATRICES else d for p, d in found.items()}
 
 
-def _classified(path: str, names: AxisRoles | None, said: Any, tree: Tree) -> Decision:
-    if names is not None:
-        view = read_view(names, tree.plain[path].out_first)
-        if not isinstance(view, str):
-            return Decision(from_end(view, tree.shapes[path]), "axis names")
-    return classify(path, tree)
+def _roles(path: str, shape: tuple[int, ...], said: Any, carried: CarriedAxes) -> AxisRoles | None:
+    """The roles of a parameter's axes, if names of them are known and fit its shape."""
+    names = said if isinstance(said, tuple) else carried.names_of(path)
+    return AxisRoles.of(names) if names is not None and len(names) == len(shape) else None
+
+
+def _named(path: str, roles: AxisRoles | None, tree: Tree) -> Decision | None:
+    """What the names of its axes say of a parameter, if they say enough."""
+    return None if roles is None else read_names(roles, tree.plain[path].out_first)
+
+
+def _classified(path: str, carried: Decision | None, tree: Tree) -> Decision:
+    """What a parameter's axes say, or else what the tree says."""
+    if carried is None:
+        return classify(path, tree)
+    if carried.view is None:
+        return carried
+    bound = carried.view.bind(tree.shapes[path])
+    vector = min(bound.blocks[0].rows, bound.blocks[0].cols) == 1
+    view = None if vector else from_end(carried.view, tree.shapes[path])
+    return Decision(view, "vector or scalar" if vector else carried.reason)
 
 
 def _two_axes(decision: Decision, shape: tuple[int, ...]) -> Decision:
@@ -225,18 +254,6 @@ def _checked(
     return decision
 
 
-def _names_of(
-    path: str, shape: tuple[int, ...], said: Any, carried: Mapping[str, Names]
-) -> AxisRoles | None:
-    """The roles of a parameter's axes, if names of them are known and fit its shape."""
-    names = (
-        said
-        if isinstance(said, tuple)
-        else carried.get(path) or carried.get(path.rpartition("/")[0])
-    )
-    return AxisRoles.of(names) if names is not None and len(names) == len(shape) else None
-
-
 # ---- what the user says --------------------------------------------------------------------------
 
 _UserDecision = Callable[[ParamInfo], Any]
@@ -252,9 +269,9 @@ def _user_decision(tree: Any, positions: Mapping[str, Any], views: Any) -> _User
         views = [views]
     if isinstance(views, list | tuple) and views and all(isinstance(rule, Rule) for rule in views):
         return _by_rules(positions, tuple(views))
-    entries = named_leaves(views, is_leaf=_is_entry)
-    if callable(views) and not any(map(_is_entry, entries.values())):
+    if is_function(views):
         return _user_decision(tree, positions, views(tree))
+    entries = named_leaves(views, is_leaf=_is_entry)
     return _by_entries(positions, {path: _entry(path, view) for path, view in entries.items()})
 
 
@@ -282,69 +299,27 @@ def _by_rules(positions: Mapping[str, Any], rules: tuple[Rule, ...]) -> _UserDec
 
 
 def _by_entries(positions: Mapping[str, Any], entries: Mapping[str, Entry]) -> _UserDecision:
-    globs = [
-        (entry, re.compile(fnmatch.translate(entry))) for entry in entries if _GLOB.search(entry)
-    ]
-    fitting = {path: _fitting(entries, globs, path) for path in positions}
-    hidden = [path for path, leaf in positions.items() if is_masked(leaf)]
-    used = set(itertools.chain(*fitting.values()))
-    for entry in entries:
-        if entry not in used and not any(_may_hide(path, entry) for path in hidden):
-            close = difflib.get_close_matches(entry, positions, n=3, cutoff=0.4)
-            raise ValueError(
-                f"views[{entry!r}] fits no parameter; there are {listed(close or positions)}."
-            )
+    keys = keys_of("views", entries, positions)
 
     def decide(info: ParamInfo) -> Any:
-        fits = fitting[info.path]
-        if not fits:
+        key = keys[info.path]
+        if key is None:
             return None
-        best = info.path if info.path in entries else max(fits, key=len)
-        equals = [entry for entry in fits if len(entry) == len(best)]
-        if best != info.path and any(entries[entry] != entries[best] for entry in equals):
-            raise ValueError(
-                f"{info.path} fits {listed(equals)} of views, which disagree; name it in full."
-            )
-        value = entries[best]
+        value = entries[key]
         if value is None or isinstance(value, View):
-            return Decision(value, f"views[{best!r}]" if best else "views")
+            return Decision(value, f"views[{key!r}]" if key else "views")
         return value
 
     return decide
-
-
-def _fitting(
-    entries: Mapping[str, Entry], globs: list[tuple[str, re.Pattern[str]]], path: str
-) -> list[str]:
-    """The entries for a path: the longest of its own and the modules above it, and globs."""
-    above = longest_prefix(entries, path)
-    named = [] if above is None else [above]
-    while above:
-        above = longest_prefix(entries, above.rpartition("/")[0]) if above else None
-        named += [] if above is None else [above]
-    return [
-        *named,
-        *(entry for entry, pattern in globs if pattern.match(path) and entry not in named),
-    ]
-
-
-def _may_hide(masked: str, entry: str) -> bool:
-    """Whether an entry may be for what a mask hides, which can be a whole subtree."""
-    return masked == "" or entry.startswith(f"{masked}/") or bool(_GLOB.search(entry))
 
 
 def _is_entry(node: Any) -> bool:
     return (
         node is None
         or isinstance(node, View | Stacked)
-        or hasattr(node, "reduction_axis")
+        or is_dimension_numbers(node)
         or as_names(node) is not None
     )
-
-
-def _is_position(node: Any) -> bool:
-    """Every position an entry may name: leaves, masked leaves, an equinox module's Nones."""
-    return node is None or is_masked(node)
 
 
 def _entry(path: str, value: Any) -> Entry:

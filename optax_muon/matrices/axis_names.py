@@ -2,7 +2,9 @@
 
 Names come from linen's boxes (`Partitioned`, `LogicallyPartitioned`), from the metadata of
 `nnx.Variable`, haliax's `NamedArray`, or a tree of logical names as `nn.get_partition_spec` returns
-it. All are recognized by their attributes, so that none of these packages is imported.
+it. The layers of haliax, which Levanter's models are made of, say more: `Linear` and `Conv` name
+the axes that they contract and produce, `Stacked` names the axis of its layers. All are recognized
+by their attributes, so that none of these packages is imported.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from optax_muon.matrices.paths import named_leaves
+from optax_muon.matrices.rules import Decision
 from optax_muon.matrices.views import View
 
 Names = tuple[str | None, ...]
@@ -80,24 +83,59 @@ class AxisRoles:
         )
 
 
-def axis_names(tree: Any) -> dict[str, Names]:
-    """Read the names of axes that parameters carry.
+@dataclasses.dataclass(frozen=True)
+class CarriedAxes:
+    """What the parameters of a tree say of their own axes."""
 
-    Args:
-        tree: parameters, boxed or with metadata. Plain arrays carry no names and are left out.
+    names: Mapping[str, Names]
+    """Path of a parameter, or of the box around it, to one name per axis."""
+    layers: Mapping[str, Decision]
+    """Path of a weight to what its layer says: which axes it contracts and which it produces."""
 
-    Returns:
-        Path of the parameter, or of the box around it, to one name per axis.
+    @classmethod
+    def of(cls, tree: Any) -> CarriedAxes:
+        """Look at every node of a tree.
 
-    >>> import flax.linen as nn
-    >>> import jax.numpy as jnp
-    >>> kernel = nn.LogicallyPartitioned(jnp.zeros((8, 32)), names=("embed", "mlp"))
-    >>> axis_names({"up": {"kernel": kernel}})
-    {'up/kernel': ('embed', 'mlp')}
-    """
-    nodes = named_leaves(tree, is_leaf=lambda node: _carried(node) is not None)
-    found = ((path, _carried(node)) for path, node in nodes.items())
-    return {path: names for path, names in found if names is not None}
+        Args:
+            tree: parameters, boxed or with metadata. Plain arrays carry nothing and are left out.
+
+        >>> import flax.linen as nn
+        >>> import jax.numpy as jnp
+        >>> kernel = nn.LogicallyPartitioned(jnp.zeros((8, 32)), names=("embed", "mlp"))
+        >>> CarriedAxes.of({"up": {"kernel": kernel}}).names
+        {'up/kernel': ('embed', 'mlp')}
+        """
+        stacks: set[str] = set()
+        layers: dict[int, Decision] = {}
+
+        def visit(node: Any) -> bool:
+            if isinstance(node, dict | list | tuple) or node is None:
+                return False
+            if hasattr(node, "stacked") and _is_named_axis(getattr(node, "Block", None)):
+                stacks.add(node.Block.name)
+            if hasattr(node, "In") and hasattr(node, "Out"):
+                weight = getattr(node, "weight", None)
+                if _carried(weight) is not None:
+                    layers[id(weight)] = _read_layer(node)
+            return _carried(node) is not None
+
+        nodes = named_leaves(tree, is_leaf=visit)
+        carried = ((path, _carried(node)) for path, node in nodes.items())
+        # The axis along which a module stacks its layers is known, whatever it is called.
+        names = {
+            path: tuple("layers" if name in stacks else name for name in found)
+            for path, found in carried
+            if found is not None
+        }
+        return cls(names, {p: layers[id(n)] for p, n in nodes.items() if id(n) in layers})
+
+    def names_of(self, path: str) -> Names | None:
+        """The names of a parameter's axes."""
+        return self.names.get(path) or self.names.get(path.rpartition("/")[0])
+
+    def layer_of(self, path: str) -> Decision | None:
+        """What its layer says of a weight."""
+        return self.layers.get(path) or self.layers.get(path.rpartition("/")[0])
 
 
 def as_names(value: Any) -> Names | None:
@@ -115,29 +153,30 @@ def as_names(value: Any) -> Names | None:
     return names if plain and any(isinstance(name, str) for name in names) else None
 
 
-def read_view(roles: AxisRoles, out_first: bool) -> View | str | None:
-    """Read a parameter whose axes all have a meaning.
+def read_names(roles: AxisRoles, out_first: bool) -> Decision | None:
+    """Read a parameter by the roles of its axes.
 
     Args:
         roles: the roles of its axes.
         out_first: whether the layer's outputs are stored in front of its inputs.
 
     Returns:
-        Its view, None for a vector or a table, or "unknown".
+        Its decision; None if the names do not say enough.
     """
     if not roles.known:
-        return "unknown"
-    if roles.table:
         return None
+    if roles.table:
+        return Decision(None, "axis names")
     groups = [axes for axes in (roles.features, roles.heads) if axes]
     if not roles.heads and len(roles.features) == 2:
         groups = [roles.features[:1], roles.features[1:]]
     elif len(roles.features) > 1 or not roles.features:
-        return "unknown"
-    if len(groups) < 2:
         return None
+    if len(groups) < 2:
+        return Decision(None, "axis names")
     first, second = sorted(groups)
-    return View(second, first) if out_first else View(first, second)
+    view = View(second, first) if out_first else View(first, second)
+    return Decision(view, "axis names")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -177,3 +216,34 @@ def _carried(node: Any) -> Names | None:
 
 def _is_named_axis(axis: Any) -> bool:
     return isinstance(getattr(axis, "name", None), str) and hasattr(axis, "size")
+
+
+def _read_layer(layer: Any) -> Decision:
+    """Read the weight of a layer that names the axes it contracts and those it produces.
+
+    Those of haliax are `Linear`, `MoELinear` and `Conv`; Levanter's Muon flattens the two groups
+    in the same way. Axes in neither group are batch: layers and experts. So are the parts of a
+    fused kernel, which are matrices of their own.
+    """
+    axes = tuple(layer.weight.axes)
+    spatial = _group(getattr(layer, "Spatial", ()))
+    contracted, produced = _group(layer.In), _group(layer.Out)
+    if any(_role(name) == "table" for name in produced):
+        return Decision(None, "output head: its layer writes a vocabulary")
+    if spatial and all(axis.size == 1 for axis in axes if axis.name in contracted):
+        return Decision(None, "depthwise convolution")
+    rows, cols = (_places(axes, names) for names in (contracted | spatial, produced))
+    view = View(rows, cols) if rows and cols else None
+    return Decision(view, "the axes that its layer contracts and produces")
+
+
+def _places(axes: tuple[Any, ...], names: frozenset[str]) -> tuple[int, ...]:
+    """Where a group of axes stands, without the parts of a fused kernel."""
+    whole = [a for a, axis in enumerate(axes) if axis.name in names]
+    return tuple(a for a in whole if _role(axes[a].name) != "part") or tuple(whole)
+
+
+def _group(axes: Any) -> frozenset[str]:
+    """The names in an axis, in several, or in a dict from names to lengths."""
+    several = axes if isinstance(axes, Iterable) and not isinstance(axes, str) else (axes,)
+    return frozenset(axis if isinstance(axis, str) else axis.name for axis in several)

@@ -12,9 +12,11 @@ reader (`readers.py`), which asks the tree and gives every reading that the evid
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from optax_muon.matrices import readers
 from optax_muon.matrices.evidence import Tree, is_norm
+from optax_muon.matrices.likelihood import by_likelihood
 from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, readings
 from optax_muon.matrices.views import View
 
@@ -27,7 +29,8 @@ _SCALE = (
 )
 _HEAD = (
     r"lm_?head|logits?(_?\w+)?|(?!pre)\w*logits|unembed\w*|output_layer|readout|decode_head"
-    r"|^((params|model)/)?(\w*head|output|classifier)|(\w+_)?classifier_head"
+    r"|^((params|model)/)?(\w*head|output|classifier)"
+    r"|(\w+_)?(pred\w*|scores?|logits?|class\w*|cls|box\w*|label|value|policy|action|reward)_?head"
 )
 _TABLE_NAMES = (
     r"\w*embed(ding|dings|der)?s?(_table)?|\w*embedding_table|(\w+_)?emb(_var)?|wte|wpe|(\w+_)?pos(ition\w*)?"
@@ -40,10 +43,14 @@ _DEPTHWISE = r"dw|dw_?conv\w*|\w*depthwise\w*|\w*short_conv\w*"
 _CONV = r"\w*conv\w*"
 _PROJECTIONS = (
     r"\w*(kernel|proj\w*|projection\w*|dense\w*|linear\w*|einsum\w*)|fc\d*|c_(attn|fc|proj)"
-    r"|(w|wi|wo)\d*|w[a-z]{1,3}(_[ab])?|w[esh]?_\w+|\w*_w|(up|down|gate|query|key|value|out|gating)(_\w+)?"
+    r"|(w|wi|wo)\d*|w[a-z]{1,3}(_(a|b|in|out))?|w[esh]?_\w+|\w*_w|(up|down|gate|query|key|value|out|gating)(_\w+)?"
     r"|[qkvo]|qkv|kv|[qkv]{2,3}_\w+|(q|k|v|o)_\w+|to_\w+|weight_\w+|\w*_weights?"
-    r"|\w*_kernel|\w*kernel\w*|u_\w+|w\w?_?\d"
+    r"|\w*_kernel|\w*kernel\w*|u_\w+|w\w?_?\d|\w+_w[ioqkv]"
 )
+
+
+# Taps of a depthwise convolution.
+_LARGEST = 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +86,18 @@ def _is_higher(info: ParamInfo) -> bool:
 def _has_one_input_channel(info: ParamInfo) -> bool:
     """A convolution of one input channel: depthwise, or of an image without colours."""
     own = info.own
-    spatial = own[2:] if info.out_first else own[:-2]
-    return len(own) > 2 and own[1 if info.out_first else -2] == 1 and max(spatial) <= 31
+    if len(own) < 3:
+        return False
+    inputs_last = not info.out_first and own[-2] == 1 and max(own[:-2]) <= _LARGEST
+    # `[channels, 1, taps]` is stored by other names than `weight` too.
+    longest = info.out_first or own[0] > max(own[2:])
+    return inputs_last or (longest and own[1] == 1 and max(own[2:]) <= _LARGEST)
+
+
+def _is_filter(info: ParamInfo) -> bool:
+    """A convolution from one channel to one: `[4, 4, 1, 1]`."""
+    own = info.own
+    return len(own) > 3 and (own[:2] if info.out_first else own[-2:]) == (1, 1)
 
 
 def _is_flat(info: ParamInfo) -> bool:
@@ -109,7 +126,7 @@ TABLE: tuple[RuleRow, ...] = (
     RuleRow(Rule(_SCALE, None, "scale")),
     RuleRow(
         Rule(
-            rf"({_HEAD})(/(\w*kernel|w|weight|\w*head|decoder|dense|linear|out\w*))*",
+            rf"({_HEAD})(/(\w*kernel|w|weight|\w*head|decoder|dense|linear|layers|mlp|out\w*))*",
             None,
             "output head",
         ),
@@ -130,6 +147,10 @@ TABLE: tuple[RuleRow, ...] = (
             when=_is_higher,
         )
     ),
+    RuleRow(
+        Rule(r"\w*embed\w*(/\w+)*/(kernel|w|weight)", None, "embedding", when=_is_matrix),
+        readers.one_hot_table,
+    ),
     RuleRow(Rule(r".*", None, "vector or scalar", when=_is_vector)),
     RuleRow(Rule(_STATE, None, "state, decay or token")),
     RuleRow(Rule(rf"{_STATE_SPACE}/in_proj\w*(/\w+)?", None, "fused input of a state space")),
@@ -137,6 +158,7 @@ TABLE: tuple[RuleRow, ...] = (
     RuleRow(
         Rule(rf"{_CONV}(/\w+)?", None, "depthwise convolution", when=_has_one_input_channel),
     ),
+    RuleRow(Rule(r"\w*kernel|\w*weight|w", None, "filter of one channel", when=_is_filter)),
     RuleRow(
         Rule(
             rf"{_CONV}(/(kernel|w|weight|\w*kernel))?|{_CONV}/conv\w*/\w+",
@@ -159,6 +181,9 @@ TABLE: tuple[RuleRow, ...] = (
     RuleRow(Rule(r".*", None, "parts of a fused kernel", when=_is_higher), readers.fused_parts),
     RuleRow(Rule(r".*", None, "expert", when=_is_higher), readers.experts),
     RuleRow(Rule(r".*", None, "convolution", when=_is_spatial), readers.unnamed_convolution),
+    RuleRow(
+        Rule(rf"(\w+/)?({_PROJECTIONS})", None, "projection", when=_is_higher), readers.projection
+    ),
     RuleRow(
         Rule(
             _kernel(r"\w*qkv(_proj)?|c_attn|query_key_value|gate_up(_proj)?"),
@@ -201,15 +226,18 @@ def classify(path: str, tree: Tree) -> Decision:
     offered = [
         i for d in decisions for i in d.interpretations or (Interpretation.of(d.view, shape),)
     ]
-    return _ambiguous(offered, decisions[0].reason)
+    unique = _unique(by_likelihood(offered, path, tree), shape)
+    return Decision(None, decisions[0].reason, unique)
 
 
 def refuse(path: str, tree: Tree, likely: list[View | None], reason: str) -> Decision:
     """Refuse a parameter, with every way to read it, the likelier first."""
     shape, info = tree.shapes[path], tree.info(path)
     plain = dataclasses.replace(info, stack=())
-    every: list[View | None] = [*likely, *readings(info), *readings(plain), None]
-    return _ambiguous([Interpretation.of(view, shape) for view in every], reason)
+    every: list[View | None] = [*readings(info), *readings(plain), None]
+    groups = ([Interpretation.of(view, shape) for view in views] for views in (likely, every))
+    offered = [one for group in groups for one in by_likelihood(group, path, tree)]
+    return Decision(None, reason, _unique(offered, shape))
 
 
 def _classify(info: ParamInfo, tree: Tree) -> Decision:
@@ -228,13 +256,14 @@ def _classify(info: ParamInfo, tree: Tree) -> Decision:
     return refuse(info.path, tree, [], "name without a role")
 
 
-def _ambiguous(offered: list[Interpretation], reason: str) -> Decision:
+def _unique(
+    offered: Iterable[Interpretation], shape: tuple[int, ...]
+) -> tuple[Interpretation, ...]:
+    """The readings without those that cut a parameter into the same matrices."""
     unique: dict[object, Interpretation] = {}
     for one in offered:
-        unique.setdefault(
-            (one.view and (frozenset(map(frozenset, (one.view.rows, one.view.cols))))), one
-        )
-    return Decision(None, reason, tuple(unique.values()))
+        unique.setdefault(_sides(one.view, shape), one)
+    return tuple(unique.values())
 
 
 def _sides(view: View | None, shape: tuple[int, ...]) -> object:

@@ -37,8 +37,10 @@ _HEAD_NORM = re.compile(
 _BIAS = re.compile(r"(.*/)?(\w+_)?(bias|b)")
 _VALUE = re.compile(r"kernel|w|weights?|embeddings?")
 _EMBEDDING = re.compile(r"(.*/)?(\w*embed\w*|wte|(\w+_)?emb|tok\w*)(/.*)?")
+# What has two axes in one layer, by its name.
+_TWO_AXES = re.compile(rf"(?!.*(norm|bias|scale))((.*/)?kernel|{_EMBEDDING.pattern})")
 _NOT_VOCABULARY = re.compile(r"(.*/)?\w*(pos|segment|type|patch|time|rel|label|class)\w*(/.*)?")
-_CONVOLUTION = re.compile(r"conv[^/]*(/(kernel|w|weight))?$")
+_CONVOLUTION = re.compile(r"conv[^/]*(/(kernel|w|weight)(_lora_[ab])?)?$")
 _ATTENTION = re.compile(r"\w*att(n|ention)\w*")
 
 
@@ -53,6 +55,7 @@ class _Node:
     common: frozenset[Mark] | None = None
     norms: list[str] = dataclasses.field(default_factory=list)
     vectors: bool = False
+    flattest: int = 99
 
 
 class Tree:
@@ -130,11 +133,46 @@ class Tree:
             prefix = f"{prefix}/{name}" if prefix else name
             if node.norms:
                 levels.append(self._norm_widths(prefix))
-        return frozenset.union(*levels[-2:]) or self.embedding_widths
+        # Near norms may all be those of queries and keys; then the embedding has a say.
+        shown = self.embedding_widths & set(self.shapes[path])
+        return frozenset.union(*levels[-2:]) | shown or self.embedding_widths
+
+    def norm_lengths(self, path: str) -> frozenset[int]:
+        """The lengths of all axes of the nearest norms that have several."""
+        shapes = (self.shapes[norm] for norm in self._near_norms(path))
+        return frozenset(n for shape in shapes if len(shape) > 1 for n in shape if n > 1)
+
+    def has_vector_norm(self, path: str) -> bool:
+        """Whether the nearest norms are vectors, so that no layers are stacked around.
+
+        The root has a final norm, which says nothing of the blocks.
+        """
+        norms = self._near_norms(path, inside=True)
+        return bool(norms) and all(len(self.shapes[norm]) == 1 for norm in norms)
 
     def all_widths(self) -> frozenset[int]:
         """Widths of all features in the tree."""
         return self._norm_widths("") | self.embedding_widths
+
+    @functools.cached_property
+    def _table_widths(self) -> frozenset[int]:
+        """Widths of embeddings of two axes, before it is known what is stacked."""
+        tables = (
+            info.shape
+            for info in self.plain.values()
+            if len(info.shape) == 2
+            and _EMBEDDING.fullmatch(info.role)
+            and not _NOT_VOCABULARY.fullmatch(info.role)
+            and not info.role.endswith(("kernel", "/w"))
+        )
+        return frozenset(shape[1] for shape in tables)
+
+    @functools.cached_property
+    def common(self) -> int:
+        """How many names in front all roles share: `params`, or a model of one module."""
+        roles = [info.role.split("/")[:-1] for info in self.plain.values()] or [[]]
+        pairs = zip(min(roles), max(roles), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     @functools.cached_property
     def vocabularies(self) -> dict[int, list[str]]:
@@ -143,10 +181,39 @@ class Tree:
         for path, info in self.plain.items():
             named = _EMBEDDING.fullmatch(info.role) and not _NOT_VOCABULARY.fullmatch(info.role)
             own = self.info(path)
-            # A table under a `kernel` is a projection.
-            if named and not info.role.endswith(("kernel", "/w")) and len(own.own) == 2:
+            # A table under a `kernel` is a projection, unless it is one for one-hot tokens.
+            table = not info.role.endswith(("kernel", "/w")) or self._is_unembedded(path)
+            if named and table and len(own.own) == 2:
                 found[own.own[0]].append(path)
         return found
+
+    def _is_unembedded(self, path: str) -> bool:
+        """Whether a kernel `[n, d]`, n > d, and a `[d, n]` in another module are all that knows n.
+
+        A vector of n, the bias of the head, may stand beside them; a norm of n may not.
+        """
+        shape, home = self.shapes[path], module_of(path).rpartition("/")[0]
+        if len(shape) != 2 or shape[0] < shape[1] or self.inside(path):
+            return False
+        users = self._users[shape[0]]
+        kernels = [p for p in users if len(self.shapes[p]) > 1]
+        norms = [p for p in users if is_norm(self.plain[p].role)]
+        others = [p for p in kernels if p != path and self.shapes[p] == shape[::-1]]
+        apart = [p for p in others if not p.startswith(f"{home}/")]
+        return len(kernels) == 2 and len(apart) == 1 and not norms
+
+    @functools.cached_property
+    def _users(self) -> dict[int, list[str]]:
+        """Length of an axis to the parameters that have such an axis."""
+        found: dict[int, list[str]] = collections.defaultdict(list)
+        for path, shape in self.shapes.items():
+            for length in set(shape):
+                found[length].append(path)
+        return found
+
+    def below(self, module: str) -> Iterable[str]:
+        """The parameters below a module."""
+        return _paths(self._node(module))
 
     @functools.cached_property
     def embedding_widths(self) -> frozenset[int]:
@@ -156,8 +223,18 @@ class Tree:
 
     @functools.cached_property
     def repeats(self) -> collections.Counter[tuple[str, tuple[int, ...]]]:
-        """How often a role occurs with a shape."""
-        return collections.Counter((info.role, info.shape) for info in self.plain.values())
+        """In how many modules a role occurs with a shape; layers of one module count once."""
+        places = {
+            (info.role, info.shape, module_of(path).rpartition("/")[0])
+            for path, info in self.plain.items()
+        }
+        return collections.Counter((role, shape) for role, shape, _ in places)
+
+    @functools.cached_property
+    def layers(self) -> collections.Counter[tuple[str, str]]:
+        """How many layers of a role a module has."""
+        homes = ((module_of(path).rpartition("/")[0], info) for path, info in self.plain.items())
+        return collections.Counter((home, info.role) for home, info in homes)
 
     def inside(self, path: str) -> bool:
         """Whether a parameter lies in a block that is repeated or stacked."""
@@ -170,6 +247,23 @@ class Tree:
         above, _, number = module_of(path).rpartition("/")
         listed = f"{above.rpartition('/')[0]}/kernel"
         return not number.isdigit() or ParamInfo.of(listed, ()).indexed
+
+    def is_last(self, path: str) -> bool:
+        """Whether it is in the last of several numbered modules, and no other is of its shape."""
+        info = self.info(path)
+        if info.stack or self.repeats[info.role, info.shape] > 1 or not info.indexed:
+            return False
+        same = self._roles[info.role]
+        modules = {module_of(other).rpartition("/")[0] for other in same}
+        return len(modules) > 1 and path == max(same, key=_numbers)
+
+    @functools.cached_property
+    def _roles(self) -> dict[str, list[str]]:
+        """Role to the parameters that have it."""
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for path, info in self.plain.items():
+            found[info.role].append(path)
+        return found
 
     def head_norms(self, path: str) -> frozenset[int]:
         """Lengths that norms of queries and keys beside a parameter scale."""
@@ -226,9 +320,9 @@ class Tree:
             node = node.children[name]
         return node
 
-    def _near_norms(self, path: str) -> list[str]:
-        """The norms below the nearest module that has some."""
-        node, near = self._root, self._root.norms
+    def _near_norms(self, path: str, *, inside: bool = False) -> list[str]:
+        """The norms below the nearest module that has some, the root only if not `inside`."""
+        node, near = self._root, [] if inside else self._root.norms
         for name in path.split("/")[:-1]:
             node = node.children[name]
             near = node.norms or near
@@ -290,7 +384,8 @@ class Tree:
         """The stack axes that a module adds to those known; empty if it stacks nothing."""
         free = sorted(node.common or (), key=lambda mark: (mark[0] < 0, abs(mark[0])))
         free = [mark for mark in free if mark not in known]
-        if not free or _ATTENTION.fullmatch(name):
+        # What a stack leaves of a kernel or of a table has two axes.
+        if not free or node.flattest - len(known) < 3 or _ATTENTION.fullmatch(name):
             return []
         named = is_stacked_name(name) and not all(map(str.isdigit, node.children or "x"))
         if node.norms and node.count > len(node.norms):
@@ -310,10 +405,19 @@ class Tree:
             return []
         ways = list(itertools.combinations(places.values(), extra))
         if len(ways) > 1 and extra == 1:
-            # Of two axes that all share, one is the width, which is seldom less than the layers.
-            width = {place: shape[1 - place] for place in places} if len(shape) == 2 else {}
-            ways = [(m,) for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
+            ways = [(mark,) for mark in self._shorter(places, shape)]
         return [(*known, *marks) for marks in ways]
+
+    def _shorter(self, places: Mapping[int, Mark], shape: tuple[int, ...]) -> list[Mark]:
+        """Of two axes that all share, the stack: the other one is the width.
+
+        The width is an embedding's, or what is seldom less than the layers.
+        """
+        width = {place: shape[1 - place] for place in places} if len(shape) == 2 else {}
+        beside = [mark for p, mark in places.items() if width.get(p) in self._table_widths]
+        if len(beside) == 1:
+            return beside
+        return [m for p, m in places.items() if m[1] <= LONG_STACK * width.get(p, m[1])]
 
     def _by_name(
         self, node: _Node, free: list[Mark], known: tuple[Mark, ...]
@@ -384,6 +488,10 @@ def is_norm(role: str) -> bool:
     return _NORM.fullmatch(role) is not None
 
 
+def _numbers(path: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path)]
+
+
 def _paths(node: _Node) -> Iterable[str]:
     yield from node.leaves
     for child in node.children.values():
@@ -406,12 +514,15 @@ def _summarize(node: _Node, infos: Mapping[str, ParamInfo]) -> None:
         if _NORM.fullmatch(info.role) and not _HEAD_NORM.fullmatch(info.role) and rank:
             node.norms.append(path)
         node.vectors = node.vectors or rank == 1
+        if _TWO_AXES.fullmatch(info.role):
+            node.flattest = min(node.flattest, rank)
         node.rank = max(node.rank, rank)
     node.count = len(node.leaves)
     for child in node.children.values():
         _summarize(child, infos)
         node.count += child.count
         node.rank = max(node.rank, child.rank)
+        node.flattest = min(node.flattest, child.flattest)
         node.norms += child.norms
         node.vectors = node.vectors or child.vectors
         if child.common is not None:

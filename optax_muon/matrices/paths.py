@@ -66,3 +66,21 @@ def longest_prefix(entries: Container[str], name: str) -> str | None:
             return None
         prefix = prefix.rpartition("/")[0]
     return prefix
+
+
+def longest_suffix(entries: Container[str], name: str) -> str | None:
+    """The longest entry that is the path itself or its end; None if there is none.
+
+    A moment's path ends in that of its parameter. Pass a set or a mapping, as to `longest_prefix`.
+
+    >>> longest_suffix({"kernel", "layers/0/kernel"}, "opt_state/1/mu/layers/0/kernel")
+    'layers/0/kernel'
+    >>> longest_suffix({"": 1}, "opt_state/1/mu")  # a lone parameter
+    ''
+    """
+    suffix = name
+    while suffix not in entries:
+        if not suffix:
+            return None
+        suffix = suffix.partition("/")[2]
+    return suffix

@@ -7,6 +7,7 @@ decides; several are ambiguous, and the caller refuses; none says that the reade
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 
@@ -64,6 +65,11 @@ def bias_of_pair(info: ParamInfo, tree: Tree) -> Found:
     return Found((None,)) if paired else NOTHING
 
 
+def one_hot_table(info: ParamInfo, tree: Tree) -> Found:
+    """A dense layer on one-hot tokens is an embedding, if the head writes as many."""
+    return Found((None,)) if info.path in tree.vocabularies.get(info.own[0], ()) else NOTHING
+
+
 def short_convolution(info: ParamInfo, tree: Tree) -> Found:
     """Two axes below a convolution: a matrix, or the taps of each channel."""
     found = matrix(info, tree).views or ()
@@ -83,12 +89,13 @@ def head(info: ParamInfo, tree: Tree) -> Found:
     """An output head; of several kernels below it, those that another one reads are inside."""
     module = _head_module(info.path)
     below = [p for p in tree.shapes if p.startswith(f"{module}/")] if module else []
-    kernels = [k for p in below if len((k := tree.info(p)).long_axes) == 2]
-    if len(kernels) > 1 and len(info.long_axes) == 2:
-        written = _fans(info)[1]
-        reads = [_fans(kernel)[0] for kernel in kernels if kernel.path != info.path]
+    kernels = [k for p in below if len((k := tree.info(p)).long_axes) > 1]
+    if len(info.long_axes) > 1:
+        written = _channels(info)[1]
+        reads = [_channels(kernel)[0] for kernel in kernels if kernel.path != info.path]
         if written in reads:
-            return matrix(info, tree)
+            found = matrix(info, tree) if len(info.long_axes) == 2 else NOTHING
+            return dataclasses.replace(found, reason="a layer of the head that another one reads")
     return Found((None,))
 
 
@@ -116,6 +123,10 @@ def adapter(info: ParamInfo, tree: Tree) -> Found:
         if same and down.own[-1] == up.own[batch]:
             split = len(axes) - 1 if first else batch + 1
             views.append(View(axes[batch:split], axes[split:]))
+    ones = up.own[:-2]
+    if not views and len(ones) > 1 and set(ones) == {1} and down.own[-1] == up.own[-2]:
+        # That of a convolution: `[3, 3, in, r]`, and a pointwise one out of the rank.
+        views = [View(axes[:-1], axes[-1])]
     return Found(tuple(views)) if views else NOTHING
 
 
@@ -165,6 +176,9 @@ def attention(info: ParamInfo, tree: Tree) -> Found:
     if len(ways) > 1 and _is_general_kernel(info, tree, kind):
         ways = [axes[-1]] if kind == "o" else [axes[0]]
     views = [_one_and_rest(axes, way, kind == "o") for way in ways]
+    if len(info.own) > len(axes) == 3 and not _is_apart(info, tree):
+        # One head, and of the other axes one may be layers.
+        views += [View(one, other) for one, other in itertools.combinations(axes, 2)]
     return Found(tuple(views), "out of heads" if kind == "o" else "into heads")
 
 
@@ -189,6 +203,26 @@ def fused_parts(info: ParamInfo, tree: Tree) -> Found:
             ways = [axes[0]]
         views = [_one_and_rest(axes, way, False) for way in ways]
     return Found(tuple(views), "equal parts of a fused kernel")
+
+
+def projection(info: ParamInfo, tree: Tree) -> Found:
+    """`[d, n, h]` outside attention, d the width, in a layer that is not stacked; and its inverse.
+
+    The first axis is contracted, the others are produced. `[n, h, d]` is its inverse only if a
+    kernel beside it makes these n and h; it may be n matrices otherwise.
+    """
+    axes = info.long_axes
+    unstacked = tree.settled(info.path) and not info.stack and tree.has_vector_norm(info.path)
+    if len(axes) != 3 or not unstacked or _in_experts(info, tree):
+        return NOTHING
+    wide = [a for a in axes if info.shape[a] in tree.widths(info.path)]
+    if wide == [axes[0]]:
+        return Found((_one_and_rest(axes, axes[0], False),), "projection of the width")
+    inverse = tuple(info.shape[a] for a in (axes[-1], *axes[:-1]))
+    made = [p for p in tree.peers(info.path) if p.path != info.path and p.shape == inverse]
+    if wide == [axes[-1]] and made:
+        return Found((_one_and_rest(axes, axes[-1], True),), "projection to the width")
+    return NOTHING
 
 
 def experts(info: ParamInfo, tree: Tree) -> Found:
@@ -293,6 +327,11 @@ def _fitting(info: ParamInfo, tree: Tree, kind: str, ways: list[int]) -> list[in
     return [a for a in found if a in ways]
 
 
+def _is_apart(info: ParamInfo, tree: Tree) -> bool:
+    """Whether it is known that no layers are stacked, or where they are."""
+    return bool(info.stack) or info.indexed or tree.has_vector_norm(info.path)
+
+
 def _rest(info: ParamInfo, axis: int) -> tuple[int, ...]:
     return tuple(info.shape[a] for a in info.long_axes if a != axis)
 
@@ -357,6 +396,14 @@ def _shared_axes(info: ParamInfo, tree: Tree) -> list[int]:
 
 def _without(info: ParamInfo, axis: int) -> ParamInfo:
     return dataclasses.replace(info, stack=(*info.stack, axis))
+
+
+def _channels(info: ParamInfo) -> tuple[int, int]:
+    """Inputs and outputs of a dense layer or of a convolution."""
+    if len(info.own) < 3:
+        return _fans(info)
+    first, second = info.own[:2] if info.out_first else info.own[-2:]
+    return (second, first) if info.out_first else (first, second)
 
 
 def _fans(info: ParamInfo) -> tuple[int, int]:

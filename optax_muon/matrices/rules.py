@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Container
 from typing import Any
 
+from optax_muon.matrices.dimension_numbers import is_dimension_numbers
 from optax_muon.matrices.views import Axes, View
 
 # A layer that keeps its own arrays: `layers/3`, `block_3`, `EncoderLayer_3`, `h0_attn`.
@@ -167,7 +168,7 @@ def as_view(view: Any) -> View | None:
     """
     if view is None or isinstance(view, View):
         return view
-    if hasattr(view, "reduction_axis") and hasattr(view, "output_axis"):
+    if is_dimension_numbers(view):
         return View(view.reduction_axis, view.output_axis)
     raise TypeError(
         f"Expected a View, dimension numbers (reduction_axis, output_axis) or None, got {view!r}."

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from optax_muon.matrices.rules import Decision, Interpretation
 from optax_muon.matrices.views import Block, View
 
 _HEADINGS = ("path", "shape", "matrices", "optimizer", "reason")
 _TOTALS = ("optimizer", "leaves", "parameters", "share")
-_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,10 @@ def ambiguity(decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int,
         codes = tuple(one.code for one in decisions[path].interpretations)
         groups.setdefault((_pattern(path), len(shapes[path]), codes), []).append(path)
     first = decisions[open_paths[0]].interpretations
-    ways = f"{first[0].words} or {first[1].words}"
+    ways = " or ".join(
+        f"{one.words}, {one.code}" if first[0].words == first[1].words else one.words
+        for one in first[:2]
+    )
     lines = [f"{open_paths[0]} of shape {shapes[open_paths[0]]} may be {ways}."]
     block: list[str] = []
     for paths in groups.values():
@@ -114,13 +116,6 @@ def ambiguity(decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int,
             block += [f"    {mark}{key!r}: {one.code},  # {one.words}" for key in keys]
     settle = "Pass views with one line for each group, or write your own:"
     return "\n".join([*lines, settle, "views={", *block, "}"])
-
-
-def listed(names: Iterable[str]) -> str:
-    """Quote some names, the first eight of them."""
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more
 
 
 def _pattern(path: str) -> str:

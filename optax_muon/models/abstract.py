@@ -64,11 +64,11 @@ Tree = dict[str, Any]
 
 
 def derive(initial: Callable[[jax.Array], optax.Params], specs: Specs) -> Tree:
-    """Trace the parameters that a function of a key makes.
+    """Trace a function that makes parameters from a random key.
 
     Args:
-        initial: makes parameters of a random key.
-        specs: mesh axes of every parameter.
+        initial: Makes parameters from a random key.
+        specs: Mesh axes of every parameter.
 
     Returns:
         Shape and spec of every parameter.
@@ -82,8 +82,8 @@ def with_specs(shapes: Any, specs: Specs) -> Tree:
     """Add mesh axes to shapes.
 
     Args:
-        shapes: a tree of `ShapeDtypeStruct`s.
-        specs: mesh axes of every parameter.
+        shapes: A tree of `ShapeDtypeStruct`s.
+        specs: Mesh axes of every parameter.
 
     >>> shapes = {"layers": {"up": jax.ShapeDtypeStruct((3, 8, 16), jnp.float32)}}
     >>> with_specs(shapes, {"up": ("fsdp", None)})["layers"]["up"].spec
@@ -138,8 +138,8 @@ def unstacked(tree: Tree, stack: str) -> Tree:
     """The tree with a subtree per layer instead of stacked layers, as an unrolled model has it.
 
     Args:
-        tree: a model's parameters.
-        stack: name of the subtree whose parameters have a leading axis of layers.
+        tree: A model's parameters.
+        stack: Name of the subtree whose parameters have a leading axis of layers.
 
     >>> tree = {"layers": {"up": AbstractParam((2, 8, 16), P(None, "fsdp", None))}}
     >>> unstacked(tree, "layers")["layers"]["1"]["up"]

@@ -29,11 +29,11 @@ def cross_entropy(
     """Cross-entropy of every token under the logits `x @ kernel`, in nats.
 
     Args:
-        x: features, `[b, t, hidden_size]`; on a mesh sharded over `mesh.BATCH`.
-        kernel: of the head, `[hidden_size, vocab_size]` in the dtype of `x`; on a mesh its rows are
-            sharded over `mesh.FSDP_AXES`, its columns over `tensor`.
-        targets: tokens, `[b, t]` int32.
-        block: tokens of a device whose logits, `[block, vocab_size]` float32, are in memory
+        x: Features, `[b, t, hidden_size]`; on a mesh sharded over `mesh.BATCH`.
+        kernel: Weights of the head, `[hidden_size, vocab_size]` in the dtype of `x`; on a mesh the
+            rows are sharded over `mesh.FSDP_AXES`, the columns over `tensor`.
+        targets: Tokens, `[b, t]` int32.
+        block: Tokens of a device whose logits, `[block, vocab_size]` float32, are in memory
             at once.
 
     Returns:

@@ -28,6 +28,7 @@ import optax_muon
 from optax_muon.models import abstract
 from optax_muon.models.layers import Linear, RMSNorm, Rotations, SwiGLU, rotate, rotations
 from optax_muon.models.mesh import BATCH, FSDP_AXES, constrain, present_axes, with_auto_axes
+from optax_muon.models.sizes import size_refusals
 from optax_muon.models.spec import ModelSpec
 
 
@@ -59,17 +60,19 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     """Added to the mean square under the root of RMSNorm."""
     tie_word_embeddings: bool = False
-    """Whether the embedding is the output layer too."""
+    """Whether the embedding is also the output layer."""
     dtype: str = "float32"
     """Dtype of the matrix products; parameters, residual stream, norms and logits are float32."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not divide."""
+        """Refuse sizes that are none, and sizes that do not divide."""
+        for refusal in size_refusals(self):
+            raise ValueError(refusal)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads) or heads % kv_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 2 * num_attention_heads, "
-                f"{heads}, and that of num_key_value_heads, {kv_heads}"
+                f"and num_attention_heads {heads} of num_key_value_heads {kv_heads}"
             )
 
     @property
@@ -171,7 +174,7 @@ class Llama:
         return with_auto_axes(entropy, P(present_axes(BATCH)))(logits, targets), None
 
     def metrics(self, stats: None) -> dict[str, jax.Array]:
-        """A Llama reports nothing."""
+        """Empty: a Llama has no statistics."""
         del stats
         return {}
 
@@ -203,7 +206,7 @@ class Llama:
 
     @property
     def active(self) -> int:
-        """Parameters that multiply a token: all but an embedding that is only looked up."""
+        """Parameters that a token is multiplied by: all but an embedding that is only looked up."""
         config = self.config
         lookups = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         return sum(math.prod(p.shape) for p in jax.tree.leaves(self.abstract_params)) - lookups

@@ -33,8 +33,8 @@ def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
     """Constrain the layout of `x` on the ambient mesh.
 
     Args:
-        x: an array of any shape.
-        axes: mesh axes of each axis of `x`; those that the mesh lacks are dropped.
+        x: An array of any shape.
+        axes: Mesh axes of each axis of `x`; those that the mesh lacks are dropped.
 
     Returns:
         `x` with the sharding constraint; `x` itself without an ambient mesh.
@@ -72,7 +72,7 @@ def with_auto_axes(function: Callable[..., Any], out: Any) -> Callable[..., Any]
     """Run a function with the mesh's Explicit axes as Auto.
 
     Args:
-        function: any function of arrays.
+        function: Any function of arrays.
         out: `PartitionSpec`s of its results.
 
     Returns:

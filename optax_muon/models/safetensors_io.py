@@ -89,15 +89,15 @@ def entries(path: Path) -> dict[str, Entry]:
 
 
 def load(path: Path, shardings: Any = None) -> dict[str, Any]:
-    """Read a file as the tree that its names, `layers/attn/kernel`, spell.
+    """Read a file as a tree; its names are paths, such as `layers/attn/kernel`.
 
     Args:
-        path: the file.
-        shardings: a tree of shardings of the same structure; only the slices of this process's
+        path: The file.
+        shardings: A tree of shardings of the same structure; only the slices of this process's
             devices are read. None puts everything on the first device.
 
     Raises:
-        ValueError: the file is missing or not a safetensors file.
+        ValueError: The file is missing or not a safetensors file.
     """
     tree: dict[str, Any] = {}
     with _opened(path) as file:
@@ -116,18 +116,28 @@ def folder_at_once(target: Path) -> Iterator[Path]:
     """A temporary folder to write into: renamed to `target` at the end, deleted on an error.
 
     Raises:
-        ValueError: `target` exists.
+        ValueError: `target` exists, or cannot be made.
     """
     if target.exists():
         raise ValueError(f"{target} exists; give a folder that does not")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    missing = [folder for folder in target.parents if not folder.exists()]
+    with contextlib.ExitStack() as undo:
+        for folder in reversed(missing):  # undone from the innermost outwards
+            undo.callback(_delete_empty, folder)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        except OSError as error:
+            raise ValueError(f"cannot make {target}: {error.strerror}") from error
+        undo.callback(shutil.rmtree, draft, ignore_errors=True)
         yield draft
         draft.chmod(0o755)  # mkdtemp allows the owner only
         draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _delete_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty, or was never made
+        folder.rmdir()
 
 
 def _opened(path: Path) -> Any:

@@ -76,7 +76,7 @@ class Model(Protocol):
 
     @property
     def kind(self) -> str:
-        """Its name for people: Llama, Moonlight."""
+        """Its name in reports: Llama, Moonlight."""
 
     @property
     def has_router(self) -> bool:
@@ -88,7 +88,7 @@ class Model(Protocol):
 
     @property
     def huggingface_type(self) -> str | None:
-        """`model_type` of the Hugging Face checkpoints it can be stored as; None if of none."""
+        """`model_type` of the Hugging Face checkpoints it can be stored as; None without any."""
 
     def init(self, key: jax.Array) -> optax.Params:
         """Initial parameters, float32."""
@@ -111,7 +111,7 @@ class Model(Protocol):
         """Cross-entropy of targets `[b, t]` under the logits, `[b, t]` nats, and the statistics."""
 
     def metrics(self, stats: Any) -> dict[str, jax.Array]:
-        """What a training log records of the statistics, by name; empty if there are none."""
+        """The metrics that a training log records, from the statistics; empty if there are none."""
 
     @property
     def abstract_params(self) -> Tree:
@@ -126,11 +126,11 @@ class Model(Protocol):
 
     @property
     def attentions(self) -> tuple[optax_muon.MHA | optax_muon.MLA, ...]:
-        """Where the heads are, for `qk_clip`; in the order of the rows of `max_logits`."""
+        """Where the heads are, for `qk_clip`, in the order of the rows of `max_logits`."""
 
     @property
     def active(self) -> int:
-        """Parameters that multiply a token: the embedding and the experts not chosen left out."""
+        """Parameters that a token is multiplied by: not the embedding, nor experts not chosen."""
 
     @property
     def attended(self) -> int:
@@ -159,7 +159,7 @@ def register(row: ModelSpec) -> None:
     """Add a kind of model.
 
     Raises:
-        ValueError: its name or one of its configs' names is taken.
+        ValueError: Its name or one of its configs' names is taken.
     """
     taken = {row.name} & REGISTRY.keys() or row.configs.keys() & named_configs().keys()
     if taken:
@@ -180,7 +180,7 @@ def model(config: Config) -> Model:
     """The model of a config.
 
     Raises:
-        TypeError: the config is of no registered model.
+        TypeError: The config belongs to no registered model.
 
     >>> model(named_configs()["moonlight-tiny"]).kind
     'Moonlight'
@@ -189,18 +189,19 @@ def model(config: Config) -> Model:
         if type(config) is row.config:
             return row.build(config)
     accepted = ", ".join(row.config.__name__ for row in REGISTRY.values())
-    raise TypeError(f"{type(config).__name__} is no model's config; accepted are {accepted}")
+    raise TypeError(
+        f"{type(config).__name__} is not the config of a model; accepted are {accepted}"
+    )
 
 
 def model_of(config: Mapping[str, Any]) -> Model:
     """The model of a `config.json`.
 
     Args:
-        config: `{"model": sizes}` of a training run or of a folder that
-            `import-hf` has made.
+        config: `{"model": sizes}` of a training run or of a folder made by `import-hf`.
 
     Raises:
-        ValueError: the sizes have the keys of no registered model.
+        ValueError: The sizes are those of no registered model.
 
     >>> sizes = dataclasses.asdict(named_configs()["moonlight-tiny"])
     >>> model_of({"model": sizes, "huggingface": {}}).kind
@@ -212,4 +213,4 @@ def model_of(config: Mapping[str, Any]) -> Model:
         if isinstance(sizes, Mapping) and sizes.keys() == names:
             return row.build(row.config(**sizes))
     kinds = ", ".join(REGISTRY)
-    raise ValueError(f"the config's sizes have the keys of none of these models: {kinds}")
+    raise ValueError(f"the sizes in the config are those of none of these models: {kinds}")

@@ -35,8 +35,20 @@ def normalize(
     x = at_least_float32(x)
     x = x / largest_entry(x, column_shards).astype(x.dtype)
     # The largest entry is now 1, so the norm is below 1 only where the matrix is zero.
-    norm = jnp.sqrt(column_shards.psum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))
-    return x / (safety * jnp.maximum(norm, 1.0)).astype(x.dtype)
+    norm = safe_sqrt(column_shards.psum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))
+    unit = x / (safety * jnp.maximum(norm, 1.0)).astype(x.dtype)
+    # Selecting zeros makes the derivative at a zero matrix zero as well.
+    return jnp.where(norm > 0, unit, jnp.zeros_like(unit))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root of nonnegative numbers, with the derivative 0 at 0 instead of infinity.
+
+    >>> float(jax.grad(safe_sqrt)(0.0)), float(jax.grad(safe_sqrt)(4.0))
+    (0.0, 0.25)
+    """
+    zero = x == 0
+    return jnp.where(zero, jnp.zeros_like(x), jnp.sqrt(jnp.where(zero, jnp.ones_like(x), x)))
 
 
 def largest_entry(x: jax.Array, column_shards: ColumnShards = ALL_COLUMNS) -> jax.Array:

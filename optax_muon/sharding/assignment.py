@@ -1,6 +1,6 @@
-"""An assignment: which devices work on a run of a bucket's matrices, and how the tiles reach them.
+"""An assignment: which devices work on a range of a bucket's matrices, and how tiles reach them.
 
-Every mesh axis that a bucket's matrices are cut over, or replicated over, takes a role. Its devices
+Every mesh axis that a bucket's matrices are cut over, or replicated over, has a role. Its devices
 are divided into homes, which own different matrices; the devices of one home share the columns of
 each matrix.
 """
@@ -23,12 +23,13 @@ Orthogonalizer = Callable[..., jax.Array]
 """`[..., m, n] -> [..., m, n]`; takes `column_shards=Group` where the plan splits matrices."""
 
 Trip = Generator[Message, jax.Array, jax.Array]
-"""The journey of some tiles: yields each message, is sent what arrives, returns the results."""
+"""The generator of a layout's `run`: it yields each message, is sent what arrives in reply, and
+returns the orthogonalized tiles."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What one mesh axis does for an assignment."""
+    """How an assignment uses one mesh axis."""
 
     axis: str
     """Name of the mesh axis."""
@@ -37,7 +38,7 @@ class Role:
     holds: str
     """What its devices hold of a matrix: different `rows`, different `cols`, or `copies`."""
     home: int
-    """Number of homes along the axis; the other factor of the extent shares each home."""
+    """Number of homes along the axis; `extent / home` devices share each of them."""
 
     @property
     def split(self) -> int:
@@ -64,7 +65,7 @@ class Layout(Protocol):
 
     @property
     def name(self) -> str:
-        """What reports print."""
+        """The name that reports print."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -72,14 +73,14 @@ class Layout(Protocol):
 
     @property
     def homes(self) -> tuple[Piece, ...]:
-        """The digits that number the homes, major first; empty if every device does the same."""
+        """The digits that number the homes, major first; empty if all devices do the same work."""
 
     @property
     def sharing(self) -> int:
         """Devices that share the columns of each matrix."""
 
     def describe(self, copies: int) -> str:
-        """Who works on the matrices, for a table; `copies` counts buckets of other matrices."""
+        """Which devices work on the matrices, for a table; `copies` is `BucketPlan.copies`."""
 
     def run(self, tiles: jax.Array, orthogonalizer: Orthogonalizer) -> Trip:
         """Orthogonalize tiles `[k, m, n]`; runs inside `shard_map`."""
@@ -87,22 +88,22 @@ class Layout(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A run of a bucket's matrices that are treated alike."""
+    """Consecutive matrices of a bucket that are processed in the same way."""
 
     mechanism: Layout
-    """Who works on the matrices, and how the tiles travel."""
+    """The layout: which devices work on the matrices, and how the tiles travel."""
     count: int
-    """Number of matrices, as one device counts them."""
+    """Number of matrices of which one device holds a tile."""
     cost: Cost
-    """Per device and update."""
+    """Cost per device and update."""
     start: int = 0
     """Index of the first matrix in the bucket."""
     padding: int = 0
     """Zero matrices added so that every home gets the same number."""
     chunks: int = 1
-    """Number of equal parts, one after the other, that keep temporary memory bounded."""
+    """Number of equal parts, processed one after the other to bound temporary memory."""
     form: str = ""
-    """How each matrix is worked on, in the orthogonalizer's words."""
+    """How each matrix is computed, as the orthogonalizer names it."""
 
     @property
     def layout(self) -> str:
@@ -130,7 +131,7 @@ class Assignment:
         return (self.count + self.padding) // self.homes
 
     def describe(self, copies: int = 1) -> str:
-        """Who works on the matrices, for a table; `copies` counts buckets of other matrices."""
+        """Which devices work on the matrices, for a table; `copies` is `BucketPlan.copies`."""
         return self.mechanism.describe(copies)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A model has hundreds of matrices but only a handful of shapes. Stacked over parameters, layers,
 experts, heads and parts of fused axes, they need a few batched products, and the size of the
-program does not grow with depth. Tall matrices enter transposed, beside the wide ones of the same
+program does not grow with depth. Tall matrices are transposed and join the wide ones of the same
 size: the polar factor satisfies `f(X^T) = f(X)^T`.
 """
 
@@ -31,7 +31,7 @@ class Member:
     batch: int
     """Number of matrices."""
     tall: bool
-    """Whether they are stored tall and enter transposed."""
+    """Whether they are stored tall; the bucket holds them transposed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a layout costs: operations, bytes and collectives, and the time that they take.
 
-Only ratios decide between layouts: a TPU or a GPU performs about a thousand operations in the time
-in which it receives one byte, the fake devices of a CPU about forty (`platforms.py`).
+Only ratios decide between layouts: in the time that it takes to receive one byte, a TPU or a GPU
+performs about a thousand operations, a simulated device of a CPU about forty (`platforms.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Traffic:
     working: int = 0
     """Gram matrices that devices sum or gather while they share a matrix."""
     outward: int = 0
-    """Finished tiles on their way back, and results that replicas hand each other."""
+    """Finished tiles on their way back, and results that replicas exchange."""
 
     @property
     def total(self) -> int:
@@ -31,7 +31,7 @@ class Traffic:
         return self.inward + self.working + self.outward
 
     def __add__(self, other: Traffic) -> Traffic:
-        """Sums, part by part."""
+        """Add part by part."""
         return Traffic(
             self.inward + other.inward,
             self.working + other.working,
@@ -107,7 +107,7 @@ class CostModel:
         """The rates of a platform.
 
         Raises:
-            ValueError: the platform is unknown.
+            ValueError: The platform is unknown.
         """
         platform = get_platform(name)
         return cls(platform.flops, platform.bandwidth, platform.latency)
@@ -134,18 +134,18 @@ class MatrixWork(Protocol):
 
     @property
     def gathers(self) -> int:
-        """As many that the devices compute by rows each, gathered in the compute dtype."""
+        """Gram matrices of which each device computes some rows, gathered in the compute dtype."""
 
     @property
     def form(self) -> str:
-        """The form of the evaluation, for people."""
+        """The form of the evaluation, as reports print it."""
 
 
 class Counted(Protocol):
     """An orthogonalizer that counts its work."""
 
     def count(self, m: int, n: int, devices: int = 1, *, platform: str) -> MatrixWork:
-        """The work on one matrix `[m, n]` of each of the devices that share its columns."""
+        """The work of each of the devices that share the columns of one matrix `[m, n]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +157,11 @@ class WorkModel:
     steps: int
     """Steps of the polynomial."""
     dtype: np.dtype | None = None
-    """The compute dtype, of the operands and of what is moved; None is the platform's."""
+    """Dtype of the operands and of the tiles that travel; None is the platform's."""
     supports_column_shards: bool = True
     """Whether it takes matrices whose columns lie on several devices."""
     platform: str = "cpu"
-    """Where it runs."""
+    """The platform that it runs on."""
 
     @property
     def itemsize(self) -> int:
@@ -169,7 +169,7 @@ class WorkModel:
         return 4 if self.dtype is None else self.dtype.itemsize
 
     def with_platform(self, platform: str) -> WorkModel:
-        """On a platform, with its compute dtype if none is set."""
+        """The same on a platform, in the platform's compute dtype if none is set."""
         dtype = self.dtype or get_platform(platform).compute_dtype
         return dataclasses.replace(self, dtype=dtype, platform=platform)
 
@@ -178,7 +178,7 @@ class WorkModel:
         return self.orthogonalizer.count(rows, cols, devices, platform=self.platform)
 
     def cost_of(self, rows: int, cols: int, devices: int = 1) -> Cost:
-        """Cost of one matrix `[rows, cols]`, its columns spread over so many devices."""
+        """Cost per device of one matrix `[rows, cols]` whose columns are split over `devices`."""
         return self.cost(self.work_of(rows, cols, devices), rows, cols, devices)
 
     def cost(self, work: MatrixWork, rows: int, cols: int, devices: int = 1) -> Cost:

@@ -1,4 +1,4 @@
-"""Workarounds for XLA's CPU backend; accelerators see none of this.
+"""Workarounds for XLA's CPU backend; programs for accelerators contain none of them.
 
 Timings are for two cores; `benchmarks/update_speed.py` and `benchmarks/compile_time.py` measure
 whole updates.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,12 @@ from jax import lax
 from optax_muon.sharding.assignment import Orthogonalizer
 from optax_muon.sharding.device_groups import Group
 
-if TYPE_CHECKING:
-    from optax_muon.sharding.plan import BucketPlan
-
 
 def opaque_ints(numbers: Sequence[int], x: jax.Array) -> tuple[jax.Array, ...]:
     """Return the numbers as int32 `[]` that the compiler cannot fold into constants.
 
-    They come from a conditional on `x` with two equal branches. XLA compiles one kernel for every
-    slice at a constant offset, and unrolls a loop of one constant iteration.
+    They come from a conditional on `x` with two equal branches. If they were constants, XLA would
+    compile one kernel for every offset of a slice, and unroll a loop that runs once.
 
     >>> [int(number) for number in opaque_ints((3, 5), jnp.ones((2, 2, 2)))]
     [3, 5]
@@ -54,9 +50,13 @@ def split(stack: jax.Array, lengths: Sequence[int]) -> Sequence[jax.Array]:
     return pieces
 
 
-def schedule(orthogonalizer: Orthogonalizer, bucket_plan: BucketPlan) -> Orthogonalizer:
-    """Give an accelerator the whole batch, and a CPU a few matrices at a time."""
-    transposed = arrives_transposed(bucket_plan)
+def schedule(orthogonalizer: Orthogonalizer, transposed: bool) -> Orthogonalizer:
+    """Give an accelerator the whole batch, and a CPU a few matrices at a time.
+
+    Args:
+        orthogonalizer: Orthogonalizes matrices `[B, m, n]`.
+        transposed: Whether a transpose is all that happens to the matrices before.
+    """
 
     def scheduled(x: jax.Array, **column_shards: Group) -> jax.Array:
         if column_shards or (x.shape[0] == 1 and not transposed):
@@ -68,21 +68,11 @@ def schedule(orthogonalizer: Orthogonalizer, bucket_plan: BucketPlan) -> Orthogo
     return scheduled
 
 
-def arrives_transposed(bucket_plan: BucketPlan) -> bool:
-    """Whether the matrices reach the orthogonalizer by nothing but a transpose.
-
-    That is a bucket of a single parameter, stored tall, none of whose matrices move.
-    """
-    members = bucket_plan.bucket.members
-    moves = any(assignment.roles for assignment in bucket_plan.assignments)
-    return len(members) == 1 and members[0].tall and not moves
-
-
 def _split_by_one_kernel(lengths: Sequence[int], stack: jax.Array) -> list[jax.Array]:
     """Split with one kernel for all pieces of a length.
 
-    XLA's CPU backend compiles equal kernels once, but a slice at a constant offset equals no other:
-    12 of 13 ms of compilation per parameter.
+    XLA's CPU backend compiles equal kernels once, but slices at different constant offsets are
+    different kernels: 12 of 13 ms of compilation per parameter.
     """
     starts = opaque_ints([*itertools.accumulate(lengths[:-1], initial=0)], stack)
     pieces = zip(starts, lengths, strict=True)
@@ -98,8 +88,8 @@ def _few_at_a_time(orthogonalizer: Orthogonalizer, transposed: bool, x: jax.Arra
     float32, 0.8 in bfloat16; outside this range they gain nothing.
 
     If a transpose is all that precedes (`transposed`), XLA fuses it into every product instead of
-    making it once: 1.4 times as long for one 4096 x 1024 in float32, 3.5 times in bfloat16. A loop
-    forces the transpose, provided that XLA does not know that it runs once.
+    computing it once: 1.4 times as long for one 4096 x 1024 in float32, 3.5 times in bfloat16. A
+    loop makes XLA store the transposed matrix, provided that XLA cannot tell that it runs once.
     """
     count, rows, cols = x.shape
     middling = 2**16 <= rows * cols < 2**19

@@ -104,7 +104,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """An array on its way through a collective."""
+    """An array to send through a collective."""
 
     group: Group
     """The devices that take part."""
@@ -117,7 +117,7 @@ class Message:
 
 
 def exchange(messages: Sequence[Message]) -> list[jax.Array]:
-    """Send all messages; those of one group and collective share one call."""
+    """Send all messages; those with the same group and collective share one call."""
     routes = [(message.group, message.collective, message.lead) for message in messages]
     arrived: dict[int, jax.Array] = {}
     for group, collective, lead in dict.fromkeys(routes):

@@ -2,15 +2,15 @@
 
 `local`, `home` and `split` are one mechanism with different numbers. Tiles travel in one all-to-all
 over the tuple of their mesh axes, which moves exactly what each device lacks; everything else is
-reshapes and transposes. Copies are not moved in: each device takes its share of what it already
-has, and all of them gather the results.
+reshapes and transposes. Replicas need nothing at the start: each takes its share of the tiles that
+it already holds, and at the end all of them gather the results.
 
 The shapes in the comments are those of 16 matrices (256 x 1024) with rows over `fsdp=4` and columns
 over `tensor=2`: eight homes, each of which owns two whole matrices.
 
-The devices of an exchange are numbered by digits, one or two per mesh axis: which home, and which
-sharer of the home. To the sender a digit says where to: a run of matrices, or of columns. To the
-receiver it says where from: a run of rows, or of columns.
+The number of a device in an exchange has one or two digits per mesh axis: its home, and its place
+among the sharers of the home. For the sender, a digit tells which matrices or columns to send
+there. For the receiver, it tells which rows or columns came from there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Owned:
 
     @classmethod
     def assign(cls, search: LayoutSearch, count: int) -> Iterator[tuple[Assignment, ...]]:
-        """Every choice of roles, with what it leaves over either padded or assigned in turn."""
+        """Every choice of roles; the remainder is either padded or assigned by another search."""
         owned_only = dataclasses.replace(search, layouts=(cls,))
         for roles in search.role_choices():
             layout = cls(roles)
@@ -75,7 +75,7 @@ class Owned:
         return math.prod(role.split for role in self.roles)
 
     def describe(self, copies: int) -> str:
-        """Who works on the matrices."""
+        """Which devices work on the matrices."""
         if not self.roles:
             return "each device"
         homes = self._home_count * copies
@@ -95,7 +95,7 @@ class Owned:
         return route.merge_replica_shares(published)
 
     def take_replica_share(self, x: jax.Array) -> jax.Array:
-        """Of copies, the part of this device: `[k, m, n]` to `[k / homes, m, n / sharers]`."""
+        """Take the share of this replica: `[k, m, n]` to `[k / homes, m, n / sharers]`."""
         if not self.copies:
             return x
         homes = Group(tuple(role.homes for role in self.copies))
@@ -104,7 +104,7 @@ class Owned:
 
     @property
     def exchange(self) -> Group:
-        """Devices that exchange tiles: to join rows always, to join columns at a home."""
+        """Devices that exchange tiles: all along row axes, one per home along column axes."""
         pieces = []
         for role in self.cut:
             pieces.append(role.homes)
@@ -114,7 +114,7 @@ class Owned:
 
     @property
     def replicas(self) -> Group:
-        """Devices that hold copies, and hand each other their results."""
+        """Devices that hold copies and exchange their results."""
         return Group(tuple(piece for r in self.copies for piece in (r.homes, r.sharers)))
 
     @property
@@ -238,13 +238,13 @@ class _Route:
 
     @property
     def _sender(self) -> list[str]:
-        """Axes as the sender has them: homes are runs of matrices, sharers runs of columns."""
+        """Order of the axes at the sender: homes divide the matrices, sharers the columns."""
         digits = self._digits
         return [*_labels(digits, "home"), "q", "m", *_labels(digits, "sharer"), "n"]
 
     @property
     def _receiver(self) -> list[str]:
-        """Axes as the receiver has them: senders are runs of rows or of columns."""
+        """Order of the axes at the receiver: senders divide the rows or the columns."""
         rows = [label for label in self._digits if label.endswith(ROWS)]
         cols = [label for label in self._digits if label.endswith(COLS)]
         return ["q", *rows, "m", *cols, "n"]

@@ -2,7 +2,7 @@
 
     shards -> stacks -> buckets -> travel -> orthogonalize -> travel back -> stacks -> shards
 
-How the tiles travel is up to the layout of each assignment (`exchange.py`, `gather.py`).
+The layout of each assignment decides how its tiles travel (`exchange.py`, `gather.py`).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ __all__ = ["Orthogonalizer", "execute"]
 def execute(
     plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: Orthogonalizer
 ) -> dict[str, jax.Array]:
-    """Orthogonalize the matrices of all leaves of the plan; their shardings stay.
+    """Orthogonalize the matrices of all leaves of the plan, and keep the leaves' shardings.
 
     Args:
-        plan: made for leaves of these shapes, dtypes and shardings.
-        leaves: path to array.
-        orthogonalizer: the function that each device applies to the matrices that it works on; a
+        plan: Made for leaves of these shapes, dtypes and shardings.
+        leaves: Path to array.
+        orthogonalizer: The function that each device applies to the matrices that it works on; a
             `jax.tree_util.Partial` if it has arrays of its own, so that they reach every device.
 
     Returns:
         Path to array, for the leaves of the plan.
 
     Raises:
-        ValueError: a leaf is not sharded as planned, on mesh axes of type Explicit.
+        ValueError: A leaf is not sharded as planned, on mesh axes of type Explicit.
     """
     if plan.mesh is None:
         return _run_shards(plan, orthogonalizer, {p.path: leaves[p.path] for p in plan.leaves})
@@ -63,7 +63,7 @@ def execute(
 
 
 def _check_sharding(leaf: LeafShard, x: jax.Array, mesh: AnyMesh) -> None:
-    """On Explicit axes the array has to lie as planned; on others the compiler moves it."""
+    """Check that an array is sharded as planned on Explicit axes; on others XLA reshards it."""
     found, planned = explicit_spec(x, mesh), keep_explicit(leaf.spec, mesh)
     if found != planned:
         raise ValueError(
@@ -93,7 +93,7 @@ def _run_shards(
         stacked = bucket_plan.bucket.pack(stacks)
         run = orthogonalizer
         if not plan.unknown_shardings:
-            run = cpu.schedule(orthogonalizer, bucket_plan)
+            run = cpu.schedule(orthogonalizer, bucket_plan.only_transposed)
         done |= bucket_plan.bucket.unpack(_run_bucket(bucket_plan, run, stacked))
     return {leaf.path: _restore(leaf, done, shards[leaf.path].dtype) for leaf in plan.leaves}
 
@@ -131,7 +131,7 @@ def _take(assignment: Assignment, stacked: jax.Array) -> jax.Array:
 def _run_chunks(
     assignment: Assignment, orthogonalizer: Orthogonalizer, tiles: jax.Array
 ) -> jax.Array:
-    """An assignment that is too large to be held at once."""
+    """Process an assignment that does not fit in memory at once, chunk by chunk."""
     chunks = tiles.reshape(assignment.chunks, -1, *tiles.shape[1:])
     done: jax.Array = lax.map(
         lambda chunk: _run_together([assignment], orthogonalizer, [chunk])[0], chunks

@@ -44,7 +44,7 @@ class Gathered:
         return 1
 
     def describe(self, copies: int) -> str:
-        """Who works on the matrices."""
+        """Which devices work on the matrices."""
         del copies
         return "every device, all" if self.roles else "each device"
 

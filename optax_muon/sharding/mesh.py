@@ -1,14 +1,12 @@
 """How parameters are sharded: a mesh, and for every axis of every leaf the mesh axes that cut it.
 
-On Explicit mesh axes the type of an array says so, also under a trace. On Auto axes only the
-compiler knows: there the shardings come from the user, or from concrete arrays.
+On Explicit mesh axes this is part of an array's type, also under a trace. On Auto axes only the
+compiler knows it, so the shardings come from the user or from concrete arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -24,11 +22,11 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from optax_muon.matrices import paths
+from optax_muon.matrices import entries, paths
 
 AnyMesh = Mesh | AbstractMesh
 Spec = tuple[tuple[str, ...], ...]
-"""For every axis of a leaf the mesh axes that it is cut over, major first."""
+"""For every axis of a leaf, the mesh axes that it is cut over, major first."""
 
 
 Shardings: TypeAlias = Any
@@ -54,15 +52,15 @@ def resolve_shardings(
     """Find the mesh and the spec of every leaf.
 
     Args:
-        leaves: path to array, tracer or `ShapeDtypeStruct`.
-        shardings: a tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
+        leaves: Path to array, tracer or `ShapeDtypeStruct`.
+        shardings: A tree (or prefix, or `{path: ...}` dict) of `NamedSharding` or `PartitionSpec`,
             or a callable of `{path: leaf}` that returns one. None reads the types.
-        mesh: the mesh of bare `PartitionSpec`s; None is the ambient mesh of `jax.set_mesh`.
+        mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh of `jax.set_mesh`.
 
     Raises:
-        ValueError: a spec names an axis that the mesh lacks or uses an axis twice, is longer than
+        ValueError: A spec names an axis that the mesh lacks or uses an axis twice, is longer than
             the leaf's rank, or is missing for a leaf; or leaves lie on different meshes.
-        TypeError: an entry of `shardings` is no sharding.
+        TypeError: An entry of `shardings` is not a sharding.
     """
     own = {path: _own_sharding(leaf) for path, leaf in leaves.items()}
     given = _given(leaves, shardings)
@@ -78,23 +76,15 @@ def resolve_shardings(
     )
 
 
-def check_names(leaves: Mapping[str, Any], shardings: Shardings) -> None:
-    """Check that every entry of `shardings` belongs to a leaf; a callable is not checked.
+def check_names(tree: Any, shardings: Shardings) -> None:
+    """Check that every entry of `shardings` belongs to a leaf; a function is not checked.
 
     Raises:
-        ValueError: an entry belongs to no leaf.
+        ValueError: An entry belongs to no leaf.
     """
-    if callable(shardings):
-        return
-    above = (itertools.accumulate(path.split("/"), "{}/{}".format) for path in leaves)
-    known = {"", *itertools.chain(*above)}
-    for entry in paths.named_leaves(shardings, is_leaf=_is_sharding):
-        if entry not in known:
-            close = difflib.get_close_matches(entry, leaves, n=3, cutoff=0) or ["no leaves"]
-            raise ValueError(
-                f"shardings has an entry {entry!r} that is no parameter; there are"
-                f" {', '.join(map(repr, close))}."
-            )
+    if shardings is not None and not entries.is_function(shardings):
+        given = paths.named_leaves(shardings, is_leaf=_is_sharding)
+        entries.keys_of("shardings", given, paths.named_leaves(tree, is_leaf=entries.is_position))
 
 
 def explicit_spec(leaf: Any, mesh: AnyMesh) -> Spec:
@@ -129,7 +119,7 @@ def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
 
 
 def mesh_platform(mesh: AnyMesh) -> str | None:
-    """Platform of the mesh's devices: `cpu`, `tpu`, `gpu`; None if an abstract mesh hides it."""
+    """Platform of the mesh's devices: `cpu`, `tpu` or `gpu`; None if an abstract mesh has none."""
     if isinstance(mesh, Mesh):
         return str(mesh.devices.flat[0].platform)
     name = getattr(getattr(mesh, "abstract_device", None), "platform", None)
@@ -137,7 +127,7 @@ def mesh_platform(mesh: AnyMesh) -> str | None:
 
 
 def _own_sharding(leaf: Any) -> NamedSharding | None:
-    """The sharding of a traced array's type, or of a concrete array, if it says anything."""
+    """The sharding of a traced array's type, or of a concrete array; None if it is trivial."""
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
     else:
@@ -146,7 +136,7 @@ def _own_sharding(leaf: Any) -> NamedSharding | None:
 
 
 def _matters(sharding: NamedSharding) -> bool:
-    """Whether a sharding says anything: it has several devices, or its spec names axes."""
+    """Whether a sharding is not trivial: it has several devices, or its spec names axes."""
     return math.prod(sharding.mesh.axis_sizes) > 1 or any(sharding.spec)
 
 
@@ -154,20 +144,20 @@ def _given(leaves: Mapping[str, Any], shardings: Shardings) -> dict[str, Any]:
     """The shardings that the user gave, by path."""
     if shardings is None:
         return {}
-    tree = shardings(dict(leaves)) if callable(shardings) else shardings
-    entries = paths.named_leaves(tree, is_leaf=_is_sharding)
-    covers = {path: paths.longest_prefix(entries, path) for path in leaves}
-    for path, entry in covers.items():
-        if entry is None:
+    tree = shardings(dict(leaves)) if entries.is_function(shardings) else shardings
+    given = paths.named_leaves(tree, is_leaf=_is_sharding)
+    covers = {path: paths.longest_prefix(given, path) for path in leaves}
+    for path, key in covers.items():
+        if key is None:
             raise ValueError(
                 f"shardings has no entry for {path!r}; give it a NamedSharding or PartitionSpec."
             )
-        if not _is_sharding(entries[entry]):
+        if not _is_sharding(given[key]):
             raise TypeError(
-                f"the entry of shardings for {path!r} is a {type(entries[entry]).__name__}; it must"
+                f"the entry of shardings for {path!r} is a {type(given[key]).__name__}; it must"
                 " be a NamedSharding or PartitionSpec."
             )
-    return {path: entries[entry] for path, entry in covers.items() if entry is not None}
+    return {path: given[key] for path, key in covers.items() if key is not None}
 
 
 def _is_sharding(x: Any) -> bool:

@@ -29,18 +29,28 @@ class BucketPlan:
     bucket: Bucket
     """The matrices, as one device sees them."""
     assignments: tuple[Assignment, ...]
-    """Who works on them, in order; they cover the bucket."""
+    """Which devices work on them; together, and in order, the assignments cover the bucket."""
     copies: int
-    """Number of such buckets, with other matrices, on other devices (experts, for example)."""
+    """Number of equal buckets of other matrices on other devices, such as other experts."""
     matrix_cost: Cost
     """Cost of one matrix on one device."""
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float] = dataclasses.field(hash=False)
     """Modelled time of this choice (`chosen`), and of `home` and `gather` for all matrices."""
 
     @property
     def cost(self) -> Cost:
         """Cost of one update, per device."""
         return sum((assignment.cost for assignment in self.assignments), Cost())
+
+    @property
+    def only_transposed(self) -> bool:
+        """Whether a transpose is all that happens to the matrices before they are orthogonalized.
+
+        That is so in a bucket of a single parameter that is stored tall, if no matrix moves.
+        """
+        members = self.bucket.members
+        moves = any(assignment.roles for assignment in self.assignments)
+        return len(members) == 1 and members[0].tall and not moves
 
     def to_dict(self) -> dict[str, Any]:
         """In plain numbers, strings and lists."""
@@ -60,7 +70,7 @@ class BucketPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who works on what: `print` it, read its fields, or write `to_dict()` as JSON."""
+    """Which devices work on what: `print` it, read its fields, or write `to_dict()` as JSON."""
 
     mesh: AnyMesh | None
     """The mesh; None on one device."""
@@ -71,7 +81,7 @@ class Plan:
     work: WorkModel
     """How the orthogonalizer was counted."""
     unknown_shardings: bool = False
-    """True if the shardings are unknown (Auto axes under trace): the compiler communicates."""
+    """True if the shardings are unknown (Auto axes under trace): the compiler then moves tiles."""
 
     @property
     def mesh_axes(self) -> dict[str, int]:
@@ -140,7 +150,7 @@ class Plan:
         """Check that the plan was made for these matrices.
 
         Raises:
-            ValueError: a parameter has other matrices than planned.
+            ValueError: A parameter has other matrices than planned.
         """
         planned = {leaf.path: leaf.whole for leaf in self.leaves}
         for path in {**planned, **bounds}:
@@ -158,7 +168,7 @@ class Plan:
             return dtype
         if payload.itemsize >= min(dtype.itemsize, 4):  # keep 64-bit storage as is
             return dtype
-        # float16 would lose small gradients before they are normalised.
+        # float16 would lose small gradients before they are normalized.
         return np.dtype(np.float32) if payload == np.float16 else payload
 
 

@@ -26,7 +26,7 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "home": {"layouts": (Owned,), "may_split": False},
     "gather": {"layouts": (Gathered,)},
 }
-"""What can be asked for by name, as options of the search."""
+"""The layouts that `plan(layout=...)` knows by name, each with its options of the search."""
 
 
 def make_plan(
@@ -43,18 +43,18 @@ def make_plan(
     """Plan for some leaves.
 
     Args:
-        bounds: path to the view of a leaf, bound to the leaf's shape.
-        dtypes: path to the dtype of the leaf.
-        shardings: the mesh, and how the leaves are sharded on it.
-        work: counts the orthogonalizer.
+        bounds: Path to the view of a leaf, bound to the leaf's shape.
+        dtypes: Path to the dtype of the leaf.
+        shardings: The mesh, and how the leaves are sharded on it.
+        work: Counts the orthogonalizer.
         platform: `tpu`, `gpu` or `cpu`; None is the mesh's, and CPU where that is unknown.
         layout: `home` or `gather` for all matrices, or a layout class of your own; None takes the
             cheapest for each bucket.
-        model: rates that decide between layouts; None takes those of the platform.
-        memory: bytes of temporary arrays above which an assignment is done in chunks.
+        model: Rates that decide between layouts; None takes those of the platform.
+        memory: Bytes of temporary arrays above which an assignment is done in chunks.
 
     Raises:
-        ValueError: an unknown layout or platform, or a fused axis that the mesh cuts across its
+        ValueError: An unknown layout or platform, or a fused axis that the mesh cuts across its
             parts and that cannot be made whole.
     """
     options = _search_options(layout)
@@ -86,7 +86,8 @@ def _search_options(layout: str | LayoutClass | None) -> Mapping[str, Any]:
     if not isinstance(layout, str):
         return {"layouts": (layout,)}
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown; use 'home', 'gather', or None to choose.")
+        names = ", ".join(map(repr, LAYOUTS))
+        raise ValueError(f"layout {layout!r} is unknown; use {names}, or None to choose.")
     return LAYOUTS[layout]
 
 
@@ -100,11 +101,11 @@ def plan_bucket(
     """Assign the matrices of a bucket to devices.
 
     Args:
-        bucket: the matrices.
-        sizes: mesh axis to number of devices.
-        usable: the same, for the axes whose copies may share the work.
-        search: a `LayoutSearch` that lacks a geometry and options.
-        options: those of the layout that was asked for.
+        bucket: The matrices.
+        sizes: Mesh axis to number of devices.
+        usable: The same, for the axes whose copies may share the work.
+        search: A `LayoutSearch` that lacks a geometry and options.
+        options: Those of the layout that was asked for.
     """
     cut = (*bucket.rows_over, *bucket.cols_over, *bucket.batch_over)
     copies = [axis for axis, size in usable.items() if axis not in cut and size > 1]

@@ -55,7 +55,7 @@ def _row(bucket_plan: BucketPlan, assignment: Assignment) -> tuple[str, ...]:
 def _compared(seconds: Mapping[str, float]) -> str:
     """Modelled time of a bucket, and that of the layouts that were not chosen."""
     chosen = seconds["chosen"]
-    others = (f"{name} {seconds[name] / chosen:.2g}x" for name in ("home", "gather"))
+    others = (f"{name} {each / chosen:.2g}x" for name, each in seconds.items() if name != "chosen")
     return f"{chosen * 1e3:.2g} ms ({', '.join(others)})"
 
 

@@ -74,7 +74,7 @@ class LayoutSearch:
         )
 
     def cheapest(self, count: int) -> tuple[Assignment, ...]:
-        """The same, remembered: what is left of a bucket is asked for again and again."""
+        """The same, cached: the searches of a bucket ask for the same remainders many times."""
         return _remembered(self, count)
 
     def _cheapest(self, count: int) -> tuple[Assignment, ...]:
@@ -110,7 +110,7 @@ def _choices(geometry: BucketGeometry, splits: bool) -> tuple[tuple[Role, ...], 
 
 
 def _axis_choices(axis: str, extent: int, holds: str) -> list[tuple[Role, ...]]:
-    """The roles of one axis; an axis of copies may also stay out, and repeat the work."""
+    """The roles of one axis; the devices of an axis of copies may also all repeat the work."""
     roles: list[tuple[Role, ...]] = [
         (Role(axis, extent, holds, home),) for home in _divisors(extent)
     ]

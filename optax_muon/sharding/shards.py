@@ -53,7 +53,7 @@ class LeafShard:
     cols_over: tuple[str, ...]
     """Mesh axes that its columns are cut over."""
     reshard: AxisReshard | None = None
-    """What has to happen first if a split does not fit the shards."""
+    """The all-to-all that comes first if a split does not fit the shards; else None."""
 
     @property
     def resharded_entries(self) -> int:
@@ -65,13 +65,13 @@ def shard_leaf(path: str, bound: BoundView, spec: Spec, sizes: Mapping[str, int]
     """Bind a parameter to the mesh.
 
     Args:
-        path: the parameter.
-        bound: its view, bound to its shape.
-        spec: for every axis of the parameter the mesh axes that it is cut over.
-        sizes: mesh axis to number of devices.
+        path: The parameter.
+        bound: Its view, bound to its shape.
+        spec: For every axis of the parameter the mesh axes that it is cut over.
+        sizes: Mesh axis to number of devices.
 
     Raises:
-        ValueError: a fused axis is cut across its parts, and no other axis can be cut in its place.
+        ValueError: A fused axis is cut across its parts, and no other axis can be cut in its place.
     """
     named = spec
     spec = tuple(tuple(axis for axis in over if sizes[axis] > 1) for over in spec)

@@ -14,6 +14,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_muon.errors import shortened
 from optax_muon.matrices import paths
 
 
@@ -29,19 +30,25 @@ def state_shardings(
     On Auto mesh axes, pass them to the training step as `out_shardings` too: otherwise the compiler
     is free to lay out its results.
 
+    `optax.tree.map_params(tx, f, state, specs, is_leaf=...)` maps a state with a tree like the
+    parameters. As with every `optax.partition`, the moments of either optimizer lack the leaves of
+    the other: pass `is_leaf=lambda node: isinstance(node, optax.MaskedNode)`.
+
     Args:
-        tx: the optimizer, with all its wrappers.
-        params: arrays or `ShapeDtypeStruct`s.
-        shardings: those of the parameters: a tree, or prefix of one, of `NamedSharding`.
-        zero1: mesh axes that replicate parameters, over which the momenta are to be cut: ZeRO-1 as
-            in arXiv 2502.16982, section 2.3. On Auto axes the optimizer has to be told as well, by
+        tx: The optimizer, with all its wrappers.
+        params: Arrays or `ShapeDtypeStruct`s.
+        shardings: Those of the parameters: a tree, or prefix of one, of `NamedSharding`.
+        zero1: Mesh axes that replicate parameters, over which the momenta are to be cut: ZeRO-1 as
+            in arXiv 2502.16982, section 2.3. On Auto axes the optimizer needs them too:
             `muon(shardings=zero1_shardings(...))`.
 
     Returns:
         A tree of `NamedSharding` with the structure of the state.
 
     Raises:
-        ValueError: a parameter without a sharding, or an axis that the mesh lacks.
+        ValueError: A parameter without a sharding, a sharding without a parameter, or an axis that
+            the mesh lacks.
+        TypeError: A parameter that is neither an array nor a number.
 
     >>> import jax.numpy as jnp, optax_muon
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -51,15 +58,16 @@ def state_shardings(
     >>> tuple(optax.tree.get(state_shardings(tx, params, shardings), "mu")["kernel"].spec)
     ('data',)
     """
-    leaves = paths.named_leaves(params)
+    shapes = {path: _shape(path, leaf) for path, leaf in paths.named_leaves(params).items()}
     by_path = zero1_shardings(params, shardings, axes=zero1)
-    replicated = NamedSharding(next(iter(by_path.values())).mesh, PartitionSpec())
+    given = next(iter(_entries(shardings).values()), None)
+    if given is None:
+        raise ValueError("shardings has no NamedSharding; give every parameter one.")
+    replicated = NamedSharding(given.mesh, PartitionSpec())
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = paths.path_name(path)
-        owners = [p for p in leaves if name == p or name.endswith(f"/{p}")]
-        owner = max(owners, key=len, default=None)
-        if owner is None or leaves[owner].shape != leaf.shape:
+        owner = paths.longest_suffix(shapes, paths.path_name(path))
+        if owner is None or shapes[owner] != leaf.shape:
             return replicated
         return by_path[owner]
 
@@ -78,25 +86,28 @@ def zero1_shardings(
     result, as `muon(shardings=...)`, and has to exist before its state has shardings.
 
     Args:
-        params: arrays or `ShapeDtypeStruct`s.
-        shardings: a tree, or prefix of one, of `NamedSharding`.
-        axes: one mesh axis, or several.
+        params: Arrays or `ShapeDtypeStruct`s.
+        shardings: A tree, or prefix of one, of `NamedSharding`.
+        axes: One mesh axis, or several; none cuts nothing.
 
     Returns:
         Path to sharding: what `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
 
     Raises:
-        ValueError: a parameter without a sharding, or an axis that the mesh lacks.
+        ValueError: A parameter without a sharding, a sharding without a parameter, or an axis that
+            the mesh lacks.
+        TypeError: A parameter that is neither an array nor a number.
     """
-    entries = paths.named_leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
+    entries = _entries(shardings)
+    _check_entries(entries, params)
+    names = (axes,) if isinstance(axes, str) else tuple(dict.fromkeys(axes or ()))
     found: dict[str, NamedSharding] = {}
     for path, leaf in paths.named_leaves(params).items():
-        entry = paths.longest_prefix(entries, path)
-        if entry is None or not isinstance(entries[entry], NamedSharding):
+        shape, entry = _shape(path, leaf), paths.longest_prefix(entries, path)
+        if entry is None:
             raise ValueError(
                 f"shardings has no NamedSharding for {path!r}; give every parameter one."
             )
-        names = (axes,) if isinstance(axes, str) else tuple(axes)
         mesh = entries[entry].mesh
         for name in names:
             if name not in mesh.axis_names:
@@ -104,8 +115,35 @@ def zero1_shardings(
                     f"there is no axis {name!r} to cut {path} over; its mesh has"
                     f" {', '.join(mesh.axis_names)}."
                 )
-        found[path] = _cut_further(leaf.shape, entries[entry], names)
+        found[path] = _cut_further(shape, entries[entry], names)
     return found
+
+
+def _entries(shardings: Any) -> dict[str, NamedSharding]:
+    """The `NamedSharding`s of a tree by path; other leaves, such as a `PartitionSpec`, left out."""
+    leaves = paths.named_leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, NamedSharding)}
+
+
+def _check_entries(entries: Mapping[str, NamedSharding], params: optax.Params) -> None:
+    """Refuse shardings of parameters that are not there; one may be None or masked."""
+    known = paths.named_leaves(params, is_leaf=lambda x: x is None or paths.is_masked(x))
+    used = {paths.longest_prefix(entries, path) for path in known}
+    if unused := [repr(path) for path in entries if path and path not in used]:
+        raise ValueError(
+            f"shardings names {', '.join(shortened(unused))}, which params does not have; spell the"
+            " paths as the parameters do."
+        )
+
+
+def _shape(path: str, leaf: Any) -> tuple[int, ...]:
+    if hasattr(leaf, "shape"):
+        return tuple(leaf.shape)
+    if isinstance(leaf, int | float | complex):
+        return ()
+    raise TypeError(
+        f"{path} is {str(leaf)[:60]!r}, a {type(leaf).__name__}; parameters are arrays or numbers."
+    )
 
 
 def _cut_further(

@@ -1,9 +1,10 @@
-"""The checkpoints of a run: what training changes, by step, saved by orbax in the background."""
+"""The checkpoints of a run: its states by step, saved by orbax in the background."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,16 +34,16 @@ class RetentionPolicy:
     """Which checkpoints are kept: the newest, and every n-th step for good."""
 
     last: int = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints that are kept."""
     every: int | None = None
-    """Steps divisible by it are kept too, as the paper's intermediate checkpoints; None: none."""
+    """Steps divisible by this are kept for good, as the paper's intermediate ones; None: none."""
 
     def __post_init__(self) -> None:
         """Refuse a policy that keeps nothing."""
         for name in ("last", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"RetentionPolicy: {name} is {value}, it must be at least 1")
+                raise UsageError(f"RetentionPolicy: {name} is {value}; it must be at least 1")
 
     @property
     def policy(self) -> policies.PreservationPolicy:
@@ -59,9 +60,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     however the process ends.
 
     Args:
-        path: the folder of the steps.
-        keep: which steps are kept.
-        settings: what must be the same to resume, as `optax_muon.checkpoint.describe` takes it;
+        path: The folder of the steps.
+        keep: Which steps are kept.
+        settings: What must be the same to resume, as `optax_muon.checkpoint.describe` takes it;
             None compares nothing.
     """
 
@@ -99,12 +100,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: State, position: Mapping[str, Any] | None = None) -> None:
-        """Begin to save the state after `step` steps, if it is not saved yet.
+        """Start saving the state after `step` steps, unless it is saved already.
 
         Args:
-            step: steps done.
-            state: what training changes; it may be donated as soon as this returns.
-            position: where the run is in its data, as `describe` takes settings: tokens seen, the
+            step: Steps done.
+            state: What training changes; it may be donated as soon as this returns.
+            position: Where the run is in its data, as `describe` takes settings: tokens seen, the
                 seed or key that data and randomness come from.
         """
         if step not in self._manager.all_steps():
@@ -120,12 +121,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """A saved state, bit for bit, with the structure and shardings of `like`.
 
         Args:
-            like: a state of the same shapes and dtypes, of arrays or `ShapeDtypeStruct`s, on any
+            like: A state of the same shapes and dtypes, of arrays or `ShapeDtypeStruct`s, on any
                 mesh.
-            step: which one; None is the newest.
+            step: Step of the checkpoint; None is the newest.
 
         Raises:
-            UsageError: when there is no such step, its files are damaged, or it was made by another
+            UsageError: When there is no such step, its files are damaged, or it was made by another
                 optimizer, model or other settings; the message says what differs.
         """
         return type(like)(**self._restore(like._asdict(), self._step(step)))
@@ -134,11 +135,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """The parameters alone.
 
         Args:
-            step: after how many steps; None is the newest.
-            like: where to put them, as `restore` takes it; None is the first device.
+            step: Step of the checkpoint; None is the newest.
+            like: Where to put them, as `restore` takes it; None is the first device.
 
         Raises:
-            UsageError: as `restore`.
+            UsageError: As `restore`.
         """
         step = self._step(step)
         shapes = like if like is not None else _tree(self.shapes(step)["params"])
@@ -148,11 +149,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """Restore some parts of a state alone, such as its parameters and router biases.
 
         Args:
-            like: each part by its name in the state, as `restore` takes it.
-            step: after how many steps; None is the newest.
+            like: Each part by its name in the state, as `restore` takes it.
+            step: Step of the checkpoint; None is the newest.
 
         Raises:
-            UsageError: as `restore`.
+            UsageError: As `restore`.
         """
         return self._restore(like, self._step(step))
 
@@ -160,7 +161,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """Shape and dtype of every array, by part of the state and path in it.
 
         Raises:
-            UsageError: as `restore`.
+            UsageError: As `restore`.
         """
         leaves = self._description(self._step(step))["leaves"]
         return {
@@ -169,19 +170,21 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         }
 
     def array(self, part: str, path: str, step: int | None = None) -> np.ndarray:
-        """One array alone, on the host: needs about its size in memory, whatever the state's.
+        """Read one array alone, to the host; it takes about as much memory as the array.
 
         Args:
-            part: of the state, such as `params`.
-            path: of the leaf in it; empty where the part is a lone array.
-            step: after how many steps; None is the newest.
+            part: Part of the state, such as `params`.
+            path: Path of the leaf in that part; empty if the part is a single array.
+            step: Step of the checkpoint; None is the newest.
 
         Raises:
-            UsageError: as `restore`.
+            UsageError: As `restore`.
         """
         step = self._step(step)
-        leaf = ocp.RestoreArgs(restore_type=np.ndarray)
-        tree, restore = _tree({path: self.shapes(step)[part][path]}), _tree({path: leaf})
+        shape, leaf = self.shapes(step)[part][path], ocp.RestoreArgs(restore_type=np.ndarray)
+        if not math.prod(shape.shape):
+            return np.zeros(shape.shape, shape.dtype)  # `checkpoint` saves no array of zero size
+        tree, restore = _tree({path: shape}), _tree({path: leaf})
         args = ocp.args.PyTreeRestore(tree, restore_args=restore, partial_restore=True)
         with self._one_error(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             found = reader.restore(self.path / str(step) / part, args=args)
@@ -191,7 +194,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """The position in the data: what `save` was given, and `step`; None is the newest.
 
         Raises:
-            UsageError: as `restore`.
+            UsageError: As `restore`.
         """
         args = ocp.args.Composite(**{_POSITION: ocp.args.JsonRestore()})
         return self._read(self._step(step), args)[_POSITION]

@@ -20,7 +20,7 @@ FINAL_LR = 0.1
 
 COSINE, THREE_STAGE, LINEAR = "cosine", "three-stage", "linear"
 MIN_STEPS = 4
-"""Steps of a run in three stages: one up, one down, one up again, one to zero."""
+"""Fewest steps of a run in three stages: one up, one down, one up again, one to zero."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainConfig:
     """What all trials of a run share."""
 
     model: Config
-    """The sizes of the model; their type says which model."""
+    """The sizes of the model; their type determines the model."""
     batch: int
     """Sequences in a step, before the batch doubles."""
     steps: int
@@ -40,7 +40,7 @@ class TrainConfig:
     eval_sequences: int
     """Held-out sequences of each evaluation, always the same ones."""
     schedule: str = COSINE
-    """Of the learning rate: a key of `SCHEDULES`."""
+    """Schedule of the learning rate: a key of `SCHEDULES`."""
     bias_update_speed: float = 0.0
     """Change of a router bias in a step (`balance.update_bias`)."""
     qk_clip: float | None = None
@@ -51,7 +51,10 @@ class TrainConfig:
     """Passes over the examples in fine-tuning; pretraining draws windows at random."""
 
     def __post_init__(self) -> None:
-        """Refuse a run too short for its stages."""
+        """Refuse numbers that are too small, and a run too short for its stages."""
+        for name in ("batch", "steps", "eval_every", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.schedule == THREE_STAGE and self.steps < MIN_STEPS:
             raise UsageError(
                 f"--steps is {self.steps}; --schedule {THREE_STAGE} needs at least {MIN_STEPS}"
@@ -59,7 +62,7 @@ class TrainConfig:
 
     @property
     def batch_doubles_at(self) -> int:
-        """Steps after which the batch is twice as large; `steps` where it never is.
+        """Steps after which the batch is twice as large; `steps` if it never is.
 
         >>> from optax_muon.models.moonlight import CONFIGS
         >>> moonlight = CONFIGS["moonlight-16b-a3b"]
@@ -71,8 +74,12 @@ class TrainConfig:
 
     @property
     def unit(self) -> str:
-        """What a token is, for people."""
+        """What reports call a token."""
         return "byte" if self.model.vocab_size == 256 else "token"
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is measured after a step, counted from 1."""
+        return step % self.eval_every == 0 or step == self.steps
 
     def batch_at(self, step: int) -> int:
         """Sequences of the batch of a step, counted from 1."""
@@ -151,23 +158,23 @@ class RunConfig:
     """A run of `train` or `finetune`, as `config.json` records it."""
 
     preset: str | None
-    """The row of `presets.PRESETS` it is made of; None in fine-tuning."""
+    """Name of its preset in `presets.PRESETS`; None in fine-tuning."""
     data: str | None
     """The user's file, folder or glob; None is the standard library."""
     fingerprint: str
-    """Of the data, so that no run is resumed with other data."""
+    """Hash of the data, so that no run is resumed with other data."""
     training: TrainConfig
     """What all trials share."""
     trials: tuple[Trial, ...]
-    """The optimizers and their hyper-parameters; the first is the baseline."""
+    """The optimizers and their hyperparameters; the first is the baseline."""
     save_every: int
     """Steps between checkpoints."""
     pretrained: str | None = None
-    """Folder of the run whose parameters it begins with; None begins at random."""
+    """Folder of the run whose parameters it starts from; None starts from random ones."""
     pretrained_trial: str | None = None
-    """Whose parameters of that run; None is the last trial that has any."""
+    """Trial of that run that it starts from; None is the last one that has a checkpoint."""
     keep_every: int | None = None
-    """Steps between checkpoints that stay; None keeps the newest ones only."""
+    """Steps between checkpoints that are kept for good; None keeps only the newest ones."""
 
     def to_json(self) -> dict[str, Any]:
         """As `config.json` holds it."""

@@ -22,7 +22,7 @@ from optax_muon.models.spec import Model
 from optax_muon.training.data.corpus import windows
 
 AXES = (*BATCH, "tensor")
-"""The names that the axes of a mesh may have (`models/layers.py`)."""
+"""The names that the axes of a mesh may have (`models/mesh.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Devices:
     """Devices and micro-batches."""
 
     mesh: Mesh | None = None
-    """Of all devices, its axes Explicit; None is the first device alone."""
+    """Mesh of all devices, with Explicit axes; None uses the first device only."""
     accumulate: int = 1
     """Micro-batches that a batch is cut into, before it doubles."""
 
     def __str__(self) -> str:
-        """The devices, for people."""
+        """The devices, as reports print them."""
         devices = jax.device_count()
         if self.mesh is not None:
             return ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        return f"1 of {devices} devices; --mesh shares the work" if devices > 1 else "1 device"
+        return f"1 of {devices} devices; --mesh uses all of them" if devices > 1 else "1 device"
 
     def mesh_context(self) -> contextlib.AbstractContextManager[object]:
         """A context in which the mesh is the ambient one."""
@@ -51,13 +51,27 @@ class Devices:
         sizes = {} if self.mesh is None else self.mesh.shape
         return math.prod(sizes.get(axis, 1) for axis in BATCH)
 
+    @property
+    def count(self) -> int:
+        """How many devices share the work."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are started before the numbers of a step are read.
+
+        On accelerators one, so that they never wait for the host. On CPUs none: the host is the
+        device, and its collectives may dead-lock when two programs run at once.
+        """
+        return 0 if jax.default_backend() == "cpu" else 1
+
     def sequences(self, tokens: np.ndarray, starts: np.ndarray, context: int) -> jax.Array:
         """Windows of tokens on the devices; a process reads only those of its own devices.
 
         Args:
-            tokens: the text.
-            starts: indices of the windows' first tokens, `[k, b]`.
-            context: tokens of a window, minus one.
+            tokens: The text.
+            starts: Indices of the windows' first tokens, `[k, b]`.
+            context: Tokens of a window, minus one.
 
         Returns:
             int32 `[k, b, context + 1]`, `b` over the batch axes.
@@ -84,7 +98,7 @@ class Devices:
         """Check that the batch and the parameters divide evenly.
 
         Raises:
-            UsageError: when the batch does not divide into micro-batches and over the devices, or a
+            UsageError: When the batch does not divide into micro-batches and over the devices, or a
                 parameter does not divide over the mesh.
         """
         parts = self.accumulate * self.batch_shards
@@ -115,7 +129,7 @@ def parse_mesh(text: str) -> Mesh:
     """The mesh of `data=2,fsdp=2,expert=2`, over all devices, in this order.
 
     Raises:
-        UsageError: when an axis is unknown or given twice, or the sizes do not multiply to the
+        UsageError: When an axis is unknown or given twice, or the sizes do not multiply to the
             number of devices.
     """
     sizes: dict[str, int] = {}

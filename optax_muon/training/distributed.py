@@ -23,7 +23,7 @@ def start() -> None:
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` do.
 
     Raises:
-        UsageError: when the environment describes no processes, or they do not connect.
+        UsageError: When the environment describes no processes, or they do not connect.
     """
     try:
         jax.distributed.initialize()
@@ -40,7 +40,7 @@ def on_main_process(action: Callable[[], None]) -> None:
     """Run an action in the main process while the others wait; an error of it ends all of them.
 
     Raises:
-        ValueError: what the action raised in the main process; elsewhere, that it raised.
+        ValueError: What the action raised in the main process; elsewhere, that it raised.
     """
     refusal = None
     if is_main_process():
@@ -49,7 +49,7 @@ def on_main_process(action: Callable[[], None]) -> None:
         except ValueError as error:
             refusal = error
     if any_process(refusal is not None):
-        raise refusal or UsageError("the main process has refused; its message says why")
+        raise refusal or UsageError("the main process has failed; its message says why")
 
 
 def any_process(condition: bool) -> bool:

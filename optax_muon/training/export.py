@@ -33,13 +33,13 @@ def as_imported(
     """Yield the run as a folder that `huggingface.export_checkpoint` takes.
 
     Args:
-        run: a folder of `import-hf`, which is yielded as it is, or of a training run.
-        near: path beside which the temporary folder is made, of the size of the parameters.
-        trial: whose parameters; None is the last one that has any.
-        step: after how many steps; None is the newest checkpoint.
+        run: A folder of `import-hf`, which is yielded as it is, or of a training run.
+        near: Path beside which the temporary folder is made; it is as large as the parameters.
+        trial: Trial to export; None is the last one that has a checkpoint.
+        step: Step of the checkpoint; None is the newest.
 
     Raises:
-        UsageError: when there is no such checkpoint, or it is not a Moonlight's.
+        UsageError: When there is no such checkpoint, or it is not a Moonlight's.
     """
     folder = RunFolder(run)
     if not folder.is_training_run:

@@ -2,11 +2,11 @@
 
 The paper pretrains and fine-tunes with Muon and with AdamW, in all four combinations: two epochs,
 the learning rate falling linearly from 5e-5 to 0 (arXiv 2502.16982, section 3.5). The loss is that
-of the completions alone (`data/prompts.py`); a batch's is the mean over the tokens of all its
+of the completions alone (`data/prompts.py`); that of a batch is the mean over the tokens of all its
 completions. Router biases stay as pretraining left them, as in the paper's last stage.
 
-Everything else is as in pretraining: the same loop, the same run folder, one line in `config.json`
-more (`epochs`).
+Everything else is as in pretraining: the same loop and the same run folder, with one more entry in
+`config.json` (`epochs`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def byte_model(source: PretrainedSource) -> Model:
     """The model of a run that can be fine-tuned.
 
     Raises:
-        UsageError: when there is no run, or its tokens are not bytes.
+        UsageError: When there is no run, or its tokens are not bytes.
     """
     model = source.model
     if model.config.vocab_size != VOCAB:

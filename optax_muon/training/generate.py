@@ -26,14 +26,14 @@ def generate(
     """Draw `length` bytes that continue the prompt.
 
     Args:
-        model: the model.
-        params: its parameters.
-        bias: of its router; None where it has none.
-        prompt: the text to continue; the model sees its last `context` bytes. An empty one stands
+        model: The model.
+        params: The parameters.
+        bias: The router biases; None if the model has no router.
+        prompt: The text to continue; the model sees its last `context` bytes. An empty one stands
             for the beginning of a file.
-        length: bytes to generate.
-        temperature: divides the logits; 0 takes the likeliest byte.
-        seed: of the draws.
+        length: Bytes to generate.
+        temperature: Divides the logits; 0 takes the likeliest byte.
+        seed: Seed of the draws.
 
     Returns:
         The new bytes, without the prompt.

@@ -1,4 +1,4 @@
-"""The state that a run begins with: random, or the parameters of another run or of an import."""
+"""The state that a run starts from: random, or the parameters of another run or of an import."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class PretrainedSource:
     path: Path
     """Its folder."""
     trial: str | None = None
-    """Whose parameters; None is the last trial that has any."""
+    """Trial to take them from; None is the last one that has a checkpoint."""
 
     @property
     def model(self) -> Model:
         """Its model.
 
         Raises:
-            UsageError: when there is none.
+            UsageError: When there is none.
         """
         with usage_errors():
             return spec.model_of(RunFolder(self.path).sizes())
@@ -43,7 +43,7 @@ class PretrainedSource:
         """Check, without reading them, that there are parameters.
 
         Raises:
-            UsageError: when there are none.
+            UsageError: When there are none.
         """
         folder = RunFolder(self.path)
         if folder.is_training_run:
@@ -55,10 +55,10 @@ class PretrainedSource:
         The biases are zeros if an import holds none.
 
         Args:
-            mesh: where to put them; it is ambient. None is the first device.
+            mesh: Mesh to put them on, which must be ambient; None is the first device.
 
         Raises:
-            UsageError: when there are none.
+            UsageError: When there are none.
         """
         folder = RunFolder(self.path)
         if not folder.is_training_run:
@@ -86,13 +86,13 @@ def initial_state(
     """The state before the first step of a run; the mesh, if there is one, is ambient.
 
     Args:
-        config: what all trials share.
-        tx: the optimizer.
-        mesh: where the state lies.
-        source: whose parameters and router biases it has; None makes them at random.
+        config: What all trials share.
+        tx: The optimizer.
+        mesh: Mesh of the state; None is the first device.
+        source: Run whose parameters and router biases are used; None draws random parameters.
 
     Raises:
-        UsageError: as `PretrainedSource.weights`.
+        UsageError: As `PretrainedSource.weights`.
     """
     model = spec.model(config.model)
     if source is None:

@@ -1,8 +1,8 @@
 """The optimizers that can be trained and compared: one row of `REGISTRY` each.
 
 All of them see the same batches, the same schedule (`config.py`) and the same clipping of the
-gradient's global norm; only the transformation and its hyper-parameters differ. A `Trial` is an
-optimizer at given hyper-parameters. `presets.py` holds tuned ones, `sweep.py` finds them.
+gradient's global norm; only the transformation and its hyperparameters differ. A `Trial` is an
+optimizer at given hyperparameters. `presets.py` holds tuned ones, `sweep.py` finds them.
 
 Any optax chain can be a row:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import optax
@@ -45,22 +46,22 @@ class HyperParams:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no optimizer can run at."""
-        if not (self.lr > 0 and self.weight_decay >= 0):
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
             raise UsageError(
                 f"lr is {self.lr:g} and weight_decay {self.weight_decay:g}; lr must be positive "
-                "and weight_decay at least 0"
+                "and weight_decay at least 0, both finite"
             )
 
 
 Build = Callable[[optax.Schedule, HyperParams, Views], optax.GradientTransformation]
-"""Makes the transformation from the learning rate, the hyper-parameters and the views."""
+"""Makes the transformation from the learning rate, the hyperparameters and the views."""
 
 StepFlops = Callable[[optax.Params, Views], int]
 """Floating-point operations of one update of parameters (arrays or `ShapeDtypeStruct`s)."""
 
 
 def elementwise(params: optax.Params, views: Views = None) -> int:
-    """The operations of an optimizer without matrix products: too few to count."""
+    """Zero: an optimizer without matrix products has too few operations to count."""
     del params, views
     return 0
 
@@ -93,23 +94,23 @@ class OptimizerSpec:
     """
 
     name: str
-    """On the command line, in `metrics.jsonl`, and of the folder of its checkpoints."""
+    """Its name on the command line, in `metrics.jsonl`, and of its folder of checkpoints."""
     title: str
-    """In tables and pictures."""
+    """Its name in tables and pictures."""
     color: str
-    """Of its curves; any matplotlib color."""
+    """Color of its curves; any matplotlib color."""
     build: Build
     """Makes the transformation."""
     step_flops: StepFlops = elementwise
     """Operations of one update; the default counts none, as AdamW's dozen per parameter."""
     like: str = "adamw"
-    """The optimizer whose hyper-parameters it takes where a preset has none of its own."""
+    """The optimizer whose hyperparameters it takes where a preset has none of its own."""
     lr_ratio: float = 1.0
-    """Its learning rate over that one's. Weight decay is divided by it, so that what decays in a
-    step stays the same."""
+    """Ratio of its learning rate to that of `like`. Weight decay is divided by it, so that the
+    decay in a step stays the same."""
 
     def derive(self, other: HyperParams) -> HyperParams:
-        """Its hyper-parameters, from those of `like`."""
+        """Its hyperparameters, from those of `like`."""
         return dataclasses.replace(
             other, lr=other.lr * self.lr_ratio, weight_decay=other.weight_decay / self.lr_ratio
         )
@@ -123,7 +124,7 @@ def register(spec: OptimizerSpec) -> OptimizerSpec:
     """Add an optimizer to `REGISTRY`.
 
     Raises:
-        ValueError: when the name is taken.
+        ValueError: When the name is taken.
     """
     if spec.name in REGISTRY:
         raise ValueError(f"{spec.name!r} is registered already; give the optimizer another name")
@@ -200,7 +201,7 @@ DEFAULT = ("adamw", "muon-carried", "muon")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One optimizer at the hyper-parameters that it runs at.
+    """One optimizer at the hyperparameters that it runs at.
 
     >>> Trial(REGISTRY["adamw"], HyperParams(1e-3, 0.1)).to_json()
     {'name': 'adamw', 'title': 'AdamW', 'hyper_params': {'lr': 0.001, 'weight_decay': 0.1}}
@@ -213,12 +214,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """In `metrics.jsonl`, and of the folder of its checkpoints."""
+        """Its name in `metrics.jsonl`, and of its folder of checkpoints."""
         return self.spec.name
 
     @property
     def title(self) -> str:
-        """In tables and pictures."""
+        """Its name in tables and pictures."""
         return self.spec.title
 
     def to_json(self) -> dict[str, object]:
@@ -231,7 +232,7 @@ def optimizer(name: str) -> OptimizerSpec:
     """The row of `REGISTRY` called `name`.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: When there is none.
 
     >>> optimizer("muon").title
     'Muon'
@@ -242,21 +243,21 @@ def optimizer(name: str) -> OptimizerSpec:
 
 
 Overrides = Mapping[str, Mapping[str, float]]
-"""Hyper-parameters by the optimizer's name and their own: `{"muon": {"lr": 0.012}}`."""
+"""Hyperparameters by the optimizer's name and their own: `{"muon": {"lr": 0.012}}`."""
 
 
 def hyper_params(
     name: str, tuned: Mapping[str, HyperParams], overrides: Overrides | None = None
 ) -> HyperParams:
-    """The hyper-parameters of an optimizer: tuned ones, or derived from those of its `like`.
+    """The hyperparameters of an optimizer: tuned ones, or derived from those of its `like`.
 
     Args:
-        name: of the optimizer.
-        tuned: hyper-parameters by optimizer, as a preset holds them.
-        overrides: numbers that replace them, before others are derived from them.
+        name: Name of the optimizer.
+        tuned: Hyperparameters by optimizer, as a preset holds them.
+        overrides: Numbers that replace them, before others are derived from them.
 
     Raises:
-        UsageError: when an optimizer or a hyper-parameter is unknown, or nothing is tuned.
+        UsageError: When an optimizer or a hyperparameter is unknown, or nothing is tuned.
 
     >>> tuned = {"adamw": HyperParams(1e-3, 0.1)}
     >>> hyper_params("muon-carried", tuned, {"adamw": {"lr": 2e-3}})
@@ -268,13 +269,15 @@ def hyper_params(
     elif row.like != name:
         base = row.derive(hyper_params(row.like, tuned, overrides))
     else:
-        raise UsageError(f"there are no hyper-parameters of {name}; tuned are {', '.join(tuned)}")
+        raise UsageError(
+            f"there are no tuned hyperparameters of {name}, only of {', '.join(tuned)}"
+        )
     given = (overrides or {}).get(name, {})
     known = [field.name for field in dataclasses.fields(base)]
     for key in given:
         if key not in known:
             accepted = ", ".join(known)
-            raise UsageError(f"{name} has no hyper-parameter {key!r}; it has {accepted}")
+            raise UsageError(f"{name} has no hyperparameter {key!r}; it has {accepted}")
     return dataclasses.replace(base, **given)
 
 
@@ -284,12 +287,12 @@ def comparison(
     """The trials of these optimizers; one that would repeat an earlier one is left out.
 
     Args:
-        names: of the optimizers; the first one is the baseline.
-        tuned: as `hyper_params` takes it.
-        overrides: as `hyper_params` takes it.
+        names: Names of the optimizers; the first one is the baseline.
+        tuned: As `hyper_params` takes it.
+        overrides: As `hyper_params` takes it.
 
     Raises:
-        UsageError: as `hyper_params`, or when nothing is named.
+        UsageError: As `hyper_params`, or when nothing is named.
 
     >>> same = HyperParams(1e-3, 0.1)
     >>> [t.name for t in comparison(DEFAULT, {"adamw": same, "muon": HyperParams(2e-3, 0.1)})]

@@ -1,4 +1,4 @@
-"""The presets: a row owns its model, batch, steps, hyper-parameters and schedule."""
+"""The presets: a row owns its model, batch, steps, hyperparameters and schedule."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Preset:
     steps: int
     """Optimizer steps of the whole schedule."""
     hyper_params: Mapping[str, HyperParams]
-    """Tuned hyper-parameters by the name of the optimizer; `OptimizerSpec.like` covers the rest."""
+    """Tuned hyperparameters by the name of the optimizer; `OptimizerSpec.like` covers the rest."""
     source: str
     """Where they come from."""
     schedule: str = COSINE
-    """Of the learning rate: a key of `config.SCHEDULES`."""
+    """Schedule of the learning rate: a key of `config.SCHEDULES`."""
     bias_update_speed: float = 0.0
     """Change of a router bias in a step; 0 where there is no router."""
 
@@ -145,7 +145,7 @@ def preset(name: str) -> Preset:
     """The row called `name`.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: When there is none.
 
     >>> preset("small").model.hidden_size
     128

@@ -3,6 +3,7 @@
 runs/NAME/config.json      the `RunConfig`; a resumed run must have the same
 runs/NAME/metrics.jsonl    a line per trial and step
 runs/NAME/checkpoints/     per trial: parameters and optimizer state, by orbax
+runs/NAME/profile/         per trial: the steps that --profile has traced
 runs/NAME/loss.png         the held-out curves
 runs/NAME/summary.md       the outcome (`cli/reports/training.py`)
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from optax_muon import checkpoint
 from optax_muon.errors import UsageError
+from optax_muon.models import huggingface
 from optax_muon.models.safetensors_io import folder_at_once
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.loop import StepMetrics
@@ -32,32 +34,39 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """What was asked for."""
+        """The file of the run's configuration."""
         return self.path / "config.json"
 
     @property
     def journal(self) -> Journal:
-        """A line per trial and step."""
+        """The metrics, a line per trial and step."""
         return Journal(self.path / "metrics.jsonl")
 
     def checkpoints(self, trial: str) -> Path:
         """The folder of one trial's checkpoints."""
         return self.path / "checkpoints" / trial
 
-    def create_or_resume(self, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def profile(self, trial: str) -> Path:
+        """The folder of one trial's trace."""
+        return self.path / "profile" / trial
+
+    def create_or_resume(
+        self, config: dict[str, Any], *, resume: bool, overwrite: bool, option: str = "--name"
+    ) -> None:
         """Create the folder with its `config.json`, or check that its run can be resumed.
 
         Args:
-            config: what is asked for, as JSON can hold it.
-            resume: go on with the run in the folder; its config must be the same.
-            overwrite: delete the run in the folder.
+            config: The configuration asked for, as JSON can hold it.
+            resume: Continue the run in the folder; its config must be the same.
+            overwrite: Delete the run in the folder.
+            option: The option that names the folder, for messages.
 
         Raises:
-            UsageError: when the folder holds a run and neither is asked for, when there is no run
+            UsageError: When the folder holds a run and neither is asked for, when there is no run
                 to resume, or when that run has another config.
         """
         if resume:
-            return self._check_same(config)
+            return self._check_same(config, option)
         if self.path.exists():
             self._clear(overwrite)
         with usage_errors(), folder_at_once(self.path) as draft:
@@ -67,12 +76,27 @@ class RunFolder:
         """The config of the run that is here.
 
         Raises:
-            UsageError: when there is none.
+            UsageError: When there is none, or it cannot be read.
         """
         if not self.config.exists():
             raise UsageError(f"there is no run in {self.path}")
-        config: dict[str, Any] = json.loads(self.config.read_text())
-        return config
+        with usage_errors():
+            return huggingface.read_json(self.config)
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """The trials of the run that is here, each with its name at least.
+
+        Raises:
+            UsageError: When the config records none.
+        """
+        trials = self.read_config().get("trials")
+        if isinstance(trials, list) and all(map(_is_trial, trials)):
+            return trials
+        raise UsageError(
+            f"{self.config} has no list of trials with their names; train and finetune make such a"
+            " run"
+        )
 
     @property
     def is_training_run(self) -> bool:
@@ -80,16 +104,22 @@ class RunFolder:
         return "trials" in self.read_config()
 
     def sizes(self) -> dict[str, Any]:
-        """The part of the config with the sizes of the model, as `spec.model_of` takes it."""
+        """The part of the config with the sizes of the model, as `spec.model_of` takes it.
+
+        Raises:
+            UsageError: When it is no mapping.
+        """
         config = self.read_config()
-        sizes: dict[str, Any] = config.get("training", config)
+        sizes = config.get("training", config)
+        if not isinstance(sizes, dict):
+            raise UsageError(f"{self.config} has no sizes of a model under training")
         return sizes
 
     def trained(self, trials: Sequence[str]) -> Path:
         """The checkpoints of the last of these trials that has any.
 
         Raises:
-            UsageError: when none has.
+            UsageError: When none has.
         """
         for path in map(self.checkpoints, reversed(trials)):
             if path.exists():
@@ -102,25 +132,27 @@ class RunFolder:
         """The checkpoints of a trial of this run; None is the last one that has any.
 
         Raises:
-            UsageError: when there is no such trial, or it has none.
+            UsageError: When there is no such trial, or it has none.
         """
-        names = [each["name"] for each in self.read_config()["trials"]]
+        names = [each["name"] for each in self.trials]
         if trial not in (None, *names):
             raise UsageError(f"{self.path} has no trial {trial!r}; it has {', '.join(names)}")
         return self.trained(names if trial is None else [trial])
 
-    def _check_same(self, config: dict[str, Any]) -> None:
+    def _check_same(self, config: dict[str, Any], option: str) -> None:
         saved, here = (checkpoint.describe({}, each) for each in (self.read_config(), config))
         try:
             checkpoint.check(saved, here, str(self.path))
         except ValueError as error:
             differences = " ".join(str(error).split())
-            raise UsageError(f"{differences}; ask for the same, or give another --name") from error
+            raise UsageError(
+                f"{differences}; give the same options, or another {option}"
+            ) from error
 
     def _clear(self, overwrite: bool) -> None:
         if not overwrite:
             raise UsageError(
-                f"{self.path} exists; --resume goes on with it, --overwrite deletes it, "
+                f"{self.path} exists; --resume continues it, --overwrite deletes it, "
                 "--name makes another"
             )
         self.read_config()  # nothing but a run is ever deleted
@@ -142,24 +174,44 @@ class Journal:
 
     def read(self, trial: str) -> list[StepMetrics]:
         """The steps of one trial, in order."""
-        rows = (json.loads(line) for line in self._lines())
-        return [
-            StepMetrics(**{key: value for key, value in row.items() if key != "trial"})
-            for row in rows
-            if row["trial"] == trial
-        ]
+        rows = [row for _, row in self._rows() if row.pop("trial") == trial]
+        return [StepMetrics(**row) for row in rows]
 
     def truncate(self, trial: str, after: int) -> None:
         """Drop the steps of a trial after its checkpoint: they will be repeated."""
-        kept = [line for line in self._lines() if not _is_past(json.loads(line), trial, after)]
+        kept = [line for line, row in self._rows() if not _is_past(row, trial, after)]
         draft = self.path.with_suffix(".draft")
         draft.write_text("".join(kept))
         draft.replace(self.path)
 
-    def _lines(self) -> list[str]:
-        """Whole lines only: a killed process may have left a partial one."""
+    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Whole lines only, and what they say: a killed process may have left a partial one.
+
+        Raises:
+            UsageError: When a line is none that `write` has written.
+        """
         text = self.path.read_text() if self.path.exists() else ""
-        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not row.keys() <= _COLUMNS or not row.keys() >= _NEEDED:
+                raise UsageError(
+                    f"{self.path}, line {number} is no step of a run; --overwrite begins anew"
+                )
+            yield line, row
+
+
+_COLUMNS = {"trial", *(field.name for field in dataclasses.fields(StepMetrics))}
+"""The keys of a line of `metrics.jsonl`."""
+_NEEDED = _COLUMNS - {"val_loss", "model"}
+"""Those that every line has."""
+
+
+def _is_trial(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str)
 
 
 def _is_past(row: dict[str, Any], trial: str, step: int) -> bool:

@@ -1,8 +1,8 @@
 """The paper's schedule of learning rate, batch and router bias (arXiv 2502.16982, section 3.3).
 
-Three stages: warm up and decay along a cosine; then, on better data, warm up again, lower, and cool
-down along a line to zero. The batch is doubled early on. The paper gives
-lengths in tokens; a schedule is a function of optimizer steps, so lengths here are in steps.
+Three stages: warm up and decay along a cosine; then, on better data, warm up again to a lower peak;
+then cool down along a line to zero. The batch is doubled early on. The paper gives lengths in
+tokens; a schedule is a function of optimizer steps, so lengths here are in steps.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def three_stage_schedule(
     ['0', '0.00042', '4.2e-05', '0.0001', '5e-05', '0']
 
     Args:
-        peak: learning rate at the end of the first warm-up, which starts at 0.
-        warmup: steps of the first warm-up.
-        decay_end: step at which the cosine has come down to `floor`.
-        floor: learning rate at the end of the cosine.
-        rewarm: steps of the second warm-up.
-        rewarm_peak: learning rate at the end of the second warm-up.
-        cooldown: steps from there to zero, where it stays.
+        peak: Learning rate at the end of the first warm-up, which starts at 0.
+        warmup: Steps of the first warm-up.
+        decay_end: Step at which the cosine has come down to `floor`.
+        floor: Learning rate at the end of the cosine.
+        rewarm: Steps of the second warm-up.
+        rewarm_peak: Learning rate at the end of the second warm-up.
+        cooldown: Steps from there to zero, where it stays.
 
     Raises:
         ValueError: `decay_end` does not come after the warm-up, or a number of steps is below 1.
@@ -53,7 +53,7 @@ def three_stage_schedule(
         if length < 1:
             given = decay_end if name == "decay_end" else length
             least = f"more than warmup={warmup}" if name == "decay_end" else "at least 1"
-            raise ValueError(f"{name}={given} was given, {least} is accepted.")
+            raise ValueError(f"{name} is {given}; it must be {least}.")
     stages = optax.join_schedules(
         [
             optax.linear_schedule(0.0, peak, warmup),
@@ -63,7 +63,7 @@ def three_stage_schedule(
         ],
         [warmup, decay_end, decay_end + rewarm],
     )
-    # Optax's cosine divides the step as it comes, which strict dtype promotion refuses of integers.
+    # Optax's cosine divides the step as it is, which strict dtype promotion refuses for integers.
     return lambda step: stages(jnp.asarray(step, jnp.float32))
 
 
@@ -92,7 +92,7 @@ class ThreeStageRecipe:
     rates: tuple[float, float, float]
     """Learning rates: the peak, the end of the cosine, and after the second warm-up."""
     bias_update_speed: float
-    """Of the router biases in the first two stages; it is 0 in the last."""
+    """Change of a router bias in a step of the first two stages; it is 0 in the last."""
 
     @property
     def steps(self) -> int:

@@ -28,7 +28,7 @@ from optax_muon import View, measures, named_leaves
 from optax_muon.errors import UsageError
 from optax_muon.models import huggingface
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.run_folder import RunFolder, usage_errors
 
 ROUTER = "Router"
 
@@ -55,16 +55,15 @@ class Spectrum:
     """The matrices of one parameter at one step."""
 
     trial: str
-    """Whose they are."""
+    """Trial that trained the parameter."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
     group: str
     """A key of `GROUPS`."""
     path: str
-    """Of the parameter."""
+    """Path of the parameter."""
     values: np.ndarray
-    """Singular values over the largest of their matrix, descending, `[matrices, k]`
-    float32."""
+    """Singular values over the largest of their matrix, descending, `[matrices, k]` float32."""
     entropy: np.ndarray
     """`measures.svd_entropy` of each, `[matrices]` float32."""
     stable_rank: np.ndarray
@@ -76,9 +75,9 @@ class Source:
     """Parameters that a run has kept."""
 
     trial: str
-    """Whose they are."""
+    """Trial that trained them."""
     step: int
-    """After how many."""
+    """Step of the checkpoint."""
     read: Callable[[], optax.Params]
     """Reads them."""
 
@@ -88,9 +87,9 @@ class SpectraTrial:
     """A trial as `config.json` records it."""
 
     name: str
-    """Of the folder of its checkpoints."""
+    """Name of its folder of checkpoints."""
     title: str
-    """In tables and pictures."""
+    """Its name in tables and pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +97,13 @@ class SpectraRow:
     """A group of a trial's matrices at one step: a line of spectra.csv."""
 
     trial: str
-    """Whose they are."""
+    """Trial that trained the matrices."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
     group: str
     """A key of `GROUPS`."""
     matrices: int
-    """How many."""
+    """Number of matrices."""
     entropy: float
     """Their mean SVD entropy."""
     entropy_lower: float
@@ -116,8 +115,8 @@ class SpectraRow:
     stable_rank: float
     """Mean stable rank."""
     higher: int | None
-    """Matrices with a higher entropy than the baseline's same matrix at the same step;
-    None where there is no such step, and of the baseline itself."""
+    """Number of matrices with a higher entropy than the same matrix of the baseline at the same
+    step; None for the baseline itself, and if it has no checkpoint of that step."""
 
 
 def group_of(path: str) -> str | None:
@@ -138,7 +137,7 @@ def views(params: optax.Params) -> dict[str, View]:
     """The views of the parameters whose spectra are taken: Muon's matrices and the routers.
 
     Raises:
-        UsageError: when one of Muon's matrices is in no group.
+        UsageError: When one of Muon's matrices is in no group.
 
     >>> views({"layers": {"router": {"kernel": jnp.ones([3, 16, 8])}}, "norm": jnp.ones(16)})
     {'layers/router/kernel': View(rows=(-2,), cols=(-1,), split=None)}
@@ -157,12 +156,12 @@ def spectra(params: optax.Params, trial: str = "", step: int = 0) -> Iterator[Sp
     """Decompose every matrix, in float32.
 
     Args:
-        params: a Llama's or a Moonlight's, of any floating dtype.
-        trial: whose they are.
-        step: after how many.
+        params: A Llama's or a Moonlight's, of any floating dtype.
+        trial: Trial that trained them.
+        step: Step of the checkpoint.
 
     Raises:
-        UsageError: when one of Muon's matrices is in no group.
+        UsageError: When one of Muon's matrices is in no group.
 
     >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.stack([jnp.eye(4, 8)] * 3)}}}}
     >>> [spectrum] = spectra(params)
@@ -182,17 +181,17 @@ def sources(run: Path) -> tuple[list[SpectraTrial], list[Source]]:
     """The trials of a run, the baseline first, and every checkpoint that it has kept.
 
     Args:
-        run: a folder of `optax-muon train` or `finetune`, or one of `import-hf`, which has a single
-            trial, named like it, with a single checkpoint, of step 0.
+        run: A folder of `optax-muon train` or `finetune`, or one of `import-hf`, which has a single
+            trial, named after the folder, with a single checkpoint, of step 0.
 
     Raises:
-        UsageError: when there is no run, or it has no checkpoint.
+        UsageError: When there is no run, or it has no checkpoint.
     """
     folder = RunFolder(run)
     if not folder.is_training_run:
         name = run.resolve().name
         return [SpectraTrial(name, name)], [Source(name, 0, functools.partial(_imported, run))]
-    trials = [SpectraTrial(c["name"], c["title"]) for c in folder.read_config()["trials"]]
+    trials = [SpectraTrial(each["name"], each.get("title", each["name"])) for each in folder.trials]
     kept = [source for trial in trials for source in _kept(folder, trial.name)]
     if not kept:
         names = " or ".join(trial.name for trial in trials)
@@ -257,7 +256,8 @@ def _saved(path: Path, step: int) -> optax.Params:
 
 
 def _imported(run: Path) -> optax.Params:
-    _, params, _ = huggingface.load(run)
+    with usage_errors():
+        _, params, _ = huggingface.load(run)
     return params
 
 

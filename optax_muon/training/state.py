@@ -27,7 +27,7 @@ class State(NamedTuple):
     opt_state: optax.OptState
     """The optimizer's state."""
     bias: jax.Array | None = None
-    """Router biases, `[moe_depth, experts]` float32; None where there is no router."""
+    """Router biases, `[num_moe_layers, n_routed_experts]` float32; None if there is no router."""
 
 
 def random_state(

@@ -29,7 +29,7 @@ class StepAux(NamedTuple):
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
     stats: ForwardStats | None
-    """Of all micro-batches together; None of a model that reports nothing."""
+    """Statistics of all micro-batches together; None if the model has none."""
 
 
 def step(
@@ -42,18 +42,18 @@ def step(
 ) -> tuple[State, StepAux]:
     """Take one step of training.
 
-    To be jitted with `model` and `tx` static. Accumulating `k` micro-batches is one big batch: the
-    gradient is that of the mean over all tokens, the expert load their sum, the largest logit the
-    largest of all. One micro-batch is in memory at a time.
+    To be jitted with `model` and `tx` static. Accumulating `k` micro-batches gives the numbers of
+    one large batch: the gradient of the mean over all tokens, the sum of the expert loads, the
+    largest of the logits. One micro-batch is in memory at a time.
 
     Args:
-        model: the model.
-        tx: the optimizer; it gets `max_logits`, `[depth, heads]`, for `optax_muon.qk_clip`.
-        state: before the step; on a mesh as `shardings` lays it out.
+        model: The model.
+        tx: The optimizer; it gets `max_logits`, `[depth, heads]`, for `optax_muon.qk_clip`.
+        state: State before the step; on a mesh as `shardings` lays it out.
         tokens: `[k, b, t + 1]` int32; on a mesh, `b` lies over the batch axes.
-        bias_update_speed: change of a router bias, float32; the caller evaluates its schedule.
-        weights: of the predictions of `tokens[..., 1:]`, `[k, b, t]` float32, such as 1 for
-            completions and 0 for prompts; the loss is the weighted mean. None weighs all the same.
+        bias_update_speed: Change of a router bias, float32; the caller evaluates its schedule.
+        weights: Weights of the predictions of `tokens[..., 1:]`, `[k, b, t]` float32, such as 1 for
+            completions and 0 for prompts; the loss is the weighted mean. None weighs all equally.
 
     Returns:
         The state after the step, and what was measured in it.
@@ -68,7 +68,7 @@ def step(
 def gradients(
     model: Model, state: State, tokens: jax.Array, weights: jax.Array | None = None
 ) -> tuple[optax.Updates, jax.Array, ForwardStats | None]:
-    """Gradient, loss and statistics of all micro-batches together; arguments as of `step`."""
+    """Gradient, loss and statistics of all micro-batches together; the arguments are `step`'s."""
     parts = tokens.shape[0]
     if weights is not None:
         weights = weights * (weights.size / weights.sum())
@@ -128,10 +128,10 @@ def next_token_loss(
     """Cross-entropy of each next token in nats, and the model's statistics.
 
     Args:
-        model: the model.
-        params: its parameters.
+        model: The model.
+        params: The parameters.
         tokens: `[b, t + 1]` int32.
-        bias: of its router.
+        bias: The router biases; None if the model has no router.
         weights: `[b, t]` float32. The loss is the sum over tokens of weight and cross-entropy, over
             the number of tokens. None is a weight of 1.
     """

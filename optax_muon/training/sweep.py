@@ -1,7 +1,7 @@
 """The sweep that tunes optimizers with the same budget: learning rate times weight decay.
 
 Every point of a grid is one whole training run from the same initial parameters on the same
-batches, and counts by its final held-out loss. The grids must be equally long, so every optimizer
+batches, judged by its final held-out loss. The grids must be equally long, so every optimizer
 gets the same budget. Each finished point is written to `sweep.csv` at once; the same command
 continues after the last one. The best points belong in the preset's row in `presets.py`; the report
 is made by `cli/reports/sweep.py`.
@@ -36,16 +36,16 @@ class Point:
     weight_decay: float
     """Decoupled weight decay, per unit of learning rate."""
     val_loss: float = math.nan
-    """Final held-out loss, nats per token; NaN where the run diverged, or has not been run."""
+    """Final held-out loss, nats per token; NaN if the run diverged or is still to come."""
 
     @property
     def title(self) -> str:
-        """For people; different for each point."""
+        """Its name in reports; different for each point."""
         return f"{self.optimizer} lr {self.lr:g} decay {self.weight_decay:g}"
 
     @property
     def trial(self) -> Trial:
-        """The optimizer at these hyper-parameters."""
+        """The optimizer at these hyperparameters."""
         return Trial(optimizer(self.optimizer), HyperParams(self.lr, self.weight_decay))
 
 
@@ -58,14 +58,24 @@ class SweepTable:
         self.path = path
 
     def read(self) -> list[Point]:
-        """All finished points, in the order of their runs."""
+        """All finished points, in the order of their runs.
+
+        Raises:
+            UsageError: When a line is no point.
+        """
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
-            return [
-                Point(row["optimizer"], *(float(row[name]) for name in self.FIELDS[1:]))
-                for row in csv.DictReader(file)
-            ]
+            return [self._point(number, row) for number, row in enumerate(csv.DictReader(file), 2)]
+
+    def _point(self, number: int, row: Mapping[str, str]) -> Point:
+        try:
+            return Point(row["optimizer"], *(float(row[name]) for name in self.FIELDS[1:]))
+        except (KeyError, TypeError, ValueError) as error:
+            columns = ", ".join(self.FIELDS)
+            raise UsageError(
+                f"{self.path}, line {number} is no point of a sweep, with {columns}; delete it"
+            ) from error
 
     def append(self, point: Point) -> None:
         """Add one finished point."""
@@ -79,11 +89,11 @@ def grid(lrs: Mapping[str, Sequence[float]], decays: Sequence[float]) -> list[Po
     """All points, without losses.
 
     Args:
-        lrs: learning rates by optimizer, equally many for each.
-        decays: weight decays, the same for all.
+        lrs: Learning rates by optimizer, equally many for each.
+        decays: Weight decays, the same for all.
 
     Raises:
-        UsageError: when the optimizers' budgets differ.
+        UsageError: When the optimizers' budgets differ.
 
     >>> [p.lr for p in grid({"adamw": (1e-3, 2e-3), "muon": (2e-3, 4e-3)}, (0.1,))]
     [0.001, 0.002, 0.002, 0.004]
@@ -114,12 +124,13 @@ def run_all(task: Pretraining, points: Sequence[Point], table: SweepTable) -> No
     """Run every point that the table does not hold yet; the mesh of the task is ambient.
 
     Raises:
-        Interrupted: on Ctrl-C; the finished points are in the table.
+        Interrupted: On Ctrl-C; the finished points are in the table.
     """
     finished = {point.title for point in table.read()}
     missing = [point for point in points if point.title not in finished]
     titles = [point.title for point in missing]
-    with Interrupt() as interrupt, Progress(titles, task.config) as progress:
+    shown = Progress(titles, task.config, task.devices)
+    with Interrupt() as interrupt, shown as progress:
         for point in missing:
             table.append(_run(task, point, progress, interrupt))
 
@@ -130,7 +141,7 @@ def _run(task: Pretraining, point: Point, progress: Progress, interrupt: Interru
     progress.begin(point.title, done=0)
     state = initial_state(config, transformation(trial, config), task.devices.mesh)
     try:
-        for metrics, _ in train(config, trial, task, state):
+        for metrics, _ in train(config, trial, task, state, ahead=task.devices.steps_ahead):
             progress.step(point.title, metrics)
             if interrupt.pressed:
                 raise Interrupted("stopped; the finished points are saved")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.initialize import PretrainedSource, initial_state
 from optax_muon.training.loop import StepMetrics, Task, train
 from optax_muon.training.optimizers import Trial, transformation
+from optax_muon.training.profile import NO_PROFILE, Profile
 from optax_muon.training.progress import Progress
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.state import State, abstract
@@ -48,38 +50,66 @@ class Trainer:
     """Trains the trials of one run."""
 
     run: RunConfig
-    """What was asked for."""
+    """The configuration of the run."""
     task: Task
-    """What is learned."""
+    """What the trials learn."""
     folder: RunFolder
-    """Where everything is written."""
+    """The folder that everything is written to."""
     progress: Progress
-    """What the user sees meanwhile."""
+    """The progress bars."""
     interrupt: Interrupt
-    """Whether the user wants to stop."""
+    """Knows whether the user has pressed Ctrl-C."""
     devices: Devices = SINGLE_DEVICE
     """Devices and micro-batches."""
+    profile: Profile = NO_PROFILE
+    """Which steps are traced."""
 
     def train(self, trial: Trial) -> None:
         """Train one trial from its newest checkpoint, or from the start, to the end.
 
         Raises:
-            Diverged: when a loss is not finite; the checkpoints stay as they are.
-            Interrupted: on Ctrl-C, after saving.
+            Diverged: When a loss is not finite; the checkpoints stay as they are.
+            Interrupted: On Ctrl-C, after saving.
         """
         path, settings = self.folder.checkpoints(trial.name), self.run.settings(trial)
         with Checkpoints(path, RetentionPolicy(every=self.run.keep_every), settings) as checkpoints:
             begun, done = self._begin(trial, checkpoints)
-            for metrics, state in train(self.run.training, trial, self.task, begun, done):
-                self._report(trial, metrics)
-                stop = self._is_stopped(metrics)
-                if stop or self._is_due(metrics):
-                    checkpoints.save(metrics.step, state, self._position(metrics))
-                if stop:
-                    raise Interrupted(f"stopped and saved {trial.name} at step {metrics.step}")
+            with contextlib.closing(self._steps(trial, begun, done)) as steps:
+                for metrics, state in steps:
+                    self._report(trial, metrics)
+                    if state is not None:  # else a later step has it
+                        self._keep(trial, metrics, state, checkpoints)
+
+    def _keep(
+        self, trial: Trial, metrics: StepMetrics, state: State, checkpoints: Checkpoints
+    ) -> None:
+        """Save a state that is due; or any, if the user wants to stop."""
+        stop = self._is_stopped(metrics)
+        if stop or self._is_due(metrics):
+            checkpoints.save(metrics.step, state, self._position(metrics))
+        if stop:
+            raise Interrupted(f"stopped and saved {trial.name} at step {metrics.step}")
+
+    def _steps(
+        self, trial: Trial, begun: State, done: int
+    ) -> Generator[tuple[StepMetrics, State | None]]:
+        """The steps of a trial, traced if asked for."""
+        steps = train(
+            self.run.training,
+            trial,
+            self.task,
+            begun,
+            done,
+            ahead=self.devices.steps_ahead,
+            is_stopped=self._is_stopped_here,
+        )
+        with self.profile.trace(self.folder.profile(trial.name)) as trace:
+            for metrics, state in steps:
+                trace.step()
+                yield metrics, state
 
     def _begin(self, trial: Trial, checkpoints: Checkpoints) -> tuple[State, int]:
-        """The state to go on from and its step."""
+        """The state to continue from, and its step."""
         done, config, mesh = checkpoints.latest, self.run.training, self.devices.mesh
         if distributed.is_main_process():
             self.folder.journal.truncate(trial.name, after=done)
@@ -100,13 +130,17 @@ class Trainer:
             return self.interrupt.pressed
         return metrics.val_loss is not None and distributed.any_process(self.interrupt.pressed)
 
+    def _is_stopped_here(self) -> bool:
+        """Whether to start no further step; several processes must all start the same ones."""
+        return jax.process_count() == 1 and self.interrupt.pressed
+
     def _is_due(self, metrics: StepMetrics) -> bool:
-        """Whether to save: only where the held-out loss has just shown these parameters good."""
+        """Whether to save: only after an evaluation, which has shown the parameters to be good."""
         last = metrics.step == self.run.training.steps
         return metrics.val_loss is not None and (last or metrics.step % self.run.save_every == 0)
 
     def _position(self, metrics: StepMetrics) -> dict[str, Any]:
-        """Position in the data, for people: a batch is a function of the seed and the step."""
+        """Position in the data, only to be read: a batch is a function of the seed and the step."""
         config = self.run.training
         tokens = int(config.sequences(metrics.step)) * config.model.context
         return {"seed": config.seed, "tokens": tokens}
@@ -119,17 +153,28 @@ class Trainer:
 
 
 def train_all(
-    run: RunConfig, task: Task, folder: RunFolder, devices: Devices = SINGLE_DEVICE
+    run: RunConfig,
+    task: Task,
+    folder: RunFolder,
+    devices: Devices = SINGLE_DEVICE,
+    profile: Profile = NO_PROFILE,
 ) -> None:
     """Train every trial to its end; the devices' mesh is ambient.
 
+    Args:
+        run: What was asked for.
+        task: What is learned.
+        folder: Where everything is written.
+        devices: Devices and micro-batches.
+        profile: Which steps are traced.
+
     Raises:
-        Diverged: as `Trainer.train`.
-        Interrupted: as `Trainer.train`.
+        Diverged: As `Trainer.train`.
+        Interrupted: As `Trainer.train`.
     """
     titles = [trial.title for trial in run.trials]
-    hidden = not distributed.is_main_process()
-    with Interrupt() as interrupt, Progress(titles, run.training, hidden=hidden) as progress:
-        trainer = Trainer(run, task, folder, progress, interrupt, devices)
+    shown = Progress(titles, run.training, devices, hidden=not distributed.is_main_process())
+    with Interrupt() as interrupt, shown as progress:
+        trainer = Trainer(run, task, folder, progress, interrupt, devices, profile)
         for trial in run.trials:
             trainer.train(trial)

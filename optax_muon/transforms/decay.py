@@ -11,16 +11,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optax_muon.matrices import paths
+from optax_muon.matrices import entries, paths
+from optax_muon.transforms.arguments import check_number, holds_functions
 
 Decay = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`(update, param, rate) -> update` of one leaf."""
 
 Mask: TypeAlias = Any
-"""True where a link applies: a tree of booleans or a prefix of one, or a function of the parameters
-that returns such a tree; None applies it everywhere."""
+"""True where a link applies: a tree of booleans or a prefix of one, a `{path: boolean}` dict, or a
+function of the parameters that returns one of these; None applies it everywhere. Every parameter
+must have an entry, and every entry a parameter."""
 
 
 class DecayState(NamedTuple):
@@ -30,6 +33,7 @@ class DecayState(NamedTuple):
     """Number of updates so far, for a scheduled rate: int32 `[]`."""
 
 
+@holds_functions("mask")
 def decoupled_decay(
     rate: optax.ScalarOrSchedule = 0.1, mask: Mask = None
 ) -> optax.GradientTransformation:
@@ -38,12 +42,14 @@ def decoupled_decay(
     Args:
         rate: Decay per unit of learning rate: a number, an array or a schedule of the step. 0.1 is
             the paper's.
-        mask: True where decay applies: a tree of booleans or a prefix of one, or a callable of the
-            parameters that returns such a tree. None decays everything, norms too, which the paper
-            calls crucial (Appendix D).
+        mask: True where decay applies, see `Mask`. None decays everything, norms too, which the
+            paper calls crucial (Appendix D).
 
     Raises:
-        ValueError: `update` is called without `params`.
+        ValueError: `rate` is negative; `update` is called without `params`, and the rate is not the
+            number 0; (in `init` and `update`) a parameter has no entry in the mask, or an entry no
+            parameter.
+        TypeError: `rate` is no number, or an entry of the mask no boolean.
 
     >>> link = decoupled_decay(0.1)
     >>> params = {"w": jnp.full(2, 3.0)}
@@ -54,17 +60,21 @@ def decoupled_decay(
     return _decay(rate, mask, lambda update, param, rate: update + rate * param)
 
 
+@holds_functions("mask")
 def cautious_decay(
     rate: optax.ScalarOrSchedule = 0.1, mask: Mask = None
 ) -> optax.GradientTransformation:
     """Add `rate * W` only where decay and update have the same sign (arXiv 2510.12402, Eq. 3).
+
+    Complex numbers have the same sign where the real part of `update conj(W)` is not negative.
 
     Args:
         rate: As in `decoupled_decay`.
         mask: As in `decoupled_decay`.
 
     Raises:
-        ValueError: `update` is called without `params`.
+        ValueError: As `decoupled_decay` does.
+        TypeError: As `decoupled_decay` does.
 
     >>> link = cautious_decay(0.1)
     >>> params = {"w": jnp.array([1.0, -1.0])}
@@ -74,45 +84,62 @@ def cautious_decay(
     """
 
     def decay(update: jax.Array, param: jax.Array, rate: jax.Array) -> jax.Array:
-        return jnp.where(update * param >= 0, update + rate * param, update)
+        return jnp.where(jnp.real(update * param.conj()) >= 0, update + rate * param, update)
 
     return _decay(rate, mask, decay)
 
 
+def settle_mask(mask: Mask, tree: Any) -> dict[str, bool]:
+    """Return `{path: whether the link applies}` of every array in a tree.
+
+    Args:
+        mask: What the user gave.
+        tree: Parameters or gradients; masked leaves are left out.
+
+    Raises:
+        ValueError: A parameter has no entry, or an entry no parameter.
+        TypeError: An entry is no boolean.
+
+    >>> settle_mask({"norm": False, "mlp": True}, {"norm": jnp.ones(2), "mlp": {"w": jnp.ones(2)}})
+    {'mlp/w': True, 'norm': False}
+    """
+    settled = entries.broadcast(
+        "weight_decay_mask",
+        True if mask is None else mask,
+        tree,
+        is_entry=lambda entry: isinstance(entry, bool | np.bool_),
+        expected="True or False",
+    )
+    return {path: bool(entry) for path, entry in settled.items()}
+
+
 def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.GradientTransformation:
+    check_number("weight_decay", rate, at_least=0)
+    never = isinstance(rate, int | float) and rate == 0
+
     def init(params: optax.Params) -> DecayState:
-        del params
+        settle_mask(mask, params)
         return DecayState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates, state: DecayState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, DecayState]:
-        if params is None:
-            raise ValueError("Weight decay needs params: call update(updates, state, params).")
-        now = rate(state.count) if callable(rate) else rate
-        decays = _decays(params, mask)
+        new = updates
+        if not never:
+            if params is None:
+                raise ValueError(
+                    "Weight decay needs params: call update(updates, state, params), or set"
+                    " weight_decay=0.0."
+                )
+            now = rate(state.count) if callable(rate) else rate
+            decays = settle_mask(mask, params)
 
-        def leaf(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-            if not decays(paths.path_name(path)):
-                return u
-            return decay(u, p.astype(u.dtype), jnp.asarray(now, u.dtype))
+            def leaf(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
+                if not decays[paths.path_name(path)]:
+                    return u
+                return decay(u, p.astype(u.dtype), jnp.asarray(now, u.dtype))
 
-        new = jax.tree.map_with_path(leaf, updates, params)
+            new = jax.tree.map_with_path(leaf, updates, params)
         return new, DecayState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
-
-
-def _decays(params: optax.Params, mask: Mask) -> Callable[[str], bool]:
-    """Return the mask as a function of the path; a path that no entry covers decays."""
-    if mask is None:
-        return lambda path: True
-    # A mask made from an equinox module is a tree that can be called; a function is a leaf.
-    is_function = callable(mask) and jax.tree_util.all_leaves([mask])
-    entries = paths.named_leaves(mask(params) if is_function else mask)
-
-    def decays(path: str) -> bool:
-        entry = paths.longest_prefix(entries, path)
-        return entry is None or bool(entries[entry])
-
-    return decays

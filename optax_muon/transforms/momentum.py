@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.transforms.wrappers import accumulator_dtype
+from optax_muon.transforms.arguments import check_mu_dtype, check_number, holds_functions
+from optax_muon.transforms.wrappers import accumulator_dtype, moment_dtype
 
 
 class MomentumState(NamedTuple):
@@ -26,6 +27,7 @@ class MomentumState(NamedTuple):
     """The momentum, with the shapes and shardings of the parameters."""
 
 
+@holds_functions("mu_dtype")
 def scale_by_momentum(
     beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
@@ -34,14 +36,19 @@ def scale_by_momentum(
     """Replace gradients by their momentum, in float32 or wider.
 
     Args:
-        beta: The fraction of the momentum kept at each step, in [0, 1); a number, an array or a
+        beta: The fraction of the momentum kept at each step, in [0, 1]; a number, an array or a
             schedule of the step. 0.95 is the paper's.
         nesterov: Whether to look one step ahead; the paper does.
         mu_dtype: Dtype that the momentum is stored in. None keeps float32, or float64 for float64
-            gradients, whatever the parameters are stored in.
+            gradients, whatever the parameters are stored in. Complex momenta stay complex, at
+            least in complex64.
 
     Returns:
         A transformation whose updates are `U` of the equation above, in float32 or wider.
+
+    Raises:
+        ValueError: `beta` is a number outside of [0, 1].
+        TypeError: `beta` is no number, or `mu_dtype` no dtype of real floating-point numbers.
 
     >>> tx = scale_by_momentum(beta=0.5)
     >>> state = tx.init(jnp.zeros(()))
@@ -49,10 +56,12 @@ def scale_by_momentum(
     >>> float(updates)
     1.5
     """
+    check_number("beta", beta, at_least=0, at_most=1)
+    check_mu_dtype(mu_dtype)
 
     def init(params: optax.Params) -> MomentumState:
         def zeros(p: Any) -> jax.Array:
-            return jnp.zeros_like(p, dtype=mu_dtype or accumulator_dtype(p.dtype))
+            return jnp.zeros_like(p, dtype=moment_dtype(p.dtype, mu_dtype))
 
         return MomentumState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
 

@@ -17,6 +17,8 @@ import optax
 from optax_muon.matrices import paths
 from optax_muon.matrices.views import Axes, BoundView, Split, Views
 from optax_muon.planning import bind_views
+from optax_muon.polar.normalize import safe_sqrt
+from optax_muon.transforms.arguments import check_number, holds_functions
 from optax_muon.transforms.wrappers import accumulator_dtype
 
 
@@ -29,6 +31,7 @@ class NorMuonState(NamedTuple):
     is split."""
 
 
+@holds_functions("views")
 def normuon(
     beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Views = None
 ) -> optax.GradientTransformation:
@@ -41,7 +44,10 @@ def normuon(
         beta2: The fraction of the mean square kept at each step; 0.95 is the paper's.
         eps: Added to the root of the mean square, which is about `1 / sqrt(max(m, n))`.
         views: Which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
-            pass unchanged.
+            pass unchanged. None takes those of the `muon` around this link, if there is one.
+
+    Raises:
+        ValueError: `beta2` is outside of [0, 1), or `eps` is negative.
 
     >>> link = normuon()
     >>> params = {"kernel": jnp.zeros((4, 2))}
@@ -50,6 +56,8 @@ def normuon(
     >>> bool(jnp.allclose(updates["kernel"], 5.0**0.5))          # equal neurons, same norm
     True
     """
+    check_number("beta2", beta2, at_least=0, below=1)
+    check_number("eps", eps, at_least=0)
 
     def init(params: optax.Params) -> NorMuonState:
         found = bind_views(params, views)
@@ -58,7 +66,8 @@ def normuon(
             bound = found.get(paths.path_name(path))
             if bound is None:
                 return optax.MaskedNode()
-            return jnp.zeros(_neurons(bound).shape, accumulator_dtype(leaf.dtype))
+            # Mean squares are real, those of complex matrices too.
+            return jnp.zeros(_neurons(bound).shape, jnp.finfo(accumulator_dtype(leaf.dtype)).dtype)
 
         return NorMuonState(jax.tree.map_with_path(zeros, params))
 
@@ -97,10 +106,12 @@ def _normalize(
     x: jax.Array, nu: jax.Array, rows: Axes, cols: Axes, beta2: jax.typing.ArrayLike, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Return the normalized part `[heads, ...]` and its new mean squares."""
-    wide = x.astype(nu.dtype)
+    wide = x.astype(accumulator_dtype(x.dtype))
     keep = jnp.asarray(beta2, nu.dtype)
-    nu = keep * nu + (1 - keep) * jnp.mean(jnp.square(wide), rows, keepdims=True)
-    even = wide / (jnp.sqrt(nu) + eps)
-    before, after = (jnp.sum(jnp.square(y), (*rows, *cols), keepdims=True) for y in (wide, even))
-    ratio = jnp.sqrt(before / jnp.where(after == 0, jnp.ones_like(after), after))
+    nu = keep * nu + (1 - keep) * jnp.mean(jnp.square(jnp.abs(wide)), rows, keepdims=True)
+    even = wide / (safe_sqrt(nu) + eps)
+    before, after = (
+        jnp.sum(jnp.square(jnp.abs(y)), (*rows, *cols), keepdims=True) for y in (wide, even)
+    )
+    ratio = safe_sqrt(before / jnp.where(after == 0, jnp.ones_like(after), after))
     return (even * ratio).astype(x.dtype), nu

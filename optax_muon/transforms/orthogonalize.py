@@ -8,20 +8,23 @@ chosen (`sharding/plan.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import optax
 
 from optax_muon.matrices import paths
+from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import BoundView, Views
 from optax_muon.planning import bind_views, make_plan
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
 from optax_muon.sharding.mesh import LeafShardings, Shardings, resolve_shardings
 from optax_muon.sharding.plan import Plan
+from optax_muon.transforms.arguments import check_orthogonalizer, holds_functions
 
 
+@holds_functions("orthogonalizer", "views", "shardings")
 def orthogonalize(
     orthogonalizer: Orthogonalizer = newton_schulz,
     *,
@@ -43,7 +46,7 @@ def orthogonalize(
             pass unchanged.
         shardings: How the updates are sharded, needed on Auto mesh axes only: a
             tree or prefix of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a
-            callable.
+            callable. None takes those that dimension numbers in `views` carry.
         plan: A plan made with `optax_muon.plan`; None makes one for these updates.
 
     Returns:
@@ -52,7 +55,7 @@ def orthogonalize(
     Raises:
         ValueError: (in `update`) The views leave a leaf undecided, a view or a sharding does not
             fit, or the plan was made for other parameters.
-        TypeError: `orthogonalizer` is not hashable.
+        TypeError: `orthogonalizer` cannot be called, or is not hashable.
 
     >>> import jax.numpy as jnp
     >>> link = orthogonalize()
@@ -60,6 +63,8 @@ def orthogonalize(
     >>> bool(jnp.linalg.norm(updates["kernel"], 2) > 0.6)
     True
     """
+    shardings = given_shardings(shardings, views)
+    check_orthogonalizer(orthogonalizer)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -69,11 +74,47 @@ def orthogonalize(
         bounds = bind_views(updates, views)
         if plan is not None:
             plan.check(bounds)
-        chosen = plan or _plan(leaves, bounds, shardings, orthogonalizer)
-        leaves |= execute(chosen, leaves, orthogonalizer)
+            leaves |= _execute(plan, leaves, orthogonalizer)
+        else:
+            for group in _by_devices(leaves, bounds):
+                chosen = _plan(leaves, group, shardings, orthogonalizer)
+                leaves |= _execute(chosen, leaves, orthogonalizer)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves.values()), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _execute(
+    plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: Orthogonalizer
+) -> dict[str, jax.Array]:
+    """Run a plan as one program: outside of jit it is compiled once, and then found by its plan."""
+    if not isinstance(orthogonalizer, jax.tree_util.Partial):
+        orthogonalizer = jax.tree_util.Partial(orthogonalizer)
+    planned = {leaf.path: leaves[leaf.path] for leaf in plan.leaves}
+    return _compiled_execute(plan, planned, orthogonalizer)
+
+
+_compiled_execute = jax.jit(execute, static_argnums=0, inline=True)
+
+
+def _by_devices(
+    leaves: Mapping[str, jax.Array], bounds: Mapping[str, BoundView]
+) -> Iterable[dict[str, BoundView]]:
+    """Group matrices whose arrays lie on the same devices, such as those of a pipeline stage.
+
+    Under a trace all arrays are on the same devices.
+    """
+    groups: dict[frozenset[jax.Device], dict[str, BoundView]] = {}
+    for path, bound in bounds.items():
+        leaf = leaves[path]
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        devices = leaf.devices() if concrete and leaf.committed else ()
+        groups.setdefault(frozenset(devices), {})[path] = bound
+    # Arrays that are not committed to a device go wherever the others are.
+    movable = groups.pop(frozenset(), {})
+    first = next(iter(groups.values()), {})
+    first.update(movable)
+    return groups.values() if groups else [first]
 
 
 def _plan(

@@ -17,6 +17,8 @@ import optax
 from optax_muon.matrices import paths
 from optax_muon.matrices.views import Axes, BoundView, Views
 from optax_muon.planning import bind_views
+from optax_muon.polar.normalize import safe_sqrt
+from optax_muon.transforms.arguments import holds_functions
 
 ScaleRule = Callable[[int, int], float]
 """`(fan_in, fan_out) -> factor` of one logical matrix."""
@@ -34,9 +36,13 @@ def match_rms(rms: float = 0.2) -> ScaleRule:
             matrices 0.17 to 0.21 up to sides of 1 to 4, and 0.146 at 64 x 2048; `POLAR_EXPRESS`
             0.20 to 0.21.
 
+    Raises:
+        ValueError: `rms` is not positive.
+
     >>> match_rms(0.2)(512, 2048) == 0.2 * 2048**0.5
     True
     """
+    check_rms(rms)
     return lambda fan_in, fan_out: rms * math.sqrt(max(fan_in, fan_out))
 
 
@@ -64,10 +70,15 @@ def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
     Args:
         hidden: The model's hidden size.
         rms: RMS of the update of a matrix whose long side is the hidden size.
+
+    Raises:
+        ValueError: `rms` is not positive.
     """
+    check_rms(rms)
     return lambda fan_in, fan_out: rms * math.sqrt(hidden)
 
 
+@holds_functions("rule", "views")
 def scale_by_shape(
     rule: ScaleRule | None = None, *, views: Views = None
 ) -> optax.GradientTransformation:
@@ -78,13 +89,18 @@ def scale_by_shape(
         views: Which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
             pass unchanged.
 
+    Raises:
+        TypeError: `rule` cannot be called.
+
     >>> link = scale_by_shape(keller_scale())
     >>> updates, _ = link.update({"kernel": jnp.ones((1, 4))}, link.init(None))
     >>> updates, _ = link.update({"kernel": jnp.ones((2, 8))}, link.init(None))
     >>> float(updates["kernel"][0, 0])
     2.0
     """
-    rule = rule or match_rms()
+    rule = match_rms() if rule is None else rule
+    if not callable(rule):
+        raise TypeError(f"scale is {rule!r}; it must be a rule such as match_rms(0.2), or a link.")
 
     def scale(x: jax.Array, bound: BoundView) -> jax.Array:
         factors = [rule(block.rows, block.cols) for block in bound.blocks]
@@ -93,6 +109,7 @@ def scale_by_shape(
     return _on_matrices(scale, views)
 
 
+@holds_functions("views")
 def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.GradientTransformation:
     """Give every matrix exactly this RMS: `rms O / RMS(O)`, the paper's "Update Norm" (Eq. 6).
 
@@ -102,11 +119,15 @@ def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.Grad
         rms: RMS of every matrix per unit of learning rate.
         views: Which leaves are matrices, and how; see `optax_muon.label`.
 
+    Raises:
+        ValueError: `rms` is not positive.
+
     >>> link = scale_by_update_norm(0.2)
     >>> updates, _ = link.update({"kernel": jnp.full((3, 4), 7.0)}, link.init(None))
     >>> print(updates["kernel"][0])
     [0.2 0.2 0.2 0.2]
     """
+    check_rms(rms)
 
     def scale(x: jax.Array, bound: BoundView) -> jax.Array:
         axes = (*bound.part_rows, *bound.part_cols)
@@ -116,8 +137,15 @@ def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.Grad
 
 
 def _to_rms(x: jax.Array, axes: Axes, rms: float) -> jax.Array:
-    found = jnp.sqrt(jnp.mean(jnp.square(x), axes, keepdims=True))
-    return x * (jnp.asarray(rms, x.dtype) / jnp.where(found == 0, jnp.ones_like(found), found))
+    found = safe_sqrt(jnp.mean(jnp.square(jnp.abs(x)), axes, keepdims=True))
+    factor = jnp.asarray(rms, found.dtype) / jnp.where(found == 0, jnp.ones_like(found), found)
+    return jnp.where(found == 0, jnp.zeros_like(x), x * factor.astype(x.dtype))
+
+
+def check_rms(rms: float) -> None:
+    """Raise a ValueError unless `rms` is positive and finite."""
+    if not isinstance(rms, jax.Array) and not 0 < rms < math.inf:
+        raise ValueError(f"rms is {rms}; it must be positive.")
 
 
 def _on_matrices(

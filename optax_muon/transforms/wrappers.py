@@ -1,4 +1,4 @@
-"""What a chain is wrapped in: precision, dtype promotion, sharding, and views settled once.
+"""What a chain is wrapped in: trainable leaves, views settled once, precision, promotion, sharding.
 
 Every wrapper is `_around`: the inner transformation with something done before and after it.
 """
@@ -6,15 +6,17 @@ Every wrapper is `_around`: the inner transformation with something done before 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_muon.matrices import assign, paths
 from optax_muon.matrices.views import View, Views
+from optax_muon.planning import settled_views
 
 Update = Callable[..., tuple[optax.Updates, optax.OptState]]
 """`update(updates, state, params)` of a transformation."""
@@ -49,11 +51,31 @@ def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if narrow else dtype)
 
 
+def moment_dtype(
+    dtype: jax.typing.DTypeLike, mu_dtype: jax.typing.DTypeLike | None = None
+) -> jnp.dtype:
+    """The dtype that a momentum is stored in: `mu_dtype`, or the complex dtype of its precision.
+
+    >>> moment_dtype(jnp.float32, jnp.bfloat16), moment_dtype(jnp.complex64, jnp.bfloat16)
+    (dtype(bfloat16), dtype('complex64'))
+    >>> moment_dtype(jnp.bfloat16)
+    dtype('float32')
+    """
+    wide = accumulator_dtype(dtype)
+    if mu_dtype is None:
+        return wide
+    if jnp.issubdtype(wide, jnp.complexfloating):
+        return _promoted(jnp.dtype(mu_dtype), jnp.dtype(jnp.complex64))
+    return jnp.dtype(mu_dtype)
+
+
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run a transformation on float32 copies of narrower updates and parameters.
 
     Its accumulators become float32 (or wider) without any change to it, even when the parameters
-    are stored in bfloat16 or float16. Updates come back in the dtype of the gradients.
+    are stored in bfloat16 or float16. Updates come back in the dtype that gradient and parameter
+    promote to, so that they have at least the parameter's precision; without `params`, in the
+    dtype of the gradient.
 
     Args:
         inner: Any transformation.
@@ -65,11 +87,45 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """
 
     def run(update: Update, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        wide_params = None if params is None else jax.tree.map(_widen, params)
-        wide, state = update(jax.tree.map(_widen, updates), state, wide_params)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), wide, updates), state
+        if params is None:
+            dtypes = jax.tree.map(lambda u: u.dtype, updates)
+        else:
+            dtypes = jax.tree.map(lambda u, p: _promoted(u.dtype, p.dtype), updates, params)
+            params = jax.tree.map(_widen, params)
+        wide, state = update(jax.tree.map(_widen, updates, dtypes), state, params)
+        return jax.tree.map(lambda u, dtype: u.astype(dtype), wide, dtypes), state
 
     return _around(inner, run, lambda params: inner.init(jax.tree.map(_widen, params)))
+
+
+def with_mu_dtype(
+    inner: optax.GradientTransformation, mu_dtype: jax.typing.DTypeLike | None
+) -> optax.GradientTransformationExtraArgs:
+    """Store the first moments `state.mu` of a transformation in this precision, complex ones too.
+
+    Optax's own `mu_dtype` drops the imaginary part of complex moments.
+
+    Args:
+        inner: A transformation whose state has a field `mu`.
+        mu_dtype: As in `moment_dtype`; None leaves the state as it is.
+
+    >>> tx = with_mu_dtype(optax.scale_by_adam(), jnp.bfloat16)
+    >>> tx.init({"w": jnp.ones(3), "z": jnp.ones(3, jnp.complex64)}).mu["w"].dtype
+    dtype(bfloat16)
+    """
+
+    def stored(state: Any) -> Any:
+        if mu_dtype is None:
+            return state
+        mu = jax.tree.map(lambda m: m.astype(moment_dtype(m.dtype, mu_dtype)), state.mu)
+        return state._replace(mu=mu)
+
+    def run(update: Update, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        wide = state if mu_dtype is None else state._replace(mu=jax.tree.map(_widen, state.mu))
+        updates, state = update(updates, wide, params)
+        return updates, stored(state)
+
+    return _around(inner, run, lambda params: stored(inner.init(params)))
 
 
 def under_standard_promotion(
@@ -120,30 +176,96 @@ def with_state_sharding(
     return _around(inner, run)
 
 
+def on_trainable_leaves(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Run a transformation on the floating-point leaves of trees that hold other things as well.
+
+    An Equinox module holds functions and settings, a Flax state random keys and counters. Such
+    leaves, and leaves without a gradient, have no state. Their updates are what was given, or zero
+    where that is an array of integers. Python floats count as arrays.
+
+    Args:
+        inner: Any transformation; it sees None in the place of these leaves.
+
+    >>> tx = on_trainable_leaves(optax.sgd(0.5))
+    >>> params = {"w": 1.0, "act": jax.nn.relu, "step": jnp.ones((), jnp.int32)}
+    >>> updates, _ = tx.update(params | {"act": None}, tx.init(params), params)
+    >>> float(updates["w"]), updates["act"], int(updates["step"])
+    (-0.5, None, 0)
+    """
+
+    def run(update: Update, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        gradients = jax.tree.map(_trainable, updates)
+        if params is not None:
+            params = jax.tree.map(
+                lambda g, p: None if g is None else _trainable(p),
+                gradients,
+                params,
+                is_leaf=_is_none,
+            )
+        new, state = update(gradients, state, params)
+        return jax.tree.map(_put_back, updates, new, is_leaf=_is_none), state
+
+    return _around(inner, run, lambda params: inner.init(jax.tree.map(_trainable, params)))
+
+
+def _trainable(leaf: Any) -> Any:
+    """A leaf that can be trained, as an array; None for any other."""
+    if isinstance(leaf, float | complex) and not isinstance(leaf, np.generic):
+        return jnp.asarray(leaf)
+    return leaf if jnp.issubdtype(getattr(leaf, "dtype", np.void), jnp.inexact) else None
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _put_back(given: Any, new: Any) -> Any:
+    if new is None and jnp.issubdtype(getattr(given, "dtype", np.void), jnp.integer):
+        return jnp.zeros_like(given)
+    return given if new is None else new
+
+
 def with_settled_views(
-    build: Callable[[dict[str, View | None]], optax.GradientTransformation], views: Views
+    build: Callable[[Any, dict[str, View | None]], optax.GradientTransformation], views: Views
 ) -> optax.GradientTransformationExtraArgs:
     """Decide the views of a tree once, and build the chain that all of its links share them in.
 
     Links used alone decide for themselves. In a chain they would each decide again, and a link
-    inside `optax.partition` sees a tree in which the other optimizer's leaves are masked.
+    inside `optax.partition` sees a tree in which the other optimizer's leaves are masked. Links
+    without views of their own, such as a user's `normuon()`, take those of the chain around them.
 
     Args:
-        build: Takes `{path: view}`, None for the fallback, and returns the chain.
+        build: Takes a tree and its `{path: view}`, None for the fallback, and returns the chain.
         views: As in `optax_muon.label`.
 
     >>> from optax_muon.transforms.scale import match_rms, scale_by_shape
-    >>> tx = with_settled_views(lambda views: scale_by_shape(match_rms(1.5), views=views), None)
+    >>> def build(tree, settled):
+    ...     return scale_by_shape(match_rms(1.5))
+    >>> tx = with_settled_views(build, {"kernel": View(0, 1), "bias": None})
     >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}
     >>> updates, _ = tx.update(params, tx.init(params))
     >>> float(updates["kernel"][0, 0]), float(updates["bias"][0])
     (3.0, 1.0)
     """
+    # Outside of jit every step comes with the same tree: what was built for the last one is kept.
+    last: dict[Hashable, tuple[dict[str, View | None], optax.GradientTransformationExtraArgs]] = {}
 
-    def built(tree: Any) -> optax.GradientTransformationExtraArgs:
-        # No leaves at all: `optax.tree.map_params` asks for the structure of a state.
-        settled = assign.assign(tree, views) if paths.named_leaves(tree) else {}
-        return optax.with_extra_args_support(build(settled))
+    def built(tree: Any) -> tuple[dict[str, View | None], optax.GradientTransformationExtraArgs]:
+        leaves, structure = jax.tree.flatten(tree)
+        key = (structure, *((np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves))
+        if key not in last:
+            # No leaves at all: `optax.tree.map_params` asks for the structure of a state.
+            settled = assign.assign(tree, views) if paths.named_leaves(tree) else {}
+            last.clear()
+            last[key] = settled, optax.with_extra_args_support(build(tree, settled))
+        return last[key]
+
+    def init(params: optax.Params) -> optax.OptState:
+        settled, chain = built(params)
+        with settled_views(settled):
+            return chain.init(params)
 
     def update(
         updates: optax.Updates,
@@ -151,13 +273,21 @@ def with_settled_views(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        return built(updates).update(updates, state, params, **extra_args)
+        settled, chain = built(updates)
+        with settled_views(settled):
+            return chain.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: built(params).init(params), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _widen(x: Any) -> Any:
-    dtype = accumulator_dtype(x.dtype)
+def _promoted(*dtypes: jnp.dtype) -> jnp.dtype:
+    """What dtypes promote to, also where `jax_numpy_dtype_promotion` is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(*dtypes)
+
+
+def _widen(x: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
+    dtype = accumulator_dtype(x.dtype if dtype is None else dtype)
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(dtype=dtype)
     return x.astype(dtype)

@@ -368,7 +368,7 @@ def test_with_any_file_damaged_a_checkpoint_is_whole_or_refused(damage, tmp_path
         try:
             chex.assert_trees_all_equal(checkpoint.restore(broken, expected, SETTINGS), expected)
         except ValueError as error:
-            assert f"{broken} cannot be read, files of it are missing or damaged" in str(error)
+            assert f"{broken} cannot be read; files are missing or damaged" in str(error)
             assert len(str(error).splitlines()) == 1
             refused += 1
     assert refused >= 3  # the description, the manifest, the data

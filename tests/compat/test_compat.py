@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import assert_trees_close_to_largest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as Dims
@@ -82,12 +83,7 @@ def run(tx, params, steps=3, dtype=jnp.float32):
 def assert_close(ours, theirs, tolerance=CLOSE):
     """Equal structures, dtypes, shapes; leaves equal up to `tolerance` of their largest entry."""
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
-
-    def compare(a, b):
-        a, b = (np.asarray(x, np.promote_types(x.dtype, np.float32)) for x in (a, b))
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-30))
-
-    jax.tree.map(compare, ours, theirs)
+    assert_trees_close_to_largest(ours, theirs, tolerance)
 
 
 def assert_parity(params, dtype=jnp.float32, tolerance=CLOSE, **options):

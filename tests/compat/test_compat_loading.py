@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import assert_trees_close_to_largest
 
 from optax_muon import compat
 from optax_muon.matrices.views import View
@@ -42,10 +43,38 @@ def test_the_run_goes_on_with_the_same_updates(nesterov, rate):
     found, _ = run(ours, loaded, params, range(20, 23))
     if nesterov:  # optax's nesterov makes NAdam of Adam as well
         del expected["bias"], found["bias"]
-    for name in expected:
-        scale = np.abs(expected[name]).max()
-        # 3e-5: float32 eps times the slope 485 of five steps, as in test_compat.py.
-        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=3e-5 * scale)
+    # 3e-5: float32 eps times the slope 485 of five steps, as in test_compat.py.
+    assert_trees_close_to_largest(found, expected, 3e-5)
+
+
+WRAPPERS = {
+    "alone": lambda make: make,
+    "a chain": lambda make: lambda *args, **kw: optax.chain(optax.clip(9.0), make(*args, **kw)),
+    "inject_hyperparams": optax.inject_hyperparams,
+    "MultiSteps": lambda make: (
+        lambda *args, **kw: optax.MultiSteps(make(*args, **kw), 1).gradient_transformation()
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_every_count_goes_on_and_the_state_can_be_donated(wrap):
+    rate, params = optax.linear_schedule(0.1, 0.0, 40), gradients(100)
+    theirs = wrap(compat.muon)(rate, beta=0.5, adam_b2=0.95, consistent_rms=0.2, nesterov=False)
+    ours = wrap(muon)(rate, beta=0.5, weight_decay=0.0, views=VIEWS, nesterov=False)
+    with jax.numpy_dtype_promotion("standard"):  # which optax's wrappers need
+        _, state = run(theirs, theirs.init(params), params, range(20))
+        loaded = compat.from_optax(state, ours, params, beta=0.5)
+        expected, _ = run(theirs, state, params, [20])
+        found, after = jax.jit(ours.update, donate_argnums=1)(gradients(20), loaded, params)
+    # As above; with the schedule at its start the updates would be twice as large.
+    assert_trees_close_to_largest(found, expected, 3e-5)
+    counts = {
+        int(leaf)
+        for path, leaf in jax.tree.leaves_with_path(after)
+        if getattr(path[-1], "name", None) in ("count", "gradient_step")
+    }
+    assert counts == {21}
 
 
 def test_the_loaded_state_is_one_of_the_new_optimizer():

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from optax_muon.matrices.assign import DEFAULT_RULES, Rule, assign, label
+from optax_muon.matrices.assign import DEFAULT_RULES, Rule, Stacked, assign, label
 from optax_muon.matrices.views import Split, View
 
 MIXER = View(0, (1, 2))
@@ -325,6 +325,27 @@ def test_the_views_of_a_table_give_the_same_table():
 def test_what_views_gets_wrong_is_named(views, error, message):
     with pytest.raises(error, match=message):
         assign(params(), views)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({"b/bias": View(0, 1)}, r"views\['b/bias'\] fits no parameter"),
+        ({"a": {"weight": View(1, 0), "bias": View(1, 0)}}, r"views\['a/bias'\] fits no parameter"),
+        ([View(1, 0)], r"views\['0'\] fits no parameter; there are 'a/weight'"),
+        ({"params": {"a": None}}, r"views\['params/a'\] fits no parameter"),
+    ],
+)
+def test_a_view_where_there_is_no_parameter_is_named(views, message):
+    module = eqx.filter(eqx.tree_at(lambda n: n.b.bias, net(), None), eqx.is_array)
+    assert assign(module, {"b/bias": None, "a": {"bias": None}}) == assign(module)
+    with pytest.raises(ValueError, match=message):
+        assign(module, views)
+
+
+def test_views_of_a_tree_hint_nothing_of_its_integers():
+    tree = {"layers": {"w": leaf(4, 3, 8), "count": leaf(4, dtype="int32"), "ln": leaf(4, 8)}}
+    assert assign(tree, {"layers": Stacked(0)})["layers/count"] is None
 
 
 def test_a_view_for_an_integer_is_refused():

@@ -428,8 +428,8 @@ def test_all_that_is_wrong_with_tensors_is_in_one_error(broken, tmp_path):
     change(spoil)
     assert refusal(folder, tmp_path).splitlines()[1:] == [
         "  dtype      model.layers.0.input_layernorm.weight I8, "
-        "it must be one of BF16, F16, F32, F64",
-        "  misshapen  lm_head.weight [32, 48], it must be [48, 32]",
+        "but must be one of BF16, F16, F32, F64",
+        "  misshapen  lm_head.weight [32, 48], but must be [48, 32]",
         "  missing    model.layers.1.mlp.experts.3.up_proj.weight [16, 32]",
         "  missing    model.norm.weight [32]",
         "  unknown    model.layers.3.enorm.weight [32]",
@@ -444,6 +444,163 @@ def test_a_stack_of_several_dtypes_is_refused(broken, tmp_path):
     assert f"model.layers.1.self_attn.o_proj.weight F32 and {name} F16" in message
 
 
+def test_thousands_of_wrong_tensors_are_cut_and_counted(broken, tmp_path):
+    folder, change = broken
+    more = {f"model.layers.{i}.extra.weight": np.zeros([1], np.float32) for i in range(3, 3003)}
+    change(lambda tensors: tensors.update(more))
+    lines = refusal(folder, tmp_path).splitlines()
+    assert len(lines) == 1 + 20 + 1
+    assert lines[-1] == "  and 2980 more"
+
+
+# ---- which file ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(checkpoint, tmp_path):
+    """A checkpoint in several files, a tensor of it in two, and its index."""
+    folder = tmp_path / "split"
+    shutil.copytree(checkpoint("moonlight", "float32", "30KB"), folder)
+    index = json.loads((folder / huggingface.INDEX).read_text())
+    right = index["weight_map"]["model.norm.weight"]
+    other = next(file for file in sorted(set(index["weight_map"].values())) if file != right)
+    tensors = safetensors.numpy.load_file(folder / other)
+    tensors["model.norm.weight"] = np.full([32], 7, np.float32)
+    safetensors.numpy.save_file(tensors, folder / other, metadata={"format": "pt"})
+    return folder, index, right, other
+
+
+@pytest.mark.parametrize("which", ["right", "other"])
+def test_a_tensor_of_two_files_is_taken_from_the_one_that_the_index_names(which, split, tmp_path):
+    folder, index, right, other = split
+    index["weight_map"]["model.norm.weight"] = {"right": right, "other": other}[which]
+    (folder / huggingface.INDEX).write_text(json.dumps(index))
+    import_checkpoint(folder, tmp_path / "run")
+    got = load(tmp_path / "run")[1]["final_norm"]["scale"]
+    truth = peer().model.norm.weight.detach().numpy() if which == "right" else np.full([32], 7)
+    np.testing.assert_array_equal(got, truth)
+
+
+def test_a_tensor_of_two_files_without_an_index_is_refused(split, tmp_path):
+    folder, _, right, other = split
+    (folder / huggingface.INDEX).unlink()
+    message = refusal(folder, tmp_path)
+    assert "add model.safetensors.index.json, whose weight_map names the right ones" in message
+    assert message.splitlines()[1:] == [
+        f"  model.norm.weight in {' and '.join(sorted([right, other]))}"
+    ]
+
+
+def test_a_copy_of_every_tensor_is_refused_in_a_short_list(checkpoint, tmp_path):
+    folder = tmp_path / "twice"
+    shutil.copytree(checkpoint(), folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    lines = refusal(folder, tmp_path).splitlines()
+    assert len(lines) == 1 + 20 + 1
+    assert lines[1].endswith(" in consolidated.safetensors and model.safetensors")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": {"a": 3}}, [], "text"])
+def test_an_index_that_maps_nothing_is_refused_in_a_sentence(index, split, tmp_path):
+    folder = split[0]
+    (folder / huggingface.INDEX).write_text(json.dumps(index))
+    message = refusal(folder, tmp_path)
+    assert str(folder / huggingface.INDEX) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_an_index_that_names_the_wrong_file_is_refused(split, tmp_path):
+    folder, index, right, other = split
+    name = next(n for n, f in index["weight_map"].items() if f == right and "norm" not in n)
+    index["weight_map"][name] = other
+    (folder / huggingface.INDEX).write_text(json.dumps(index))
+    message = refusal(folder, tmp_path)
+    assert message.splitlines()[1:] == [f"  {name} in {other}"]
+
+
+# ---- stacked experts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["moonlight", "odd experts, halves", "groups"])
+def test_experts_that_transformers_stacks_are_those_that_it_writes_apart(
+    variant, checkpoint, tmp_path
+):
+    peer(variant).save_pretrained(tmp_path / "stacked", save_original_format=False)
+    names = tensors_in(tmp_path / "stacked")
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    assert not any("experts.0." in name for name in names)
+    import_checkpoint(tmp_path / "stacked", tmp_path / "run")
+    import_checkpoint(checkpoint(variant), tmp_path / "apart")
+    assert by_bytes(tmp_path / "run") == by_bytes(tmp_path / "apart")
+
+
+def test_stacked_experts_of_a_wrong_shape_or_twice_are_refused(tmp_path):
+    peer().save_pretrained(tmp_path / "stacked", save_original_format=False)
+    path = tmp_path / "stacked/model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tensors[name] = tensors[name][:, :16].copy()
+    tensors["model.layers.1.mlp.experts.0.up_proj.weight"] = np.zeros([16, 32], np.float32)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    assert refusal(tmp_path / "stacked", tmp_path).splitlines()[1:] == [
+        f"  misshapen  {name} [8, 16, 32], but must be [8, 32, 32]",
+        "  unknown    model.layers.1.mlp.experts.0.up_proj.weight [16, 32]",
+    ]
+
+
+# ---- multi-token prediction ----------------------------------------------------------------------
+
+
+def add_extra_layer(folder, change, number=3, **counts):
+    """A layer after the last one, as DeepSeek-V3 publishes it, and what the config says of it."""
+
+    def add(tensors):
+        last = "model.layers.2."
+        block = {name: x for name, x in tensors.items() if name.startswith(last)}
+        for name, x in block.items():
+            tensors[name.replace(last, f"model.layers.{number}.")] = x + 1
+        for name, shape in {
+            "eh_proj.weight": [32, 64],
+            "enorm.weight": [32],
+            "hnorm.weight": [32],
+            "embed_tokens.weight": [48, 32],
+            "shared_head.norm.weight": [32],
+            "shared_head.head.weight": [48, 32],
+        }.items():
+            tensors[f"model.layers.{number}.{name}"] = np.zeros(shape, np.float32)
+
+    change(add)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps({**config, **counts}))
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_a_layer_of_multi_token_prediction_is_left_out_with_a_note(
+    key, broken, checkpoint, tmp_path, capsys
+):
+    folder, change = broken
+    add_extra_layer(folder, change, **{key: 1})
+    main.main(["import-hf", str(folder), "--out", str(tmp_path / "run")])
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "model.layers.3, of multi-token prediction, is left out; the model does" in shown
+    import_checkpoint(checkpoint(), tmp_path / "plain")
+    assert by_bytes(tmp_path / "run") == by_bytes(tmp_path / "plain")
+    assert huggingface.read_config(tmp_path / "run")[1][key] == 0
+
+
+@pytest.mark.parametrize(("number", "counts"), [(3, {}), (4, {"num_mtp_layers": 1})])
+def test_a_layer_of_multi_token_prediction_that_is_not_counted_is_refused(
+    number, counts, broken, tmp_path
+):
+    folder, change = broken
+    add_extra_layer(folder, change, number, **counts)
+    message = refusal(folder, tmp_path)
+    assert f"the checkpoint has model.layers.{number}, a layer of multi-token" in message
+    assert f"set it to {number - 2}, and the layer is left out" in message
+
+
 def test_a_missing_shard_is_named(checkpoint, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint("moonlight", "bfloat16", "20KB"), folder)
@@ -455,14 +612,26 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', it must be 'deepseek_v3'"),
+        ({"model_type": "llama"}, "model_type is 'llama', but must be 'deepseek_v3'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads must be num_attention_heads, 4"),
-        ({"scoring_func": "softmax"}, "scoring_func is 'softmax', it must be 'sigmoid'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax', but must be 'sigmoid'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, it must be False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, but must be False"),
         ({"rope_parameters": None}, "rope_theta is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_scaling": 2.0}, "rope_scaling is 2.0, but must be absent or"),
+        ({"vocab_size": "48"}, "vocab_size is '48', but must be a whole number"),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0, but must be a whole number"),
+        ({"hidden_size": -32}, "hidden_size is -32, but must be at least 1"),
+        ({"n_group": True}, "n_group is True, but must be a whole number"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, but must be true or false"),
+        (
+            {"rope_theta": "1e4", "rope_parameters": None},
+            "rope_theta is '1e4', but must be a number",
+        ),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, but must be a whole"),
     ],
 )
 def test_a_config_of_another_model_is_refused(change, message, broken, tmp_path):
@@ -471,6 +640,33 @@ def test_a_config_of_another_model_is_refused(change, message, broken, tmp_path)
     kept = {key: value for key, value in config.items() if key not in change or value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
     assert message in refusal(folder, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", '{"a": ', "\udcff"])
+def test_a_config_that_is_no_object_is_refused(text, broken, tmp_path):
+    folder, _ = broken
+    (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    message = refusal(folder, tmp_path)
+    assert f"{folder / 'config.json'}" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "factor": 1.0}]
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_plain_rotary_parameters_are_read_however_they_are_spelt(rope, nested, broken, tmp_path):
+    """The logits are those of `transformers`, which reads this spelling as well."""
+    folder, _ = broken
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    theta = {"rope_theta": 50.0}
+    spelt = {"rope_scaling": {**rope, **theta}} if nested else {"rope_scaling": rope, **theta}
+    (folder / "config.json").write_text(json.dumps({**config, **spelt}))
+    assert import_checkpoint(folder, tmp_path / "run").rope_theta == 50.0
+    theirs = transformers.DeepseekV3Config.from_pretrained(folder)
+    assert theirs.rope_parameters["rope_theta"] == 50.0
+    assert theirs.rope_parameters["rope_type"] == "default"
 
 
 def test_nothing_is_left_of_a_copy_that_stops_half_way(checkpoint, tmp_path):
@@ -491,7 +687,7 @@ def test_the_commands_copy_there_and_back(checkpoint, tmp_path, capsys):
     assert "3 layers, 8 experts, 46,864 parameters" in capsys.readouterr().err
     for arguments, message in (
         (["import-hf", str(source), "--out", str(run)], "exists; give a folder that does not"),
-        (["import-hf", str(run), "--out", str(tmp_path / "x")], "is of no Moonlight"),
+        (["import-hf", str(run), "--out", str(tmp_path / "x")], "does not describe a Moonlight"),
         (["export-hf", str(source), "--out", str(tmp_path / "x")], "has no sizes of a Moonlight"),
         (["export-hf", str(tmp_path), "--out", str(tmp_path / "x")], "there is no run in"),
     ):

@@ -8,12 +8,14 @@ import functools
 import math
 import re
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from chips import chips
+from closeness import assert_trees_close_to_largest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -227,8 +229,7 @@ def test_blocks_of_queries_change_nothing():
     params, bias = noisy(CONFIG)
     whole = dataclasses.replace(CONFIG, query_block=64)
     one, other = (run(c, params, tokens_of(CONFIG), bias) for c in (CONFIG, whole))
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_position_does_not_see_what_comes_after_it():
@@ -305,8 +306,7 @@ def test_a_mesh_gives_the_logits_and_gradients_of_one_device(kind, sizes):
     np.testing.assert_allclose(scores, true_scores, atol=2e-6 * scale)  # sums of other order
     np.testing.assert_array_equal(report.load, true_report.load)
     np.testing.assert_allclose(report.max_logits, true_report.max_logits, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    assert_trees_close_to_largest(grads, true_grads, 1e-5, rtol=1e-7)
     if kind is EXPLICIT:
         types = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, (given[0], grads))
         assert types[0] == types[1], "gradients lie as their parameters"
@@ -334,8 +334,8 @@ def test_initial_parameters_are_the_same_on_every_mesh_and_lie_as_said(kind):
     config = dataclasses.replace(WIDE, first_k_dense_replace=0)
     with jax.set_mesh(mesh):
         there = jax.block_until_ready(initial(config))
-    for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(initial_alone(config)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # the same draws, scaled elsewhere
+    # The same draws, scaled elsewhere.
+    chex.assert_trees_all_close(there, initial_alone(config), rtol=1e-6, atol=1e-7)
     for leaf, sharding in zip(
         jax.tree.leaves(there), jax.tree.leaves(Moonlight(config).shardings(mesh)), strict=True
     ):
@@ -396,8 +396,8 @@ def test_a_grouped_product_is_the_loop_over_groups(product, n, sizes):
         return y, *pull(dy)
 
     got = both_ways(x, w, jnp.array(sizes, jnp.int32), dy)
-    for a, b in zip(got, (y, dx, dw), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)  # sums of up to 130 products
+    # Sums of up to 130 products.
+    chex.assert_trees_all_close(got, (y, dx, dw), rtol=1e-7, atol=2e-5)
 
 
 def mixture(capacity, seed=0):
@@ -450,10 +450,8 @@ def test_blocks_of_rows_change_nothing_forward_or_backward(block, monkeypatch):
         return experts.apply({"params": params}, x, chosen, gates)
 
     np.testing.assert_allclose(jax.jit(blocked)(params, x, gates), y, rtol=1e-6, atol=1e-6)
-    for a, b in zip(
-        jax.tree.leaves(gradients(blocked)), jax.tree.leaves(gradients(naive)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())  # sums of up to 16 tokens
+    # Sums of up to 16 tokens.
+    assert_trees_close_to_largest(gradients(blocked), gradients(naive), 2e-6, rtol=1e-7)
 
 
 def test_a_device_holds_a_block_of_rows_and_not_all_that_could_come():
@@ -623,7 +621,7 @@ def test_views_per_head_are_the_slices_that_the_heads_use(q_rank):
             "first_k_dense_replace 4 must be between 0 and num_hidden_layers, 3",
         ),
         ({"n_shared_experts": 0}, "n_shared_experts is 0"),
-        ({"capacity": 0.0}, "capacity is 0.0, it must be positive or absent"),
+        ({"capacity": 0.0}, "capacity is 0.0; it must be positive or None"),
         ({"n_group": 4}, "n_routed_experts 6 must divide into groups of two or more, n_group is 4"),
         ({"n_group": 3, "topk_group": 4}, "topk_group 4 must be between 1 and n_group, 3"),
         ({"n_group": 3, "num_experts_per_tok": 3}, "at most the experts of 1 of 3 groups, 2"),

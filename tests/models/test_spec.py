@@ -148,5 +148,5 @@ def test_a_name_is_given_once(registered):
 
 
 def test_a_config_of_no_model_is_refused():
-    with pytest.raises(TypeError, match="BigramConfig is no model's config; accepted are LlamaC"):
+    with pytest.raises(TypeError, match="BigramConfig is not the config of a model; accepted are"):
         spec.model(BigramConfig(4))

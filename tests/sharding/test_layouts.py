@@ -1,4 +1,4 @@
-"""A layout from outside: one class, and one colour for its picture."""
+"""A layout from outside: one class, and one color for its picture."""
 
 import dataclasses
 import io
@@ -77,7 +77,7 @@ def test_it_is_printed_and_written():
     assert [each["layout"] for each in bucket["assignments"]] == ["summed"]
 
 
-def test_it_is_drawn_in_its_colour(monkeypatch):
+def test_it_is_drawn_in_its_color(monkeypatch):
     monkeypatch.setitem(picture.TINTS, "summed", ("#ff00ff",))
     image = matplotlib.image.imread(io.BytesIO(picture.png(CASE.plan(), dpi=40)))
     assert (np.abs(image[..., :3] - (1, 0, 1)).max(axis=-1) < 0.05).any()

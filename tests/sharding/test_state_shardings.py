@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +201,129 @@ def test_an_axis_that_the_mesh_lacks_is_refused():
         ValueError, match="no axis 'dp' to cut embed/embedding over; its mesh has data, fsdp"
     ):
         state_shardings(optimizer(), shapes(), shardings("auto"), zero1="dp")
+
+
+# ---- large trees ---------------------------------------------------------------------------------
+
+
+def unrolled(layers):
+    """A mixture with a parameter per layer and expert, six leaves a layer."""
+    kernel = jax.ShapeDtypeStruct((8, 16), np.float32)
+    experts = {f"experts_{i}": {"up_proj": {"kernel": kernel}} for i in range(5)}
+    norm = {"norm": {"scale": jax.ShapeDtypeStruct((8,), np.float32)}}
+    return {f"layers_{i}": {**experts, **norm} for i in range(layers)}
+
+
+def calls(function):
+    """How many functions a call enters, those of C such as `str.endswith` included."""
+    count = 0
+
+    def enter(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(enter)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_work_grows_as_the_tree_does():
+    """By comparing every leaf of the state with every parameter it would grow 16-fold."""
+    everywhere = NamedSharding(mesh("explicit"), P())
+    tx = optax.chain(optax.trace(0.9), optax.scale_by_adam())
+    jax.eval_shape(tx.init, unrolled(1))  # imports and caches
+    few, many = (
+        calls(functools.partial(state_shardings, tx, unrolled(layers), everywhere))
+        for layers in (20, 80)
+    )
+    assert many < 4.5 * few
+
+
+def test_a_parameter_alone_is_sharded_with_its_moments():
+    """Its path is empty, and every path ends in it."""
+    there = NamedSharding(mesh("explicit"), P("fsdp"))
+    state = state_shardings(optax.scale_by_adam(), jax.ShapeDtypeStruct((8, 4), np.float32), there)
+    assert (state.mu, state.nu) == (there, there)
+    assert state.count.spec == P()
+
+
+def test_the_longest_path_owns_a_moment():
+    """`b/kernel` also ends in `kernel`, which has the same shape and another sharding."""
+    kernel, there = jax.ShapeDtypeStruct((8, 8), np.float32), mesh("explicit")
+    params = {"kernel": kernel, "b": {"kernel": kernel}}
+    given = {"kernel": NamedSharding(there, P("fsdp")), "b/kernel": NamedSharding(there, P("data"))}
+    mu = state_shardings(optax.trace(0.9), params, given).trace
+    assert mu["kernel"].spec == P("fsdp")
+    assert mu["b"]["kernel"].spec == P("data")
+
+
+# ---- odd inputs ----------------------------------------------------------------------------------
+
+
+def everywhere():
+    return NamedSharding(mesh("explicit"), P())
+
+
+ODD = {
+    "no parameters": ({}, {}),
+    "None": (None, {}),
+    "a Python number": ({"a": 1.5}, {"a": P()}),
+    "numpy": ({"a": np.ones((8, 4))}, {"a": P("data")}),
+    "integers": ({"a": jnp.arange(8)}, {"a": P("data")}),
+    "None among others": ({"a": None, "b": jnp.ones(8)}, {"a": None, "b": P("data")}),
+    "zero size": ({"a": jnp.ones((0, 4))}, {"a": P("data")}),
+}
+
+
+@pytest.mark.parametrize(("params", "specs"), ODD.values(), ids=ODD.keys())
+def test_odd_parameters_have_their_shardings(params, specs):
+    state = state_shardings(optax.trace(0.9), params, everywhere(), zero1="data")
+    found = jax.tree.map(lambda sharding: sharding.spec, state.trace)
+    assert {k: v and P(*v[:1]) if v and any(v) else v for k, v in (found or {}).items()} == specs
+
+
+def test_none_is_a_mesh_axis_too_few_and_one_twice_is_once():
+    params = {"a": jnp.ones((8, 4))}
+    none = zero1_shardings(params, everywhere(), axes=None)
+    assert none == zero1_shardings(params, everywhere(), axes=()) == {"a": everywhere()}
+    twice = zero1_shardings(params, everywhere(), axes=("data", "data"))
+    assert twice == zero1_shardings(params, everywhere(), axes="data")
+
+
+@pytest.mark.parametrize(
+    ("params", "given", "kind", "message"),
+    [
+        ({}, {}, ValueError, "shardings has no NamedSharding; give every parameter one."),
+        ({"a": 1.0}, None, ValueError, "shardings has no NamedSharding for 'a'"),
+        ({"a": 1.0}, P(), ValueError, "shardings has no NamedSharding for 'a'"),
+        ({"a": 1.0, "b": 1.0}, {"a": everywhere()}, ValueError, "no NamedSharding for 'b'"),
+        (
+            {"a": 1.0},
+            dict.fromkeys("abc", everywhere()),
+            ValueError,
+            "shardings names 'b', 'c', which",
+        ),
+        ({"a": {"b": 1.0}}, {"a/b/c": everywhere()}, ValueError, "which params does not have"),
+        ({"a": "text"}, everywhere(), TypeError, "a is 'text', a str; parameters are arrays or"),
+        ({"a": jnp.sin}, everywhere(), TypeError, "parameters are arrays or numbers"),
+    ],
+)
+def test_what_has_no_sharding_or_no_parameter_is_named(params, given, kind, message):
+    with pytest.raises(kind) as error:
+        state_shardings(optax.identity(), params, given)
+    assert message in str(error.value)
+
+
+def test_a_masked_parameter_may_have_a_sharding():
+    """What `optax.partition` takes away; the shardings are those of the whole model."""
+    params = {"a": jnp.ones(8), "b": optax.MaskedNode()}
+    state = state_shardings(optax.trace(0.9), params, {"a": everywhere(), "b": everywhere()})
+    assert state.trace["a"] == everywhere()
+
+
+def test_thousands_of_shardings_of_nothing_are_counted():
+    with pytest.raises(ValueError, match="and 2980 more, which params does not have"):
+        zero1_shardings({}, {str(i): everywhere() for i in range(3000)}, axes=())

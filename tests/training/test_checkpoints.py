@@ -3,6 +3,7 @@
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +24,6 @@ def state_at(step, router=True):
     mu = jax.tree.map(lambda p: 2 * p, params)
     bias = jnp.full((2, 3), -step, jnp.float32) if router else None
     return State(params, tx.init(params)._replace(mu=mu), bias)
-
-
-def same(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +49,10 @@ def test_any_step_is_read_back_and_its_parameters_alone(tmp_path):
     with Checkpoints(tmp_path / "muon", RetentionPolicy(every=2)) as checkpoints:
         for step in range(1, 7):
             checkpoints.save(step, state_at(step))
-        same(checkpoints.restore(state_at(0)), state_at(6))
-        same(checkpoints.restore(state_at(0), 4), state_at(4))
-        same(checkpoints.params(), state_at(6).params)
-        same(checkpoints.params(2), state_at(2).params)
+        chex.assert_trees_all_equal(checkpoints.restore(state_at(0)), state_at(6))
+        chex.assert_trees_all_equal(checkpoints.restore(state_at(0), 4), state_at(4))
+        chex.assert_trees_all_equal(checkpoints.params(), state_at(6).params)
+        chex.assert_trees_all_equal(checkpoints.params(2), state_at(2).params)
 
 
 def test_shapes_and_single_arrays_are_read_without_the_rest(tmp_path):
@@ -65,9 +62,13 @@ def test_shapes_and_single_arrays_are_read_without_the_rest(tmp_path):
         shapes = checkpoints.shapes()
         assert shapes["params"]["dense/kernel"] == jax.ShapeDtypeStruct((4, 8), np.float32)
         assert sorted(shapes["opt_state"]) == ["count", "mu/dense/kernel", "nu/dense/kernel"]
-        same(checkpoints.array("params", "dense/kernel", 1), state_at(1).params["dense"]["kernel"])
-        same(checkpoints.array("bias", ""), state_at(2).bias)
-        same(checkpoints.restore_items({"bias": state_at(0).bias}), {"bias": state_at(2).bias})
+        chex.assert_trees_all_equal(
+            checkpoints.array("params", "dense/kernel", 1), state_at(1).params["dense"]["kernel"]
+        )
+        chex.assert_trees_all_equal(checkpoints.array("bias", ""), state_at(2).bias)
+        chex.assert_trees_all_equal(
+            checkpoints.restore_items({"bias": state_at(0).bias}), {"bias": state_at(2).bias}
+        )
 
 
 def test_a_saved_step_is_not_saved_again(tmp_path):
@@ -76,12 +77,12 @@ def test_a_saved_step_is_not_saved_again(tmp_path):
             checkpoints.save(step, state_at(step))
         checkpoints.save(1, state_at(7))
         assert checkpoints.steps == [1, 3]
-        same(checkpoints.restore(state_at(0), 1), state_at(1))
+        chex.assert_trees_all_equal(checkpoints.restore(state_at(0), 1), state_at(1))
 
 
 @pytest.mark.parametrize("keep", [{"last": 0}, {"every": 0}])
 def test_keeping_nothing_is_refused(keep):
-    with pytest.raises(UsageError, match="is 0, it must be at least 1"):
+    with pytest.raises(UsageError, match="is 0; it must be at least 1"):
         RetentionPolicy(**keep)
 
 
@@ -99,7 +100,7 @@ def test_a_state_without_a_router_is_saved_all_the_same(tmp_path):
         checkpoints.save(2, state_at(2, router=False))
         found = checkpoints.restore(state_at(0, router=False))
     assert found.bias is None
-    same(found, state_at(2, router=False))
+    chex.assert_trees_all_equal(found, state_at(2, router=False))
 
 
 def test_a_state_may_be_donated_while_it_is_saved(tmp_path):
@@ -147,7 +148,7 @@ def test_another_optimizer_or_other_settings_are_refused(tmp_path):
     with changed, pytest.raises(UsageError, match=r"beta is 0\.95 in the checkpoint and 0\.9 now"):
         changed.restore(state_at(0))
     with Checkpoints(tmp_path / "muon") as checkpoints:
-        same(checkpoints.restore(state_at(0)), state_at(1))
+        chex.assert_trees_all_equal(checkpoints.restore(state_at(0)), state_at(1))
 
 
 def test_a_damaged_step_is_refused_and_the_others_named(tmp_path):
@@ -163,7 +164,7 @@ def test_a_damaged_step_is_refused_and_the_others_named(tmp_path):
             others = ", ".join(str(other) for other in (1, 2, 3) if other != step)
             assert str(error.value).endswith(f"delete that folder to resume from one of {others}")
             assert len(str(error.value).splitlines()) == 1
-        same(checkpoints.restore(state_at(0), 1), state_at(1))
+        chex.assert_trees_all_equal(checkpoints.restore(state_at(0), 1), state_at(1))
 
 
 # The folder around them
@@ -198,4 +199,4 @@ def test_the_last_contestant_with_checkpoints_is_found(tmp_path):
             checkpoints.save(step, state_at(step))
         assert folder.trained(["adamw", "muon"]) == folder.checkpoints(name)
     with Checkpoints(folder.trained(["muon", "adamw"])) as checkpoints:
-        same(checkpoints.params(), state_at(3).params)
+        chex.assert_trees_all_equal(checkpoints.params(), state_at(3).params)

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
-import numpy as np
 import pytest
 from saving_until_killed import state_at
 
@@ -49,7 +49,7 @@ def check(folder):
     with Checkpoints(folder / "steps", RetentionPolicy(last=2, every=10)) as checkpoints:
         for step in checkpoints.steps:
             found = checkpoints.restore(jax.eval_shape(state_at, 0), step)
-            jax.tree.map(np.testing.assert_array_equal, found, state_at(step))
+            chex.assert_trees_all_equal(found, state_at(step))
             assert checkpoints.position(step) == {"step": step, "tokens": 1000 * step}
         return checkpoints.latest
 

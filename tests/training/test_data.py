@@ -83,7 +83,7 @@ def test_no_match_is_refused(tmp_path):
 )
 def test_text_too_short_for_one_sequence_is_refused(tmp_path, size, part):
     write(tmp_path, {"a.txt": b"x" * size})
-    with pytest.raises(UsageError, match=f"in the {part} part, at least 33 are needed"):
+    with pytest.raises(UsageError, match=f"in the {part} part; at least 33 are needed"):
         load_corpus(str(tmp_path / "a.txt"), context=32)
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_every_example_is_seen_as_often_as_there_are_epochs():
         ('{"prompt": "a", "completion": ""}', "has an empty completion"),
         (
             '{"prompt": "aaaaaaa", "completion": "bb"}',
-            "too long: 10 tokens (1 + 7 of the prompt + 2 of the completion), the model's context",
+            "too long: 10 tokens (1 + 7 of the prompt + 2 of the completion); the model's context",
         ),
     ],
 )
@@ -166,7 +167,7 @@ def test_a_file_that_is_not_there_not_utf8_or_of_one_prompt_is_refused(tmp_path)
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UsageError, match="cannot be read"):
         prompts.load_prompts(path, context=8)
-    with pytest.raises(UsageError, match="1 prompts, at least two are needed"):
+    with pytest.raises(UsageError, match="1 prompts; at least two are needed"):
         prompts.load_prompts(write(path, [("a", "b"), ("a", "c")]), context=8)
 
 
@@ -215,7 +216,7 @@ def test_rows_that_fill_up_a_batch_change_nothing(data):
     alone, filled = (TokenBatch(*train.take(np.array(rows))) for rows in ([0, 5], [0, 5, -1, -1]))
     one, other = (learn(model, params, examples)[0] for examples in (alone, filled))
     # The sum over four rows in another order than over two.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), one, other)
+    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_exact_answers_are_those_that_greedy_decoding_writes(data):
@@ -297,7 +298,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         dataclasses.replace(r, seconds=0) for r in whole
     ]
     one, other = (weights(runs / f"{source.name}-adamw") for runs in (tmp_path, finished[0]))
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
 
 
 @pytest.mark.slow
@@ -330,7 +331,7 @@ def test_what_cannot_be_begun_with_is_refused_in_a_line(finished, source, data, 
     assert "has no checkpoint of adamw" in refused(capsys, "finetune", "--from", lost, *options)
     taken = ["--runs", finished[0], "--optimizers", "adamw"]
     exists = refused(capsys, "finetune", "--from", source, "--data", data, *taken)
-    assert "exists; --resume goes on with it" in exists
+    assert "exists; --resume continues it" in exists
     other = ["--data", data, *taken, "--resume", "--epochs", "3"]
     line = refused(capsys, "finetune", "--from", source, *other)
     assert "does not fit what is to be restored" in line

@@ -74,9 +74,9 @@ def test_it_drives_the_optimizer():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"decay_end": 10}, "decay_end=10 was given, more than warmup=10"),
-        ({"cooldown": 0}, "cooldown=0 was given, at least 1"),
-        ({"warmup": 0}, "warmup=0 was given, at least 1"),
+        ({"decay_end": 10}, "decay_end is 10; it must be more than warmup=10"),
+        ({"cooldown": 0}, "cooldown is 0; it must be at least 1"),
+        ({"warmup": 0}, "warmup is 0; it must be at least 1"),
     ],
 )
 def test_stages_without_steps_are_refused(wrong, message):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
-import jax
+import chex
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
@@ -196,7 +196,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, text, tmp_path, trial):
         train(folder, trial, text, stop_after=23)
     assert saved(folder, trial)[0] == 23
     train(folder, trial, text)
-    jax.tree.map(np.testing.assert_array_equal, saved(folder, trial), saved(finished, trial))
+    chex.assert_trees_all_equal(saved(folder, trial), saved(finished, trial))
     whole = finished.journal.read(trial.name)
     assert without_seconds(folder.journal.read(trial.name)) == without_seconds(whole)
 
@@ -259,7 +259,7 @@ def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path):
         train(folder, trial, text)
     step, state = saved(folder, trial)
     assert step == 20
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state)
     assert folder.journal.read("explosive")[-1].step == 26
 
 
@@ -286,7 +286,7 @@ def test_text_too_short_for_a_sequence_is_refused(capsys, tmp_path):
 def test_a_run_that_exists_is_refused_without_resume_or_overwrite(finished, text, capsys):
     where = ["--runs", str(finished.path.parent), "--name", "whole"]
     line = refused(capsys, "train", *OPTIONS, "--data", text, *where)
-    assert "exists; --resume goes on with it, --overwrite deletes it" in line
+    assert "exists; --resume continues it, --overwrite deletes it" in line
 
 
 def test_resuming_with_another_config_is_refused(finished, text, capsys):
@@ -325,14 +325,14 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path, text, capsys):
     [
         (["--set", "muon=3"], "--set muon=3 is not OPTIMIZER.HYPERPARAMETER=NUMBER"),
         (["--set", "muon.lr=1,2"], "--set muon.lr has 2 numbers; only sweep takes several"),
-        (["--set", "muon.beta=1"], "muon has no hyper-parameter 'beta'; it has lr, weight_decay"),
+        (["--set", "muon.beta=1"], "muon has no hyperparameter 'beta'; it has lr, weight_decay"),
         (["--set", "soap.lr=1"], "unknown optimizer 'soap'; there are adamw, muon-carried, muon"),
         (["--optimizers", "soap"], "unknown optimizer 'soap'"),
-        (["--resume", "--overwrite"], "exclude each other"),
+        (["--resume", "--overwrite"], "are mutually exclusive"),
         (["--save-every", "15"], "--save-every 15 must be a multiple of --eval-every 10"),
-        (["--steps", "0"], "--steps is 0, it must be at least 1"),
-        (["--batch", "-2"], "--batch is -2, it must be at least 1"),
-        (["--seed", "-1"], "--seed is -1, it must be at least 0"),
+        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--batch", "-2"], "--batch is -2; it must be at least 1"),
+        (["--seed", "-1"], "--seed is -1; it must be at least 0"),
         (["--set", "muon.lr=0"], "lr is 0 and weight_decay 0.1; lr must be positive"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_sample_of_nothing_is_refused(finished, tmp_path, capsys):
     where = ["--runs", str(finished.path.parent), "--run", "whole"]
     assert "no run in" in refused(capsys, "sample", "--runs", str(tmp_path), "--run", "none")
     assert "no trial 'sgd'" in refused(capsys, "sample", *where, "--trial", "sgd")
-    assert "--length is 0, it must be at least 1" in refused(capsys, "sample", "--length", "0")
+    assert "--length is 0; it must be at least 1" in refused(capsys, "sample", "--length", "0")
 
 
 def test_without_the_extra_the_command_says_what_to_install(capsys, monkeypatch):

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from optax_muon.training.checkpoints import Checkpoints
@@ -84,5 +84,5 @@ def test_a_killed_run_goes_on_to_the_same_end(text, tmp_path):
             file.write('{"trial": "muon", "st')  # as a kill in the midst of a line
     train(killed.path, text)
     (state, records), (expected, whole) = outcome(killed.path), outcome(tmp_path / "whole")
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    chex.assert_trees_all_equal(state, expected)
     assert records == whole

@@ -5,11 +5,13 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import assert_trees_close_to_largest
 from commands import refused
 from train_processes import CONFIG, TOY
 
@@ -76,12 +78,6 @@ def start(config=CONFIG):
 jitted = functools.partial(jax.jit, static_argnums=(0, 1))(step)
 
 
-def close(a, b, tolerance):
-    """Trees agree to a part of each leaf's largest entry."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * (np.abs(y).max() + 1e-30))
-
-
 # ---- the step ------------------------------------------------------------------------------------
 
 
@@ -91,7 +87,8 @@ def test_accumulating_micro_batches_is_one_big_batch(config):
     model, state = spec.model(config), start(config)
     whole, told = jitted(model, SGD, state, tokens[None], 0.02)
     parts, told_in_parts = jitted(model, SGD, state, tokens.reshape(4, 2, -1), 0.02)
-    close(parts.params, whole.params, 1e-6)  # float32 sums in another order
+    # float32 sums in another order
+    assert_trees_close_to_largest(parts.params, whole.params, 1e-6)
     np.testing.assert_allclose(told_in_parts.loss, told.loss, rtol=1e-6)
     np.testing.assert_allclose(told_in_parts.grad_norm, told.grad_norm, rtol=1e-5)
     if told.stats is not None:
@@ -116,7 +113,7 @@ def test_the_gradient_is_that_of_the_mean_over_weighted_tokens():
         parts = tokens.reshape(k, 4 // k, -1), weights.reshape(k, 4 // k, -1)
         got, value, _ = jax.jit(functools.partial(gradients, MODEL))(state, *parts)
         np.testing.assert_allclose(value, loss, rtol=1e-6)
-        close(got, grads, 2e-6)
+        assert_trees_close_to_largest(got, grads, 2e-6)
 
 
 def test_router_biases_move_by_the_paper_rule_and_nothing_else_moves_them():
@@ -161,8 +158,7 @@ def test_bfloat16_computes_from_float32_masters():
         np.dtype("int32"),
     }
     after, told = jitted(spec.model(low.model), tx, state, tokens, 0.0)
-    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(each)] for each in (after, state)]
-    assert dtypes[0] == dtypes[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     exact = jitted(MODEL, SGD, state._replace(opt_state=SGD.init(state.params)), tokens, 0.0)[1]
     assert 0 < abs(float(told.loss - exact.loss)) < 0.02  # eps of bfloat16 is 2**-8
 
@@ -224,8 +220,8 @@ def test_a_state_of_shapes_alone_is_what_a_state_will_be():
     tx = transformation(MUON, TRAIN_CONFIG)
     with jax.set_mesh(mesh):
         like, state = abstract(MODEL, tx, mesh), initial_state(TRAIN_CONFIG, tx, mesh)
+    chex.assert_trees_all_equal_shapes_and_dtypes(like, state)
     for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(state), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
 
 
@@ -407,8 +403,8 @@ def moonlight_of(run):
         (["--mesh", "tensor=8"], "which do not divide it; give smaller axes"),
         (["--distributed"], "--distributed needs --mesh"),
         (["--schedule", "three-stage", "--steps", "3"], "three-stage needs at least 4"),
-        (["--accumulate", "0"], "--accumulate is 0, it must be at least 1"),
-        (["--qk-clip", "0"], "--qk-clip is 0, it must be positive"),
+        (["--accumulate", "0"], "--accumulate is 0; it must be at least 1"),
+        (["--qk-clip", "0"], "--qk-clip is 0; it must be positive"),
         (["--model", "small", "--qk-clip", "100"], "small is a Llama"),
         (["--model", "small", "--bias-update-speed", "0.1"], "-speed needs a model with a router"),
     ],
@@ -439,7 +435,7 @@ def test_the_model_of_a_run_is_told_by_its_sizes():
     for config in (CONFIG, PRESETS["tiny"].model):
         sizes = json.loads(json.dumps(dataclasses.asdict(config)))
         assert spec.model_of({"model": sizes, "batch": 8}) == spec.model(config)
-    with pytest.raises(Exception, match="have the keys of none of these models: llama, moonlight"):
+    with pytest.raises(Exception, match="are those of none of these models: llama, moonlight"):
         spec.model_of({"model": {"width": 3}})
 
 

@@ -48,7 +48,7 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     (tmp_path / "text.py").write_text(text)
     codes, outputs = start(tmp_path, "--name", "two")
     assert codes == [0, 0], "\n".join(outputs)
-    assert "All of it is in" in outputs[0]
+    assert "Results are in" in outputs[0]
     said = [line for line in outputs[1].splitlines() if "[Gloo]" not in line]
     assert said == [], "only the main process prints"
     with jax.numpy_dtype_promotion("standard"):  # as in a process of its own
@@ -63,8 +63,8 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
         assert (there.step, there.val_loss is None) == (here.step, here.val_loss is None)
     codes, outputs = start(tmp_path, "--name", "two")
     assert codes == [2, 2]
-    assert "exists; --resume goes on with it" in outputs[0], "the first one knows why"
-    assert "the main process has refused" in outputs[1]
+    assert "exists; --resume continues it" in outputs[0], "the first one knows why"
+    assert "the main process has failed" in outputs[1]
 
 
 def test_without_an_environment_the_start_is_refused(monkeypatch):

@@ -368,7 +368,7 @@ def test_steps_in_a_scan_and_hyperparameters_from_outside():
     twice = step(qk_clip(HEADS), once, max_logits=SEEN)
     found = run(params)
     # A compiled loop may fuse a product and a sum into one rounding.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, twice)
+    chex.assert_trees_all_close(found, twice, rtol=1e-6)
 
 
 def test_multi_steps_take_the_logits_of_the_last_micro_batch():
@@ -386,14 +386,14 @@ def test_multi_steps_take_the_logits_of_the_last_micro_batch():
     found, _ = run(between_steps, state, SEEN)
     moved = jax.tree.map(lambda g: -0.01 * g, grads)
     expected = step(qk_clip(HEADS), params, moved, max_logits=SEEN)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_parameters_keep_their_dtype(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), model())
     new = step(qk_clip(HEADS), params, max_logits=SEEN.astype(jnp.bfloat16))
-    assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(dtype)}
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, params)
     was, now = (np.asarray(tree["q"]["kernel"], np.float32)[0] for tree in (params, new))
     np.testing.assert_array_equal(now[:, DIM : 2 * DIM], was[:, DIM : 2 * DIM])
     np.testing.assert_allclose(now[:, 2 * DIM : 3 * DIM], was[:, 2 * DIM : 3 * DIM] / 2, rtol=0.01)
@@ -423,7 +423,7 @@ def test_on_a_mesh_nothing_moves(kind, spec):
         name: {"kernel": params[name]["kernel"] + np.asarray(updates[name]["kernel"])}
         for name in params
     }
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_decay_adds_the_parameters_where_it_may(link, cautious):
 def test_decay_heeds_its_mask(link):
     params = {"a": jnp.ones(2), "b": {"c": jnp.ones(2), "d": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    masks = [{"a": True, "b": {"c": False, "d": True}}, {"b": {"c": False}}]
+    masks = [{"a": True, "b": {"c": False, "d": True}}, {"": True, "b/c": False}]
     masks.append(lambda params: jax.tree.map(lambda p: p is not params["b"]["c"], params))
     for mask in masks:
         found = link(0.1, mask).update(zeros, link().init(params), params)[0]

@@ -46,9 +46,9 @@ def png(plan: Plan, title: str = "", dpi: int = 150) -> bytes:
     """Draw a plan as a PNG.
 
     Args:
-        plan: the plan.
-        title: name of the model that it is made for.
-        dpi: dots per inch of a picture that is 12 inches wide.
+        plan: The plan.
+        title: Name of the model that it is made for.
+        dpi: Dots per inch of a picture that is 12 inches wide.
 
     >>> import jax, optax_muon
     >>> params = {"kernel": jax.ShapeDtypeStruct((64, 64), "float32")}
@@ -191,7 +191,7 @@ def _fold(mesh: Mapping[str, int]) -> Fold:
 def _draw_mesh(
     figure: matplotlib.figure.Figure, top: float, band: Band, color: str, fold: Fold
 ) -> None:
-    """The devices, coloured by how many matrices they own; white lines separate the homes."""
+    """The devices, colored by how many matrices they own; white lines separate the homes."""
     (wide, high), (rows, cols) = GRID, fold.order.shape
     cell = (wide / cols, high / rows)
     axes = _axes(figure, 3.85, top - 0.12 - high, wide, high)

@@ -18,7 +18,7 @@ from optax_muon.training.optimizers import REGISTRY
 from optax_muon.training.spectra import GROUPS, SpectraRow, SpectraTrial, Spectrum
 
 UNKNOWN = "#c51b8a"
-"""Color of a trial that no optimizer of the registry is called like, such as an import."""
+"""Color of a trial whose name is not in the registry of optimizers, such as an import."""
 PANEL = (3.6, 2.7)
 """Inches: width and height."""
 ACROSS = 3
@@ -90,7 +90,7 @@ def singular_values(
 
 
 def _color(trial: SpectraTrial) -> str:
-    """As in the run's loss.png."""
+    """The color of the trial in the run's loss.png."""
     return REGISTRY[trial.name].color if trial.name in REGISTRY else UNKNOWN
 
 

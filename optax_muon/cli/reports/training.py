@@ -53,9 +53,9 @@ class Outcome:
     trial: Trial
     """The optimizer and its numbers."""
     metrics: Sequence[StepMetrics]
-    """Of its steps."""
+    """Metrics of its steps."""
     flops: Callable[[float], float]
-    """Operations of so many first steps, the optimizer's with the model's."""
+    """Operations of the first `n` steps, the model's and the optimizer's."""
     update_seconds: float
     """Median wall time of the optimizer's update alone."""
 
@@ -85,9 +85,9 @@ class Comparison:
     """A trial compared with the baseline."""
 
     outcome: Outcome
-    """The trial's."""
+    """Result of the trial."""
     baseline: Outcome | None
-    """The first trial's; None in a run of one trial."""
+    """Result of the first trial; None in a run of one trial."""
 
     @property
     def reached(self) -> float | None:
@@ -192,7 +192,7 @@ def publish(run: RunConfig, origin: str, folder: RunFolder, seconds: Seconds) ->
         routing.plot(routed, folder.path / "experts.png")
         console.print(terminal_table("attention and experts", routing.table(routed)))
         console.print(f"\n{routing.explain()}\n", highlight=False, markup=False)
-    console.out(f"All of it is in {folder.path}", highlight=False)
+    console.out(f"Results are in {folder.path}", highlight=False)
 
 
 def markdown(run: RunConfig, origin: str, comparisons: Sequence[Comparison]) -> str:

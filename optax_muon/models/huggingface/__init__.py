@@ -2,7 +2,6 @@
 
 from optax_muon.models.huggingface.config import CONFIG, from_huggingface, to_huggingface
 from optax_muon.models.huggingface.convert import (
-    INDEX,
     PARAMS,
     SHARD_BYTES,
     export_checkpoint,
@@ -11,6 +10,7 @@ from optax_muon.models.huggingface.convert import (
     read_config,
 )
 from optax_muon.models.huggingface.names import BIAS, Tensor, leaf_shapes, tensors
+from optax_muon.models.huggingface.source import INDEX, read_json
 
 __all__ = [
     "BIAS",
@@ -25,6 +25,7 @@ __all__ = [
     "leaf_shapes",
     "load",
     "read_config",
+    "read_json",
     "tensors",
     "to_huggingface",
 ]

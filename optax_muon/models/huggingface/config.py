@@ -11,10 +11,20 @@ from optax_muon.models.moonlight import MoonlightConfig
 CONFIG = "config.json"
 """The config of a checkpoint, and of a run."""
 
+EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Keys that count the layers of multi-token prediction: before transformers 5, and since."""
+
 CONTEXT = "max_position_embeddings"
 """The key whose value is our `context`."""
 
 _OURS = {"context", "capacity", "query_block", "dtype", "rope_theta", "rope_interleave"}
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+}
+"""Types of the config's values by the annotations of the fields, and their names for people."""
+
 _SAME = [f.name for f in dataclasses.fields(MoonlightConfig) if f.name not in _OURS]
 """Fields that have the same name and must stand in both configs."""
 
@@ -26,7 +36,6 @@ _FIXED: dict[str, Any] = {
     "moe_layer_freq": 1,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
-    "rope_scaling": None,
     "quantization_config": None,
 }
 """Values that a checkpoint of this architecture has; another value is another architecture."""
@@ -36,10 +45,10 @@ def from_huggingface(config: Mapping[str, Any]) -> MoonlightConfig:
     """The sizes in a checkpoint's `config.json`.
 
     Raises:
-        ValueError: a size is missing, or the config is of another architecture.
+        ValueError: A size is missing, or the config is of another architecture.
     """
     if refusals := list(_refusals(config)):
-        raise ValueError(f"{CONFIG} is of no Moonlight: {'; '.join(refusals)}")
+        raise ValueError(f"{CONFIG} does not describe a Moonlight: {'; '.join(refusals)}")
     return MoonlightConfig(
         **{name: config[name] for name in _SAME},
         context=config[CONTEXT],
@@ -55,9 +64,9 @@ def to_huggingface(
     """A `config.json` that `transformers` loads.
 
     Args:
-        config: the sizes.
-        dtype: numpy's name for the dtype of most parameters.
-        like: the config of the checkpoint that the run started from; its other entries, such as
+        config: The sizes.
+        dtype: Numpy's name for the dtype of most parameters.
+        like: The config of the checkpoint that the run started from; its other entries, such as
             the tokens that begin and end a text, are kept.
     """
     fixed = {key: value for key, value in _FIXED.items() if value is not None}
@@ -74,23 +83,65 @@ def to_huggingface(
     return {**base, **sizes, **rope, **derived}
 
 
+_ROPE = ("rope_scaling", "rope_parameters")
+"""Keys under which transformers nests rotary parameters: before version 5, and since."""
+
+
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the rotary parameters, which transformers 5 nests, at its top."""
-    return {**config, **(config.get("rope_parameters") or {})}
+    """The config with the rotary parameters, which transformers nests, at its top."""
+    nested = [config.get(key) for key in _ROPE]
+    merged = dict(config)
+    for each in nested:
+        merged.update(each if isinstance(each, Mapping) else {})
+    return merged
 
 
 def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
-            yield f"{key} is {config[key]!r}, it must be {value!r}"
+            yield f"{key} is {config[key]!r}, but must be {value!r}"
     for key in (*_SAME, CONTEXT):
         if key not in config:
             yield f"{key} is missing"
     if "rope_theta" not in _rope(config):
         yield "rope_theta is missing"
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope_type != "default":
-        yield f"rope_type is {rope_type!r}, it must be 'default'"
+    for key in _ROPE:
+        yield from _rope_refusals(key, config.get(key))
+    yield from _type_refusals(config)
     heads = config.get("num_attention_heads")
     if config.get("num_key_value_heads", heads) != heads:
         yield f"num_key_value_heads must be num_attention_heads, {heads}"
+
+
+def _rope_refusals(key: str, rope: Any) -> Iterator[str]:
+    """What makes the rotary parameters others than the plain ones."""
+    if rope is None:
+        return
+    if not isinstance(rope, Mapping):
+        yield f"{key} is {rope!r}, but must be absent or {{'rope_type': 'default'}}"
+        return
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        yield f"{key} is {dict(rope)!r}: rope_type is {kind!r}, but must be 'default'"
+
+
+def _type_refusals(config: Mapping[str, Any]) -> Iterator[str]:
+    for field in dataclasses.fields(MoonlightConfig):
+        key = CONTEXT if field.name == "context" else field.name
+        if key not in config or field.name not in {*_SAME, "context"}:
+            continue
+        value, kind = config[key], str(field.type)
+        if value is None and "None" in kind:
+            continue
+        accepted, words = _KINDS[kind.removesuffix(" | None")]
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, accepted) or is_bool != (accepted is bool):
+            yield f"{key} is {value!r}, but must be {words}"
+        elif not is_bool and value < (0 if key == "first_k_dense_replace" else 1) and "int" in kind:
+            yield f"{key} is {value!r}, but must be at least 1"
+    if not isinstance(_rope(config).get("rope_theta", 1.0), int | float):
+        yield f"rope_theta is {_rope(config)['rope_theta']!r}, but must be a number"
+    for key in EXTRA_LAYERS:
+        count = config.get(key)
+        if count is not None and (not isinstance(count, int) or count < 0):
+            yield f"{key} is {count!r}, but must be a whole number of at least 0"

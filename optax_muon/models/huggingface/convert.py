@@ -24,25 +24,35 @@ import numpy as np
 import optax
 import safetensors.numpy
 
+from optax_muon.errors import shortened
 from optax_muon.models import safetensors_io
-from optax_muon.models.huggingface.config import CONFIG, from_huggingface, to_huggingface
+from optax_muon.models.huggingface.config import (
+    CONFIG,
+    EXTRA_LAYERS,
+    from_huggingface,
+    to_huggingface,
+)
 from optax_muon.models.huggingface.names import (
     BIAS,
-    DERIVED,
     EMBEDDING,
     Tensor,
     by_layer,
     leaf_shapes,
     tensors,
 )
+from optax_muon.models.huggingface.source import (
+    INDEX,
+    Place,
+    places,
+    read_json,
+    stored_tensors,
+    without_extra_layers,
+)
 from optax_muon.models.moonlight import MoonlightConfig
 from optax_muon.models.safetensors_io import DTYPES, Entry
 
 PARAMS = "params.safetensors"
 """The parameters of a run."""
-
-INDEX = "model.safetensors.index.json"
-"""Names the file of every tensor, in a checkpoint of several files."""
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of an exported checkpoint, as in the published ones."""
@@ -51,47 +61,53 @@ Progress = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 """Wraps an iteration, to show how far it has come."""
 
 
-def import_checkpoint(source: Path, run: Path, progress: Progress = iter) -> MoonlightConfig:
+def import_checkpoint(
+    source: Path,
+    run: Path,
+    progress: Progress = iter,
+    note: Callable[[str], None] | None = None,
+) -> MoonlightConfig:
     """Convert a checkpoint to a run's folder.
 
     Args:
-        source: the checkpoint: `config.json` and safetensors files, with an index if several.
-        run: the folder to make.
-        progress: wraps the iteration over tensors, to show how far it has come.
+        source: The checkpoint: `config.json` and safetensors files, with an index if several.
+        run: The folder to make.
+        progress: Wraps the iteration over tensors, to show how far it has come.
+        note: Called with a sentence for what is left out: layers of multi-token prediction, which
+            the config must count.
 
     Returns:
         The sizes.
 
     Raises:
-        ValueError: the checkpoint is incomplete or of another architecture, or `run` exists. The
-            message lists every tensor that is missing, unknown, or of a wrong shape or dtype.
+        ValueError: The checkpoint is incomplete or of another architecture, or `run` exists. The
+            message names the tensors that are missing, unknown, or of a wrong shape or dtype.
     """
-    theirs = _json(source / CONFIG)
+    theirs = read_json(source / CONFIG)
     config = from_huggingface(theirs)
-    expected = {tensor.name: tensor for tensor in tensors(config)}
-    files = _files(source)
-    found = {
-        name: (file, entry)
-        for file in files
-        for name, entry in safetensors_io.entries(file).items()
-    }
-    found = {name: constrain for name, constrain in found.items() if not name.endswith(DERIVED)}
-    entries = {name: entry for name, (_, entry) in found.items()}
-    _check(source, {name: tensor.shape for name, tensor in expected.items()}, entries)
-    dtypes = _one_dtype_each(source, expected.values(), entries)
+    stored, extra = without_extra_layers(stored_tensors(source), config, theirs)
+    expected = list(tensors(config))
+    where = places(expected, stored)
+    entries = {name: each.entry for name, each in stored.items()}
+    _check(source, _expected_shapes(expected, where, config), entries)
+    dtypes = _one_dtype_each(source, expected, where, entries)
     layout = {path: Entry(shape, dtypes[path]) for path, shape in leaf_shapes(config).items()}
-    by_file = sorted(expected.values(), key=lambda tensor: found[tensor.name][0])
+    by_file = sorted(expected, key=lambda tensor: where[tensor.name].file)
+    if extra and note is not None:
+        names = " and ".join(f"model.layers.{number}" for number in extra)
+        note(f"{names}, of multi-token prediction, is left out; the model does not use it")
     with (
         safetensors_io.folder_at_once(run) as draft,
         safetensors_io.Writer(draft / PARAMS, layout) as writer,
     ):
-        both = {"model": dataclasses.asdict(config), "huggingface": theirs}
+        kept = {**theirs, **{key: 0 for key in EXTRA_LAYERS if extra and key in theirs}}
+        both = {"model": dataclasses.asdict(config), "huggingface": kept}
         _write_json(draft / CONFIG, both)
-        for file, group in itertools.groupby(progress(by_file), key=lambda t: found[t.name][0]):
+        for file, group in itertools.groupby(progress(by_file), key=lambda t: where[t.name].file):
             with safetensors.safe_open(file, framework="np") as shard:
                 for tensor in group:
-                    array = tensor.transposed(shard.get_tensor(tensor.name))
-                    writer.write(tensor.path, tensor.index, array)
+                    array = _read(shard, where[tensor.name])
+                    writer.write(tensor.path, tensor.index, tensor.transposed(array))
     return config
 
 
@@ -101,13 +117,13 @@ def export_checkpoint(
     """Convert a run's parameters to a checkpoint that `transformers` and others load.
 
     Args:
-        run: a run's folder, as `import_checkpoint` makes it.
-        target: the folder to make.
-        progress: wraps the iteration over tensors, to show how far it has come.
-        shard_bytes: largest size of a file, unless a single tensor is larger.
+        run: A run's folder, as `import_checkpoint` makes it.
+        target: The folder to make.
+        progress: Wraps the iteration over tensors, to show how far it has come.
+        shard_bytes: Largest size of a file, unless a single tensor is larger.
 
     Raises:
-        ValueError: the run is incomplete, or `target` exists.
+        ValueError: The run is incomplete, or `target` exists.
     """
     config, like = read_config(run)
     entries = safetensors_io.entries(run / PARAMS)
@@ -133,10 +149,17 @@ def read_config(run: Path) -> tuple[MoonlightConfig, dict[str, Any] | None]:
     Raises:
         ValueError: `run` is not the folder of a Moonlight.
     """
-    config = _json(run / CONFIG)
-    if "model" not in config:
-        raise ValueError(f"{run / CONFIG} has no sizes of a Moonlight; import-hf makes such a run")
-    return MoonlightConfig(**config["model"]), config.get("huggingface")
+    config = read_json(run / CONFIG)
+    sizes = config.get("model")
+    names = {field.name for field in dataclasses.fields(MoonlightConfig)}
+    if not isinstance(sizes, dict) or not sizes.keys() <= names:
+        raise ValueError(
+            f"{run / CONFIG} has no sizes of a Moonlight; give a run made by import-hf"
+        )
+    try:
+        return MoonlightConfig(**sizes), config.get("huggingface")
+    except TypeError as error:  # a size is missing, or is no number
+        raise ValueError(f"{run / CONFIG} has no sizes of a Moonlight: {error}") from error
 
 
 def load(
@@ -145,8 +168,8 @@ def load(
     """Sizes, parameters and router biases of a run.
 
     Args:
-        run: a run's folder, as `import_checkpoint` makes it.
-        shardings: of the parameters, from `Moonlight.shardings`; only the slices of this process's
+        run: A run's folder, as `import_checkpoint` makes it.
+        shardings: Of the parameters, from `Moonlight.shardings`; only the slices of this process's
             devices are read. None puts everything on the first device.
 
     Raises:
@@ -176,33 +199,32 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    return content
+def _read(shard: Any, place: Place) -> np.ndarray:
+    if not place.part:
+        array: np.ndarray = shard.get_tensor(place.name)
+        return array
+    part: np.ndarray = shard.get_slice(place.name)[place.part]
+    return part
 
 
-def _files(source: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
-    index = source / INDEX
-    if not index.exists():
-        files = sorted(source.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{source} holds no safetensors files")
-        return files
-    files = sorted({source / name for name in _json(index)["weight_map"].values()})
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)}, which its index names")
-    return files
+def _expected_shapes(
+    expected: Iterable[Tensor], where: Mapping[str, Place], config: MoonlightConfig
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors by name, experts stacked where the files stack them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in expected:
+        if tensor.name in where and where[tensor.name].part:
+            assert tensor.fused is not None
+            shapes[tensor.fused.name] = (config.n_routed_experts, *tensor.fused.shape)
+        else:
+            shapes[tensor.name] = tensor.shape
+    return shapes
 
 
 def _check(
     where: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry]
 ) -> None:
-    """Refuse any difference from the expected tensors; one error lists all of them."""
+    """Refuse any difference from the expected tensors; one error lists and counts them."""
     wrong = [f"missing    {name} {list(expected[name])}" for name in expected if name not in found]
     wrong += [
         f"unknown    {name} {list(found[name].shape)}" for name in found if name not in expected
@@ -210,29 +232,33 @@ def _check(
     for name in expected.keys() & found.keys():
         shape, dtype = found[name]
         if shape != expected[name]:
-            wrong.append(f"misshapen  {name} {list(shape)}, it must be {list(expected[name])}")
+            wrong.append(f"misshapen  {name} {list(shape)}, but must be {list(expected[name])}")
         if dtype not in DTYPES:
-            wrong.append(f"dtype      {name} {dtype}, it must be one of {', '.join(DTYPES)}")
+            wrong.append(f"dtype      {name} {dtype}, but must be one of {', '.join(DTYPES)}")
     if wrong:
-        lines = "\n  ".join(sorted(wrong))
+        lines = "\n  ".join(shortened(sorted(wrong)))
         raise ValueError(f"{where} does not hold the tensors of its config:\n  {lines}")
 
 
 def _one_dtype_each(
-    where: Path, expected: Iterable[Tensor], found: Mapping[str, Entry]
+    source: Path,
+    expected: Iterable[Tensor],
+    where: Mapping[str, Place],
+    found: Mapping[str, Entry],
 ) -> dict[str, str]:
-    """The dtype of every leaf; the tensors that it stacks must have the same."""
+    """The dtype of every leaf; all tensors that it stacks must have the same dtype."""
     dtypes: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for tensor in expected:
-        dtypes[tensor.path].setdefault(found[tensor.name].dtype, tensor.name)
+        name = where[tensor.name].name
+        dtypes[tensor.path].setdefault(found[name].dtype, name)
     wrong = [
         " and ".join(f"{name} {dtype}" for dtype, name in names.items())
         for names in dtypes.values()
         if len(names) > 1
     ]
     if wrong:
-        lines = "\n  ".join(sorted(wrong))
-        raise ValueError(f"{where} has tensors of one stack in several dtypes:\n  {lines}")
+        lines = "\n  ".join(shortened(sorted(wrong)))
+        raise ValueError(f"{source} has tensors of one stack in several dtypes:\n  {lines}")
     return {path: next(iter(names)) for path, names in dtypes.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,28 @@ BIAS = "router_bias"
 EMBEDDING = "embed/embedding"
 """Path of the embedding, the only matrix that checkpoints and runs store alike."""
 
+MULTI_TOKEN = "eh_proj.weight"
+"""The tensor that only a layer of multi-token prediction has (arXiv 2412.19437, section 2.2)."""
+
 DERIVED = ".rotary_emb.inv_freq"
 """End of the names of tensors that are computed from the config; some checkpoints hold them."""
+
+
+class Fused(NamedTuple):
+    """A part of a tensor that stacks the experts of a layer, gates above the rows of `up_proj`."""
+
+    name: str
+    """Name of the whole: `model.layers.3.mlp.experts.gate_up_proj`."""
+    shape: tuple[int, int]
+    """Its shape without the axis of the experts, `[out, in]`."""
+    part: tuple[int, slice]
+    """The expert, and its rows."""
+
+
+_FUSED = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2)} | {
+    "down_proj": ("down_proj", 0, 1)
+}
+"""The stack of an expert's matrix, its place in it, and how many matrices lie there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +58,21 @@ class Tensor:
     """The leaf that it is part of: `moe_layers/experts/up_proj`."""
     index: tuple[int, ...]
     """Its position along the leaf's stacked axes: `(2, 7)`."""
+
+    @property
+    def fused(self) -> Fused | None:
+        """Where transformers 5 keeps an expert's matrix; None of what is no expert's."""
+        layer, _, rest = self.name.partition(".experts.")
+        if not rest:
+            return None
+        expert, matrix, _ = rest.split(".")
+        rows = self.shape[0]
+        stack, first, parts = _FUSED[matrix]
+        return Fused(
+            f"{layer}.experts.{stack}",
+            (parts * rows, self.shape[1]),
+            (int(expert), slice(first * rows, (first + 1) * rows)),
+        )
 
     def transposed(self, array: np.ndarray) -> np.ndarray:
         """From `[out, in]` to `[in, out]` or back; embeddings and vectors stay as they are."""
@@ -107,9 +143,20 @@ def tensors(config: MoonlightConfig) -> Iterator[Tensor]:
             yield Tensor(name.format(*numbers), stored, path, index)
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor is of; None if it is of none.
+
+    >>> layer_of("model.layers.3.mlp.gate.weight"), layer_of("lm_head.weight")
+    (3, None)
+    """
+    words = name.split(".")
+    is_layer = words[:2] == ["model", "layers"] and words[2:3] and words[2].isdecimal()
+    return int(words[2]) if is_layer else None
+
+
 def by_layer(tensor: Tensor) -> tuple[int, str]:
     """Sort key: the embedding, the layers in order, the rest."""
-    words = tensor.name.split(".")
-    if words[1:2] == ["layers"]:
-        return int(words[2]), tensor.name
+    layer = layer_of(tensor.name)
+    if layer is not None:
+        return layer, tensor.name
     return (-1 if tensor.path == EMBEDDING else 2**31), tensor.name

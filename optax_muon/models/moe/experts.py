@@ -39,7 +39,7 @@ class Experts(nn.Module):
     """SwiGLUs, each for the tokens that are routed to it."""
 
     experts: int
-    """How many."""
+    """Number of experts."""
     hidden: int
     """Features inside each."""
     dtype: str
@@ -88,12 +88,12 @@ def expert_parallel(
     """One device's part: its own experts on the tokens of its expert group.
 
     Args:
-        x: the device's tokens, `[b, t, hidden_size]`.
-        chosen: their experts, `[b, t, k]` int32.
-        gates: their gates, `[b, t, k]` float32.
-        kernels: the device's shards.
-        experts: how many there are on all devices.
-        capacity: as of `Experts`.
+        x: The device's tokens, `[b, t, hidden_size]`.
+        chosen: Their experts, `[b, t, k]` int32.
+        gates: Their gates, `[b, t, k]` float32.
+        kernels: The device's shards of the kernels.
+        experts: Number of experts on all devices.
+        capacity: As in `Experts`.
 
     Returns:
         The gated sums of the device's tokens, `[b, t, hidden_size]` in the dtype of `x`.

@@ -27,9 +27,9 @@ def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     """Multiply each group of consecutive rows with its own matrix.
 
     Args:
-        x: rows, `[n, d]`: first those of group 0, then those of group 1, and so on.
-        w: matrices, `[groups, d, f]`, in the dtype of `x`.
-        sizes: rows of each group, `[groups]` int32; together at most `n`.
+        x: Rows, `[n, d]`: first those of group 0, then those of group 1, and so on.
+        w: Matrices, `[groups, d, f]`, in the dtype of `x`.
+        sizes: Rows of each group, `[groups]` int32; together at most `n`.
 
     Returns:
         `[n, f]`; zero for rows past the last group.

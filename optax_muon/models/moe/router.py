@@ -5,6 +5,9 @@ this choice and has no gradient (`balance.py`). The gates are the scores of the 
 normalized to add up to one, times a constant (DeepSeek-V3, arXiv 2412.19437, section 2.1.2):
 
     s = sigmoid(x W),   chosen = top_k(s + bias),   g = scale * s[chosen] / sum(s[chosen])
+
+Below a logit of -104 the score is zero in float32. Where the scores of a token are nearly or all
+zero, their shares are computed from their logarithms, so that the gates still add up to `scale`.
 """
 
 from __future__ import annotations
@@ -55,14 +58,16 @@ class Router(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         # Always float32: rounding would change which experts are chosen.
         kernel = constrain(kernel.astype(jnp.float32), None, None)
-        scores = nn.sigmoid(x.astype(jnp.float32) @ kernel)
+        logits = x.astype(jnp.float32) @ kernel
+        scores = nn.sigmoid(logits)
         bias = bias.astype(jnp.float32)[None, None]
         chosen = self._top_k(jax.lax.stop_gradient(scores) + bias)
         gates = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.norm_topk_prob:
-            gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
+            gates = _shares(gates, jnp.take_along_axis(logits, chosen, axis=-1))
         load = jnp.zeros([self.n_routed_experts], jnp.int32).at[chosen].add(1)
-        return Routing(chosen, gates * self.routed_scaling_factor, load, _entropy(scores))
+        entropy = _entropy(*jax.lax.stop_gradient((scores, logits)))
+        return Routing(chosen, gates * self.routed_scaling_factor, load, entropy)
 
     def _top_k(self, ranks: jax.Array) -> jax.Array:
         """The `[.., k]` experts with the largest `ranks`, `[.., n_routed_experts]`."""
@@ -75,7 +80,24 @@ class Router(nn.Module):
         return jax.lax.top_k(ranks, self.num_experts_per_tok)[1]
 
 
-def _entropy(scores: jax.Array) -> jax.Array:
-    shares = jax.lax.stop_gradient(scores / scores.sum(axis=-1, keepdims=True))
-    # xlogy, so that a score that underflows to zero adds zero.
-    return -jax.scipy.special.xlogy(shares, shares).sum(axis=-1).mean()
+_SMALLEST_SUM = 1e-10
+"""Below it, scores are divided by their sum as logarithms. Above it, the 1e-20 that DeepSeek-V3's
+code adds to the sum is lost in rounding."""
+
+
+def _shares(scores: jax.Array, logits: jax.Array) -> jax.Array:
+    """Scores over their sum along the last axis; `scores` are the sigmoids of `logits`."""
+    total = scores.sum(axis=-1, keepdims=True)
+    # Clipped, because the difference of two infinities is none.
+    logarithms = jnp.maximum(nn.log_sigmoid(logits), jnp.finfo(logits.dtype).min)
+    by_logarithms = nn.softmax(logarithms, axis=-1)
+    is_usual = total > _SMALLEST_SUM
+    # The 1 keeps 0 / 0 out of the branch that is not taken, and out of its gradient.
+    return jnp.where(is_usual, scores / jnp.where(is_usual, total, 1.0), by_logarithms)
+
+
+def _entropy(scores: jax.Array, logits: jax.Array) -> jax.Array:
+    shares = _shares(scores, logits)
+    # The logarithm of 1 for a share of zero, which adds zero; xlogy computes 0 * -inf on the way.
+    logarithms = jnp.log(jnp.where(shares > 0, shares, 1.0))
+    return -(shares * logarithms).sum(axis=-1).mean()

@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
         return output(y.reshape(b, t, -1)), stats
 
     def _query_input(self, x: jax.Array) -> jax.Array:
-        """What the heads' queries are made of: a normalized latent, or the input."""
+        """What the heads' queries are computed from: a normalized latent, or the input."""
         if self.config.q_lora_rank is None:
             return x
         latent = self._linear("q_a_proj", self.config.q_lora_rank)(x)
@@ -55,7 +55,7 @@ class LatentAttention(nn.Module):
         return Linear(features, self.config.dtype, name=name)
 
     def _to_heads(self, name: str, features: int) -> Linear:
-        """A matrix that makes so many features for each head."""
+        """A linear layer with this many features per head."""
         columns = self.config.num_attention_heads * features
         return Linear(columns, self.config.dtype, cols="tensor", name=name)
 
@@ -69,10 +69,10 @@ def attention(
     """Causal attention, and the statistics of its logits.
 
     Args:
-        q: queries, `[b, t, heads, d]`.
-        k: keys, `[b, t, heads, d]`.
-        v: values, `[b, t, heads, e]`.
-        query_block: queries whose logits, `[query_block, b, heads, t]` in float32, are in memory at
+        q: Queries, `[b, t, heads, d]`.
+        k: Keys, `[b, t, heads, d]`.
+        v: Values, `[b, t, heads, e]`.
+        query_block: Queries whose logits, `[query_block, b, heads, t]` in float32, are in memory at
             once; the backward pass computes them again.
 
     Returns:

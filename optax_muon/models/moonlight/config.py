@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from optax_muon.models.sizes import size_refusals
+
 
 @dataclasses.dataclass(frozen=True)
 class MoonlightConfig:
@@ -59,7 +61,7 @@ class MoonlightConfig:
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths: the longest is `2 pi rope_theta` tokens."""
     rope_interleave: bool = True
-    """Whether rotary pairs are neighbours, as in all published checkpoints, or half a head apart,
+    """Whether rotary pairs are adjacent, as in all published checkpoints, or half a head apart,
     as in Llama."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square under the root of RMSNorm, except for the norms of latents."""
@@ -92,6 +94,7 @@ class MoonlightConfig:
         return "q_proj" if self.q_lora_rank is None else "q_b_proj"
 
     def _refusals(self) -> Iterator[str]:
+        yield from size_refusals(self, {"first_k_dense_replace": 0, "qk_nope_head_dim": 0})
         if self.qk_rope_head_dim % 2:
             yield f"qk_rope_head_dim {self.qk_rope_head_dim} must be even"
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
@@ -100,9 +103,9 @@ class MoonlightConfig:
                 f"num_hidden_layers, {self.num_hidden_layers}"
             )
         if self.n_shared_experts < 1:
-            yield f"n_shared_experts is {self.n_shared_experts}, it must be at least 1"
+            yield f"n_shared_experts is {self.n_shared_experts}; it must be at least 1"
         if self.capacity is not None and self.capacity <= 0:
-            yield f"capacity is {self.capacity}, it must be positive or absent"
+            yield f"capacity is {self.capacity}; it must be positive or None"
         yield from self._group_refusals()
 
     def _group_refusals(self) -> Iterator[str]:
@@ -117,7 +120,7 @@ class MoonlightConfig:
         most = experts // groups * chosen
         if not 1 <= self.num_experts_per_tok <= most:
             yield (
-                f"num_experts_per_tok is {self.num_experts_per_tok}, it must be at least 1 and at "
+                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be at least 1 and at "
                 f"most the experts of {chosen} of {groups} groups, {most}"
             )
 

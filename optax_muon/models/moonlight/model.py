@@ -81,16 +81,16 @@ class Moonlight:
         """Logits and statistics, on any mesh.
 
         Args:
-            params: the parameters; on a mesh as `shardings` lays them out.
+            params: The parameters; on a mesh as `shardings` lays them out.
             tokens: `[b, t]` int32; on a mesh, `b` is a multiple of the devices along `BATCH`.
-            bias: the router's, `[num_moe_layers, n_routed_experts]` float32; zero if absent.
+            bias: The router's, `[num_moe_layers, n_routed_experts]` float32; zero if absent.
 
         Returns:
             Logits `[b, t, vocab_size]` float32, on a mesh sharded over `BATCH` and `tensor`, and
             the statistics, replicated.
 
         Raises:
-            ValueError: the parameters are on a mesh and there is no ambient one.
+            ValueError: The parameters are on a mesh and there is no ambient one.
         """
         out = P(present_axes(BATCH), None, present_axes("tensor"))
         return self._apply(params, bias, out, tokens)
@@ -108,21 +108,21 @@ class Moonlight:
         dtype of the products.
 
         Args:
-            params: as for `forward`.
-            tokens: as for `forward`.
-            targets: the token after each token, `[b, t]` int32.
-            bias: as for `forward`.
+            params: As for `forward`.
+            tokens: As for `forward`.
+            targets: The token after each token, `[b, t]` int32.
+            bias: As for `forward`.
 
         Returns:
             Losses `[b, t]` in nats, float32, on a mesh sharded over `BATCH`, and the statistics.
 
         Raises:
-            ValueError: as `forward`.
+            ValueError: As `forward`.
         """
         return self._apply(params, bias, P(present_axes(BATCH)), tokens, targets)
 
     def metrics(self, stats: ForwardStats) -> dict[str, jax.Array]:
-        """What a training log records of the statistics.
+        """The metrics that a training log records, from the statistics.
 
         Returns:
             `max_logit` of all heads; `max_logits` of each layer; the mean of `high_logits`; with a
@@ -166,7 +166,7 @@ class Moonlight:
 
     @property
     def active(self) -> int:
-        """Parameters that multiply a token: the embedding and the experts not chosen left out."""
+        """Parameters that a token is multiplied by: not the embedding, nor experts not chosen."""
         return count(self.config).active + self.config.vocab_size * self.config.hidden_size
 
     @property
@@ -215,7 +215,7 @@ class Counts(NamedTuple):
     total: int
     """All of them."""
     active: int
-    """Those that one token meets: of the routed experts, `num_experts_per_tok`."""
+    """Those that one token uses: of the routed experts, `num_experts_per_tok`."""
 
 
 def count(config: MoonlightConfig) -> Counts:

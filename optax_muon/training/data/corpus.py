@@ -45,7 +45,7 @@ class Corpus:
     held_out: np.ndarray
     """Integers, `[held-out tokens]`, never trained on."""
     origin: str
-    """Where the text is from and how it was split, for people."""
+    """Where the text is from and how it was split, as reports print it."""
 
     @property
     def fingerprint(self) -> str:
@@ -60,16 +60,16 @@ def load_corpus(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
     """Read the corpus.
 
     Args:
-        pattern: a file, a folder, or a glob (`**` matches subfolders), or a `.npy` file of tokens;
+        pattern: A file, a folder, or a glob (`**` matches subfolders), or a `.npy` file of tokens;
             None is the standard library.
-        context: tokens of one sequence; each part must hold at least one, and the token after it.
-        vocab: size of the model's vocabulary.
+        context: Tokens of one sequence; each part must hold at least one, and the token after it.
+        vocab: Size of the model's vocabulary.
 
     Returns:
         The corpus.
 
     Raises:
-        UsageError: when no file matches, there is too little text, or a token is not in the
+        UsageError: When no file matches, there is too little text, or a token is not in the
             vocabulary.
 
     >>> corpus = load_corpus(None, context=128)
@@ -87,7 +87,7 @@ def load_corpus(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
         if len(tokens) <= context:
             unit = "bytes" if tokens.dtype == np.uint8 else "tokens"
             raise UsageError(
-                f"the text is too short for one sequence: {len(tokens)} {unit} in the {part} part, "
+                f"the text is too short for one sequence: {len(tokens)} {unit} in the {part} part; "
                 f"at least {context + 1} are needed (context {context} + 1)"
             )
         low, high = _range(tokens)

@@ -35,8 +35,8 @@ class TokenBatch:
     tokens: np.ndarray
     """int32 `[examples, context + 1]`."""
     weights: np.ndarray
-    """Of the predictions of `tokens[:, 1:]`, float32 `[examples, context]`: 1 where that is part of
-    a completion or its end, else 0."""
+    """Weights of the predictions of `tokens[:, 1:]`, float32 `[examples, context]`: 1 for tokens of
+    a completion and its end, else 0."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -68,19 +68,20 @@ def load_prompts(path: Path, context: int) -> PromptDataset:
     """Read a file of prompt-completion pairs.
 
     Args:
-        path: a line of JSON per example, UTF-8; empty lines are skipped.
-        context: tokens of one sequence; prompt, completion and one zero byte must fit.
+        path: A line of JSON per example, UTF-8; empty lines are skipped.
+        context: Tokens of one sequence; prompt, completion and one zero byte must fit.
 
     Raises:
-        UsageError: when the file cannot be read; when a line is not JSON, lacks a key, has an empty
-            completion or is too long, with its number; or when it has fewer than two prompts.
+        UsageError: When the file cannot be read or has fewer than two prompts; or when a line is
+            not JSON, lacks a key, has an empty completion or is too long. The message gives its
+            number.
     """
     pairs = [_pair(path, number, line) for number, line in _lines(path)]
     sequences = [_sequence(path, number, context, *pair) for number, *pair in pairs]
     held_out = _held_out([prompt for _, prompt, _ in pairs])
     if all(held_out):
         raise UsageError(
-            f"{path} has {len(set(p for _, p, _ in pairs))} prompts, at least two are needed"
+            f"{path} has {len(set(p for _, p, _ in pairs))} prompts; at least two are needed"
         )
     return PromptDataset(
         _stacked([s for s, out in zip(sequences, held_out, strict=True) if not out]),
@@ -121,7 +122,7 @@ def rows(examples: int, seed: int, step: int, batch: int, epochs: int) -> np.nda
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers from 1."""
+    """The lines that are not empty, with their numbers, counted from 1."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -155,7 +156,7 @@ def _sequence(
     if used > context:
         raise UsageError(
             f"{path}, line {number} is too long: {used} tokens (1 + {len(prompt)} of the prompt + "
-            f"{len(completion)} of the completion), the model's context is {context}"
+            f"{len(completion)} of the completion); the model's context is {context}"
         )
     text = END + prompt + completion + END
     tokens = np.zeros([context + 1], np.int32)

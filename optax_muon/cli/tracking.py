@@ -1,0 +1,50 @@
+"""How far a command has come in a list: a bar on a terminal, elsewhere a line every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+from optax_muon.training.progress import SECONDS
+
+Item = TypeVar("Item")
+
+
+def tracked(items: Iterable[Item], unit: str) -> Iterable[Item]:
+    """The items, with the progress shown on stderr.
+
+    Args:
+        items: What is iterated over.
+        unit: What they are, in the plural.
+    """
+    console, known = Console(stderr=True), list(items)
+    if console.is_interactive or console.is_jupyter:
+        return track(known, unit, console=console, transient=True)
+    return with_lines(known, unit, console)
+
+
+def with_lines(
+    items: Sequence[Item],
+    unit: str,
+    console: Console,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """The items, with a line every `SECONDS` seconds.
+
+    Args:
+        items: What is iterated over.
+        unit: What they are, in the plural.
+        console: Where the lines are written.
+        clock: Seconds since any moment.
+    """
+    written = clock()
+    for number, item in enumerate(items):
+        yield item
+        now = clock()
+        if now - written >= SECONDS:
+            written = now
+            console.out(f"{number + 1}/{len(items)} {unit}", highlight=False)
