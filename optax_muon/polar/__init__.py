@@ -29,7 +29,7 @@ from optax_muon.polar.newton_schulz import (
 )
 from optax_muon.polar.plain import Plain
 from optax_muon.polar.selection import Form, choose_form
-from optax_muon.polar.symmetric import Full, Kernel, Panels, Written
+from optax_muon.polar.symmetric import Fenced, Full, Kernel, Panels
 
 __all__ = [
     "COEFFICIENTS",
@@ -42,6 +42,7 @@ __all__ = [
     "YOU",
     "YOU_6",
     "Coefficients",
+    "Fenced",
     "Form",
     "Full",
     "Gram",
@@ -51,7 +52,6 @@ __all__ = [
     "Panels",
     "Plain",
     "Row",
-    "Written",
     "choose_form",
     "default_restarts",
     "gram_newton_schulz",

@@ -51,6 +51,7 @@ class Plain:
         """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
         mine = local_rows(gram, column_shards)
         if mine is gram:
+            gram = self.products.summand(gram, dtype) if c else gram
             return self.products.operand(quadratic(gram, b, c, dtype, self.products), dtype)
         rounded = (self.products.operand(each, dtype) for each in (mine, gram))
         share = b * mine + c * product(*rounded) if c else b * mine
@@ -79,5 +80,5 @@ def quadratic(
     """Return b A + c A^2, the operands of A^2 in `dtype`; c = 0 needs no product."""
     if c == 0:
         return b * gram
-    operand = products.operand(gram, dtype)
-    return b * gram + c * products.commuting(operand, operand)
+    square = products.square(products.operand(gram, dtype))
+    return b * gram.astype(square.dtype) + c * square

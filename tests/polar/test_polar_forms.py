@@ -13,6 +13,7 @@ from optax_muon.polar import (
     CUBIC,
     KELLER,
     POLAR_EXPRESS_8,
+    Fenced,
     Full,
     Gram,
     NewtonSchulz,
@@ -26,7 +27,8 @@ from optax_muon.polar import (
 
 def forms(table, dtype):
     restarts = default_restarts(len(table.rows), dtype)
-    return [Plain(Panels(3)), Gram(restarts), Gram(restarts, Panels(3))]
+    panels = [Plain(Panels(3)), Gram(restarts), Gram(restarts, Panels(3))]
+    return [*panels, Plain(Fenced()), Gram(restarts, Fenced())]
 
 
 @every_table
@@ -54,6 +56,18 @@ def test_all_forms_have_the_error_of_the_plain_one_in_bfloat16(table, spectrum):
         assert relative_error(run(form=form), truth) < 2 * plain, form
 
 
+@every_table
+@every_spectrum
+def test_rounding_what_is_added_to_a_square_costs_the_plain_form_no_accuracy(table, spectrum):
+    u, sigma, vt, x = SPECTRA[spectrum]
+    x, truth = jnp.asarray(x, jnp.float32), true_update(u, sigma, vt, table)
+    run = functools.partial(newton_schulz, x, table, dtype=jnp.bfloat16)
+    # Measured 0.6 to 1.0: A is rounded before it is squared, and the sum after it is made.
+    assert relative_error(run(form=Plain(Fenced())), truth) < 1.05 * relative_error(
+        run(form=Plain()), truth
+    )
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @every_table
@@ -71,7 +85,7 @@ def test_large_float32_products_are_halved_on_cpu_and_no_others(aspect):
             choose_form(m, aspect * m, KELLER.rows, dtype=dtype, platform=platform)
             for m in (64, 128, 256, 512, 1024, 2048, 4096)
         ]
-        return [form.products != Full() for form in forms]
+        return [not isinstance(form.products, Full) for form in forms]
 
     on_cpu = halved("cpu", "float32")
     assert on_cpu == sorted(on_cpu)  # once it pays, it pays for every larger matrix
