@@ -14,9 +14,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import _table
 from jax.sharding import AxisType, Mesh
+
+
+class Compiled(Protocol):
+    """A row of a table of compiled programs."""
+
+    @property
+    def outcome(self) -> str:
+        """`compiled`, or the reason why not."""
+
+
+Row = TypeVar("Row", bound=Compiled)
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -92,6 +104,36 @@ def in_process(script: str, arguments: Sequence[str], seconds: int) -> dict[str,
         needs = re.search(r"Used ([\d.]+[GM]) of ([\d.]+[GM]) hbm", done.stderr)
         return "out of memory" + (f": needs {needs[1]} of {needs[2]}" if needs else "")
     raise RuntimeError(done.stderr)
+
+
+def fill(
+    table: Path,
+    kind: type[Row],
+    cases: Iterable[tuple[str, ...]],
+    case_of: Callable[[Row], tuple[str, ...]],
+    compile_case: Callable[..., Row],
+) -> list[Row]:
+    """Compile the rows that are not in a table yet, and save it after each.
+
+    Args:
+        table: the CSV file.
+        kind: the dataclass of a row; its `outcome` is shown.
+        cases: what the table is to have.
+        case_of: the case of a row.
+        compile_case: makes a row of a case.
+
+    Returns:
+        All rows.
+    """
+    rows = _table.read(table, kind)
+    known = set(map(case_of, rows))
+    for case in cases:
+        if case not in known:
+            row = compile_case(*case)
+            print(f"{', '.join(case)}: {row.outcome}", flush=True)
+            rows.append(row)
+            _table.write(table, kind, rows)
+    return rows
 
 
 def main(arguments: Sequence[str], row: Callable[..., Any], fill_table: Callable[[], None]) -> None:

@@ -132,19 +132,22 @@ class CompiledStep:
 
 def fill_table() -> None:
     """Compile the rows that are not in the table yet."""
-    rows = _table.read(TABLE, CompiledStep)
-    for case in CASES.values():
-        if case.machine not in {row.machine for row in rows}:
-            found = _topologies.in_process(__file__, [case.machine], LIMIT)
-            row = (
-                CompiledStep(**known_fields(case), outcome=found)
-                if isinstance(found, str)
-                else CompiledStep(**found)
-            )
-            print(f"{case.machine}: {row.outcome}", flush=True)
-            rows.append(row)
-            _table.write(TABLE, CompiledStep, rows)
+    rows = _topologies.fill(
+        TABLE,
+        CompiledStep,
+        ((machine,) for machine in CASES),
+        lambda row: (row.machine,),
+        in_process,
+    )
     PAGE.write_text(page(rows))
+
+
+def in_process(machine: str) -> CompiledStep:
+    """Compile a row in a process of its own."""
+    found = _topologies.in_process(__file__, [machine], LIMIT)
+    if isinstance(found, str):
+        return CompiledStep(**known_fields(CASES[machine]), outcome=found)
+    return CompiledStep(**found)
 
 
 def known_fields(case: Case) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import _jax
-import _table
 import _topologies
 import jax
 import optax
@@ -117,18 +116,17 @@ class CompiledUpdate:
 
 def fill_table() -> None:
     """Compile the rows that are not in the table yet."""
-    rows = _table.read(TABLE, CompiledUpdate)
-    known = {(row.tree, row.machine, row.optimizer) for row in rows}
-    for optimizer, machine, tree in itertools.product(OPTIMIZERS, MACHINES, TREES):
-        if (tree, machine, optimizer) not in known:
-            row = in_process(tree, machine, optimizer)
-            print(f"{optimizer}, {tree}, {machine}: {row.outcome}", flush=True)
-            rows.append(row)
-            _table.write(TABLE, CompiledUpdate, rows)
+    rows = _topologies.fill(
+        TABLE,
+        CompiledUpdate,
+        itertools.product(OPTIMIZERS, MACHINES, TREES),
+        lambda row: (row.optimizer, row.machine, row.tree),
+        in_process,
+    )
     PAGE.write_text(page(rows))
 
 
-def in_process(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
+def in_process(optimizer: str, machine: str, tree: str) -> CompiledUpdate:
     """Compile a row in a process of its own."""
     found = _topologies.in_process(__file__, (tree, machine, optimizer), LIMIT)
     if isinstance(found, str):

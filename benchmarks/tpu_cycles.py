@@ -115,14 +115,13 @@ class CompiledProduct:
 
 def fill_table() -> None:
     """Compile the rows that are not in the table yet."""
-    rows = _table.read(TABLE, CompiledProduct)
-    known = {(row.chip, row.case, row.implementation) for row in rows}
-    for chip, case, implementation in itertools.product(CHIPS, SHAPES, IMPLEMENTATIONS):
-        if (chip, case, implementation) not in known:
-            row = in_process(chip, case, implementation)
-            print(f"{chip}, {case}, {implementation}: {row.outcome}", flush=True)
-            rows.append(row)
-            _table.write(TABLE, CompiledProduct, rows)
+    rows = _topologies.fill(
+        TABLE,
+        CompiledProduct,
+        itertools.product(CHIPS, SHAPES, IMPLEMENTATIONS),
+        lambda row: (row.chip, row.case, row.implementation),
+        in_process,
+    )
     PAGE.write_text(page(rows))
     draw(rows)
 
