@@ -8,10 +8,9 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from exploding import explosive_trial
 
 from optax_muon.cli.main import main
 from optax_muon.errors import Diverged, Interrupted
@@ -21,7 +20,7 @@ from optax_muon.training.config import RunConfig, TrainConfig
 from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.initialize import initial_state
-from optax_muon.training.optimizers import HyperParams, OptimizerSpec, Trial, transformation
+from optax_muon.training.optimizers import HyperParams, Trial, transformation
 from optax_muon.training.optimizers import optimizer as row
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.pretrain import Pretraining
@@ -184,11 +183,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(stop, step, plain, text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("accelerator")
 def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path):
-    def explode(schedule, hyper_params, views):
-        return optax.sgd(lambda count: jnp.where(count < 6, 0.1, jnp.inf))
-
-    trial = Trial(OptimizerSpec("explosive", "Explosive", "red", explode), HyperParams(0.1, 0.0))
-    folder = RunFolder(tmp_path)
+    trial, folder = explosive_trial(6), RunFolder(tmp_path)
     with pytest.raises(Diverged, match="at step 8"):
         run(folder, text, trial)
     step, state = saved(folder, trial)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import get_args
 
 import chex
-import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import optax
 import pytest
 from commands import refused
+from exploding import explosive_trial
 
 from optax_muon.cli.commands import COMMANDS
 from optax_muon.cli.main import main
@@ -250,11 +250,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(text, tmp_path, capsys):
 
 
 def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path):
-    def explode(schedule, hyper_params, views):
-        return optax.sgd(lambda count: jnp.where(count < 25, 0.1, jnp.inf))
-
-    trial = Trial(OptimizerSpec("explosive", "Explosive", "red", explode), HyperParams(0.1, 0.0))
-    folder = RunFolder(tmp_path)
+    trial, folder = explosive_trial(25), RunFolder(tmp_path)
     with pytest.raises(Diverged, match="at step 27"):
         train(folder, trial, text)
     step, state = saved(folder, trial)
