@@ -30,7 +30,7 @@ from optax_muon.transforms.arguments import (
     check_link,
     check_number,
     check_orthogonalizer,
-    holds_functions,
+    static_args,
 )
 from optax_muon.transforms.decay import Mask, decoupled_decay, settle_mask
 from optax_muon.transforms.momentum import scale_by_momentum
@@ -38,7 +38,6 @@ from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import ScaleRule, scale_by_shape
 from optax_muon.transforms.wrappers import (
     in_float32,
-    on_trainable_leaves,
     under_standard_promotion,
     with_mu_dtype,
     with_settled_views,
@@ -49,7 +48,7 @@ MUON, FALLBACK = "muon", "fallback"
 """The two groups of parameters, as keys of the optimizer state."""
 
 
-@holds_functions("orthogonalizer", "scale", "views", "weight_decay_mask", "shardings", "mu_dtype")
+@static_args("orthogonalizer", "scale", "views", "weight_decay_mask", "shardings", "mu_dtype")
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -169,10 +168,10 @@ def muon(
             lambda params: jax.tree.map_with_path(group, params),
         )
 
-    return on_trainable_leaves(with_settled_views(build, views))
+    return with_settled_views(build, views)
 
 
-@holds_functions("orthogonalizer", "scale", "views", "shardings", "mu_dtype")
+@static_args("orthogonalizer", "scale", "views", "shardings", "mu_dtype")
 def scale_by_muon(
     *,
     beta: optax.ScalarOrSchedule = 0.95,
@@ -221,4 +220,4 @@ def scale_by_muon(
         links = [momentum, link, *([] if post is None else [post]), rescale]
         return in_float32(with_state_sharding(lambda state: state[0].mu, optax.chain(*links)))
 
-    return on_trainable_leaves(with_settled_views(build, views))
+    return with_settled_views(build, views)

@@ -30,8 +30,8 @@ class Platform:
     """Bytes per second that one device receives from others."""
     latency: float
     """Seconds per collective, whatever its size."""
-    writes_operands: bool = False
-    """Whether operands are rounded before products read them, not as they are read."""
+    operand_barrier: bool = False
+    """Whether operands are rounded behind an optimization barrier, not as products read them."""
 
     @property
     def flops_per_byte(self) -> float:
@@ -47,7 +47,7 @@ PLATFORMS: Mapping[str, Platform] = MappingProxyType(
         for platform in (
             # A v5p peaks at 459 TFLOP/s and receives 600 GB/s; about 45 % and 33 % are sustained.
             Platform(
-                "tpu", _BFLOAT16, flops=2e14, bandwidth=2e11, latency=2e-6, writes_operands=True
+                "tpu", _BFLOAT16, flops=2e14, bandwidth=2e11, latency=2e-6, operand_barrier=True
             ),
             # An H100 peaks at 990 TFLOP/s and receives 450 GB/s over NVLink.
             Platform("gpu", _BFLOAT16, flops=4e14, bandwidth=3e11, latency=1e-5),

@@ -32,11 +32,10 @@ from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
 from optax_muon.matrices.paths import path_name
 from optax_muon.matrices.views import View
 from optax_muon.polar.coefficients import KELLER, YOU, Row
-from optax_muon.transforms.arguments import holds_functions
+from optax_muon.transforms.arguments import static_args
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import keller_scale, match_rms, scale_by_shape
 from optax_muon.transforms.wrappers import (
-    on_trainable_leaves,
     under_standard_promotion,
     with_settled_views,
 )
@@ -56,7 +55,7 @@ _ITERATIONS = {
 _PRESETS: dict[str, Coefficients] = {"standard": _STANDARD, "dion": YOU.rows}
 
 
-@holds_functions("weight_decay_mask", "muon_weight_dimension_numbers", "mu_dtype")
+@static_args("weight_decay_mask", "muon_weight_dimension_numbers", "mu_dtype")
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     ns_coeffs: Coefficients | str = _STANDARD,
@@ -165,11 +164,10 @@ def muon(
             {"muon": chain, "adam": adam}, lambda params: jax.tree.map_with_path(group, params)
         )
 
-    chain = on_trainable_leaves(with_settled_views(build, dimensions))
-    return under_standard_promotion(chain)
+    return under_standard_promotion(with_settled_views(build, dimensions))
 
 
-@holds_functions("weight_dimension_numbers", "mu_dtype")
+@static_args("weight_dimension_numbers", "mu_dtype")
 def scale_by_muon(
     ns_coeffs: Coefficients = _STANDARD,
     ns_steps: int = 5,

@@ -78,10 +78,10 @@ def from_optax(
         momentum=lambda path, _: take(path, "Muon", "Muon") / (1 - beta),
         moment=lambda kind, path, _: take(path, kind, "Adam"),
     )
-    return counting_from(moved, theirs.count)
+    return set_counts(moved, theirs.count)
 
 
-def counting_from(state: optax.OptState, count: ArrayLike) -> optax.OptState:
+def set_counts(state: optax.OptState, count: ArrayLike) -> optax.OptState:
     """A state whose every step count is this one: of schedules, Adam, and of wrappers around them.
 
     `optax.tree.set(state, count=...)` stops at the first one, `inject_hyperparams`' own.
@@ -91,7 +91,7 @@ def counting_from(state: optax.OptState, count: ArrayLike) -> optax.OptState:
         count: How many steps were done. Each place gets a copy, so that the state can be donated.
 
     >>> tx = optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(1.0, 0.0, 10))
-    >>> state = counting_from(tx.init(jax.numpy.ones(2)), 4)
+    >>> state = set_counts(tx.init(jax.numpy.ones(2)), 4)
     >>> [int(count) for _, count in optax.tree.get_all_with_path(state, "count")]
     [4, 4, 4]
     """

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_muon.compat.optax_state import counting_from, filled
+from optax_muon.compat.optax_state import filled, set_counts
 
 MOMENTUM = ("momentum_buffer",)
 """Names of the momentum in a torch Muon's state."""
@@ -147,4 +147,4 @@ def from_torch(
             f"torch's state has {', '.join(state[left[0]])} for {left[0]!r}, and the new optimizer"
             " keeps nothing of that path; give the state our paths, those of its parameters only."
         )
-    return counting_from(found, count)
+    return set_counts(found, count)

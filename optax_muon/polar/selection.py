@@ -17,7 +17,7 @@ from optax_muon.polar.coefficients import Row
 from optax_muon.polar.gram import Gram
 from optax_muon.polar.plain import Plain
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
-from optax_muon.polar.symmetric import FENCED, FULL, Panels, Products
+from optax_muon.polar.symmetric import BARRIER, FULL, Panels, Products
 from optax_muon.polar.work import Work
 
 __all__ = ["Form", "choose_form"]
@@ -107,4 +107,4 @@ def _products(m: int, dtype: jnp.dtype, platform: str, *, least: int, most: int)
 
 def full_products(platform: str) -> Products:
     """Return how the platform computes a product in full."""
-    return FENCED if get_platform(platform).writes_operands else FULL
+    return BARRIER if get_platform(platform).operand_barrier else FULL

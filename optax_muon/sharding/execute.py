@@ -25,30 +25,31 @@ from optax_muon.sharding.shards import LeafShard
 __all__ = ["Orthogonalizer", "execute"]
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def execute(
-    plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: Orthogonalizer
+    plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: jax.tree_util.Partial
 ) -> dict[str, jax.Array]:
     """Orthogonalize the matrices of all leaves of the plan, and keep the leaves' shardings.
 
+    Outside of jit it is compiled once, and then found by its plan.
+
     Args:
         plan: Made for leaves of these shapes, dtypes and shardings.
-        leaves: Path to array.
-        orthogonalizer: The function that each device applies to the matrices that it works on; a
-            `jax.tree_util.Partial` if it has arrays of its own, so that they reach every device.
+        leaves: Path to array, for the leaves of the plan.
+        orthogonalizer: The function that each device applies to the matrices that it works on, with
+            the arrays that it has of its own.
 
     Returns:
-        Path to array, for the leaves of the plan.
+        Path to array.
 
     Raises:
         ValueError: A leaf is not sharded as planned, on mesh axes of type Explicit.
     """
     if plan.mesh is None:
-        return _run_shards(plan, orthogonalizer, {p.path: leaves[p.path] for p in plan.leaves})
+        return _run_shards(plan, orthogonalizer, leaves)
     for leaf in plan.leaves:
         _check_sharding(leaf, leaves[leaf.path], plan.mesh)
     specs = {leaf.path: _partition_spec(leaf.spec) for leaf in plan.leaves}
-    if not isinstance(orthogonalizer, jax.tree_util.Partial):
-        orthogonalizer = jax.tree_util.Partial(orthogonalizer)
     run = jax.shard_map(
         functools.partial(_run_shards, plan),
         mesh=plan.mesh,

@@ -27,9 +27,20 @@ def check_number(
     *,
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    above: float = -math.inf,
     below: float = math.inf,
+    scheduled: bool = True,
 ) -> None:
     """Check a hyperparameter: a finite number within bounds, an array, or a schedule.
+
+    Args:
+        name: What errors call it.
+        value: The argument.
+        at_least: The smallest number.
+        at_most: The largest number.
+        above: A bound that is not reached.
+        below: A bound that is not reached.
+        scheduled: Whether it may be a schedule.
 
     Raises:
         TypeError: It is something else.
@@ -40,14 +51,15 @@ def check_number(
     Traceback (most recent call last):
     ValueError: beta is 1.5; it must be at least 0 and at most 1.
     """
-    if isinstance(value, jax.Array) or callable(value):
+    if isinstance(value, jax.Array) or (scheduled and callable(value)):
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray):
-        raise TypeError(f"{name} is {value!r}; it must be a number or a schedule of the step.")
+        accepted = "a number or a schedule of the step" if scheduled else "a number"
+        raise TypeError(f"{name} is {value!r}; it must be {accepted}.")
     if np.ndim(value):
         raise ValueError(f"{name} has the shape {np.shape(value)}; it must be one number.")
-    if not (math.isfinite(value) and at_least <= value <= at_most and value < below):
-        bounds = {"at least": at_least, "at most": at_most, "below": below}
+    if not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
+        bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
         words = [f"{word} {end:g}" for word, end in bounds.items() if math.isfinite(end)]
         raise ValueError(f"{name} is {value}; it must be {' and '.join(words) or 'finite'}.")
 
@@ -108,27 +120,27 @@ def check_link(name: str, value: Any, accepted: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Held:
+class _Static:
     """A function in a box, which `optax.inject_hyperparams` does not take for a schedule."""
 
     function: Any
 
 
-class _HoldingSignature(inspect.Signature):
+class _StaticSignature(inspect.Signature):
     """A signature that puts functions into boxes as it binds arguments."""
 
-    held: frozenset[str]
+    static: frozenset[str]
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
-        for name in self.held & bound.arguments.keys():
+        for name in self.static & bound.arguments.keys():
             if callable(value := bound.arguments[name]):
-                bound.arguments[name] = _Held(value)
+                bound.arguments[name] = _Static(value)
         return bound
 
 
-def holds_functions(*names: str) -> Callable[[F], F]:
-    """Let these arguments of a factory be functions under `optax.inject_hyperparams`.
+def static_args(*names: str) -> Callable[[F], F]:
+    """Keep `optax.inject_hyperparams` from calling these arguments of a factory as schedules.
 
     Optax takes every callable argument for a schedule and calls it with the step, unless the user
     names it in `static_args`: a mask becomes False, and the decay is silently lost. Optax binds the
@@ -138,7 +150,7 @@ def holds_functions(*names: str) -> Callable[[F], F]:
     Args:
         names: Arguments that are never schedules.
 
-    >>> @holds_functions("mask")
+    >>> @static_args("mask")
     ... def factory(learning_rate, mask=None):
     ...     return optax.masked(optax.sgd(learning_rate), mask)
     >>> def is_matrix(params):
@@ -156,10 +168,10 @@ def holds_functions(*names: str) -> Callable[[F], F]:
             return factory(*map(_open, args), **{key: _open(v) for key, v in kwargs.items()})
 
         own = inspect.signature(factory)
-        signature = _HoldingSignature(
+        signature = _StaticSignature(
             [*own.parameters.values()], return_annotation=own.return_annotation
         )
-        signature.held = frozenset(names)
+        signature.static = frozenset(names)
         opened.__signature__ = signature  # type: ignore[attr-defined]
         return opened  # type: ignore[return-value]
 
@@ -167,4 +179,4 @@ def holds_functions(*names: str) -> Callable[[F], F]:
 
 
 def _open(value: Any) -> Any:
-    return value.function if isinstance(value, _Held) else value
+    return value.function if isinstance(value, _Static) else value

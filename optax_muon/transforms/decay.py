@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from optax_muon.matrices import entries, paths
-from optax_muon.transforms.arguments import check_number, holds_functions
+from optax_muon.transforms.arguments import check_number, static_args
 
 Decay = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`(update, param, rate) -> update` of one leaf."""
@@ -33,7 +33,7 @@ class DecayState(NamedTuple):
     """Number of updates so far, for a scheduled rate: int32 `[]`."""
 
 
-@holds_functions("mask")
+@static_args("mask")
 def decoupled_decay(
     rate: optax.ScalarOrSchedule = 0.1, mask: Mask = None
 ) -> optax.GradientTransformation:
@@ -60,7 +60,7 @@ def decoupled_decay(
     return _decay(rate, mask, lambda update, param, rate: update + rate * param)
 
 
-@holds_functions("mask")
+@static_args("mask")
 def cautious_decay(
     rate: optax.ScalarOrSchedule = 0.1, mask: Mask = None
 ) -> optax.GradientTransformation:
@@ -93,7 +93,7 @@ def settle_mask(mask: Mask, tree: Any) -> dict[str, bool]:
     """Return `{path: whether the link applies}` of every array in a tree.
 
     Args:
-        mask: What the user gave.
+        mask: What the user gave, not None.
         tree: Parameters or gradients; masked leaves are left out.
 
     Raises:
@@ -105,7 +105,7 @@ def settle_mask(mask: Mask, tree: Any) -> dict[str, bool]:
     """
     settled = entries.broadcast(
         "weight_decay_mask",
-        True if mask is None else mask,
+        mask,
         tree,
         is_entry=lambda entry: isinstance(entry, bool | np.bool_),
         expected="True or False",
@@ -118,28 +118,29 @@ def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.Grad
     never = isinstance(rate, int | float) and rate == 0
 
     def init(params: optax.Params) -> DecayState:
-        settle_mask(mask, params)
+        if mask is not None:
+            settle_mask(mask, params)
         return DecayState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates, state: DecayState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, DecayState]:
-        new = updates
-        if not never:
-            if params is None:
-                raise ValueError(
-                    "Weight decay needs params: call update(updates, state, params), or set"
-                    " weight_decay=0.0."
-                )
-            now = rate(state.count) if callable(rate) else rate
-            decays = settle_mask(mask, params)
+        following = DecayState(optax.safe_increment(state.count))
+        if never:
+            return updates, following
+        if params is None:
+            raise ValueError(
+                "Weight decay needs params: call update(updates, state, params), or set"
+                " weight_decay=0.0."
+            )
+        now = rate(state.count) if callable(rate) else rate
+        decays = None if mask is None else settle_mask(mask, params)
 
-            def leaf(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-                if not decays[paths.path_name(path)]:
-                    return u
-                return decay(u, p.astype(u.dtype), jnp.asarray(now, u.dtype))
+        def leaf(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
+            if decays is not None and not decays[paths.path_name(path)]:
+                return u
+            return decay(u, p.astype(u.dtype), jnp.asarray(now, u.dtype))
 
-            new = jax.tree.map_with_path(leaf, updates, params)
-        return new, DecayState(optax.safe_increment(state.count))
+        return jax.tree.map_with_path(leaf, updates, params), following
 
     return optax.GradientTransformation(init, update)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_muon.transforms.arguments import check_mu_dtype, check_number, holds_functions
+from optax_muon.transforms.arguments import check_mu_dtype, check_number, static_args
 from optax_muon.transforms.wrappers import accumulator_dtype, moment_dtype
 
 
@@ -27,7 +27,7 @@ class MomentumState(NamedTuple):
     """The momentum, with the shapes and shardings of the parameters."""
 
 
-@holds_functions("mu_dtype")
+@static_args("mu_dtype")
 def scale_by_momentum(
     beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,

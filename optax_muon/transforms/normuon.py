@@ -18,7 +18,7 @@ from optax_muon.matrices import paths
 from optax_muon.matrices.views import Axes, BoundView, Split, Views
 from optax_muon.planning import bind_views
 from optax_muon.polar.normalize import safe_sqrt
-from optax_muon.transforms.arguments import check_number, holds_functions
+from optax_muon.transforms.arguments import check_number, static_args
 from optax_muon.transforms.wrappers import accumulator_dtype
 
 
@@ -31,7 +31,7 @@ class NorMuonState(NamedTuple):
     is split."""
 
 
-@holds_functions("views")
+@static_args("views")
 def normuon(
     beta2: jax.typing.ArrayLike = 0.95, eps: float = 1e-8, *, views: Views = None
 ) -> optax.GradientTransformation:
@@ -56,8 +56,8 @@ def normuon(
     >>> bool(jnp.allclose(updates["kernel"], 5.0**0.5))          # equal neurons, same norm
     True
     """
-    check_number("beta2", beta2, at_least=0, below=1)
-    check_number("eps", eps, at_least=0)
+    check_number("beta2", beta2, at_least=0, below=1, scheduled=False)
+    check_number("eps", eps, at_least=0, scheduled=False)
 
     def init(params: optax.Params) -> NorMuonState:
         found = bind_views(params, views)

@@ -21,10 +21,10 @@ from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
 from optax_muon.sharding.mesh import LeafShardings, Shardings, resolve_shardings
 from optax_muon.sharding.plan import Plan
-from optax_muon.transforms.arguments import check_orthogonalizer, holds_functions
+from optax_muon.transforms.arguments import check_orthogonalizer, static_args
 
 
-@holds_functions("orthogonalizer", "views", "shardings")
+@static_args("orthogonalizer", "views", "shardings")
 def orthogonalize(
     orthogonalizer: Orthogonalizer = newton_schulz,
     *,
@@ -87,14 +87,9 @@ def orthogonalize(
 def _execute(
     plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: Orthogonalizer
 ) -> dict[str, jax.Array]:
-    """Run a plan as one program: outside of jit it is compiled once, and then found by its plan."""
     if not isinstance(orthogonalizer, jax.tree_util.Partial):
         orthogonalizer = jax.tree_util.Partial(orthogonalizer)
-    planned = {leaf.path: leaves[leaf.path] for leaf in plan.leaves}
-    return _compiled_execute(plan, planned, orthogonalizer)
-
-
-_compiled_execute = jax.jit(execute, static_argnums=0, inline=True)
+    return execute(plan, {leaf.path: leaves[leaf.path] for leaf in plan.leaves}, orthogonalizer)
 
 
 def _by_devices(

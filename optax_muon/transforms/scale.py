@@ -18,7 +18,7 @@ from optax_muon.matrices import paths
 from optax_muon.matrices.views import Axes, BoundView, Views
 from optax_muon.planning import bind_views
 from optax_muon.polar.normalize import safe_sqrt
-from optax_muon.transforms.arguments import holds_functions
+from optax_muon.transforms.arguments import check_number, static_args
 
 ScaleRule = Callable[[int, int], float]
 """`(fan_in, fan_out) -> factor` of one logical matrix."""
@@ -42,7 +42,7 @@ def match_rms(rms: float = 0.2) -> ScaleRule:
     >>> match_rms(0.2)(512, 2048) == 0.2 * 2048**0.5
     True
     """
-    check_rms(rms)
+    check_number("rms", rms, above=0, scheduled=False)
     return lambda fan_in, fan_out: rms * math.sqrt(max(fan_in, fan_out))
 
 
@@ -74,11 +74,11 @@ def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
     Raises:
         ValueError: `rms` is not positive.
     """
-    check_rms(rms)
+    check_number("rms", rms, above=0, scheduled=False)
     return lambda fan_in, fan_out: rms * math.sqrt(hidden)
 
 
-@holds_functions("rule", "views")
+@static_args("rule", "views")
 def scale_by_shape(
     rule: ScaleRule | None = None, *, views: Views = None
 ) -> optax.GradientTransformation:
@@ -109,7 +109,7 @@ def scale_by_shape(
     return _on_matrices(scale, views)
 
 
-@holds_functions("views")
+@static_args("views")
 def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.GradientTransformation:
     """Give every matrix exactly this RMS: `rms O / RMS(O)`, the paper's "Update Norm" (Eq. 6).
 
@@ -127,7 +127,7 @@ def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.Grad
     >>> print(updates["kernel"][0])
     [0.2 0.2 0.2 0.2]
     """
-    check_rms(rms)
+    check_number("rms", rms, above=0, scheduled=False)
 
     def scale(x: jax.Array, bound: BoundView) -> jax.Array:
         axes = (*bound.part_rows, *bound.part_cols)
@@ -140,12 +140,6 @@ def _to_rms(x: jax.Array, axes: Axes, rms: float) -> jax.Array:
     found = safe_sqrt(jnp.mean(jnp.square(jnp.abs(x)), axes, keepdims=True))
     factor = jnp.asarray(rms, found.dtype) / jnp.where(found == 0, jnp.ones_like(found), found)
     return jnp.where(found == 0, jnp.zeros_like(x), x * factor.astype(x.dtype))
-
-
-def check_rms(rms: float) -> None:
-    """Raise a ValueError unless `rms` is positive and finite."""
-    if not isinstance(rms, jax.Array) and not 0 < rms < math.inf:
-        raise ValueError(f"rms is {rms}; it must be positive.")
 
 
 def _on_matrices(

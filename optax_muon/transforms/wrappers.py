@@ -232,6 +232,9 @@ def with_settled_views(
 ) -> optax.GradientTransformationExtraArgs:
     """Decide the views of a tree once, and build the chain that all of its links share them in.
 
+    It is the outermost wrapper of an optimizer, and so it takes trees as users have them
+    (`on_trainable_leaves`).
+
     Links used alone decide for themselves. In a chain they would each decide again, and a link
     inside `optax.partition` sees a tree in which the other optimizer's leaves are masked. Links
     without views of their own, such as a user's `normuon()`, take those of the chain around them.
@@ -277,7 +280,7 @@ def with_settled_views(
         with settled_views(settled):
             return chain.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return on_trainable_leaves(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _promoted(*dtypes: jnp.dtype) -> jnp.dtype:
