@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help train test lint bench
+.PHONY: help train test lint docs bench
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train a small language model with Muon, on this machine"
 	@echo "make test    every test, docstring example and notebook"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation site, in site/"
 	@echo "make bench   the scripts of benchmarks/, one after the other"
 
 train: $(VENV)/.train
@@ -23,6 +24,9 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	@$(BIN)/python docs/build.py
 
 bench: $(VENV)/.dev
 	@set -e; for script in $(wildcard benchmarks/[!_]*.py); do \
@@ -45,4 +49,9 @@ $(VENV)/.train: pyproject.toml
 $(VENV)/.dev: $(VENV)/.train
 	@echo "Adding to $(VENV) what the tests need: pytest, torch, transformers. Once, a few minutes."
 	@$(PIP) --editable '.[train,peers,dev]'
+	@touch $@
+
+# What builds the documentation.
+$(VENV)/.docs: $(VENV)/.train
+	@$(PIP) --editable '.[docs]'
 	@touch $@

@@ -35,7 +35,7 @@ class Split:
 
     Raises:
         ValueError: a size is not positive, a part is not divisible by its heads, or the lengths of
-          `sizes` and `heads` differ.
+            `sizes` and `heads` differ.
 
     >>> Split(1, sizes=(64, 16, 16))                     # GQA: four query heads to a key head
     Split(axis=1, sizes=(64, 16, 16), heads=(1, 1, 1), groups=1)
@@ -149,7 +149,7 @@ class View:
 
         Raises:
             ValueError: an axis does not exist or is used twice, or the split does not add up to its
-              axis.
+                axis.
         """
         return _bind(self, tuple(shape))
 
