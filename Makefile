@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help train test lint docs bench
+.PHONY: help train test lint docs archives bench
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train a small language model with Muon, on this machine"
 	@echo "make test    every test, docstring example and notebook"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, and zizmor for the workflows"
 	@echo "make docs    the documentation site, in site/"
+	@echo "make archives  wheel and sdist, checked, in dist/"
 	@echo "make bench   the scripts of benchmarks/, one after the other"
 
 train: $(VENV)/.train
@@ -24,9 +25,16 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/zizmor --quiet --offline --pedantic .
 
 docs: $(VENV)/.docs
 	@$(BIN)/python docs/build.py
+
+archives: $(VENV)/.release
+	@rm -rf dist
+	@$(BIN)/python -m hatchling build --directory dist
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
 
 bench: $(VENV)/.dev
 	@set -e; for script in $(wildcard benchmarks/[!_]*.py); do \
@@ -49,6 +57,11 @@ $(VENV)/.train: pyproject.toml
 $(VENV)/.dev: $(VENV)/.train
 	@echo "Adding to $(VENV) what the tests need: pytest, torch, transformers. Once, a few minutes."
 	@$(PIP) --editable '.[train,peers,dev]'
+	@touch $@
+
+# What builds and checks the archives.
+$(VENV)/.release: $(VENV)/.train
+	@$(PIP) --editable '.[release]'
 	@touch $@
 
 # What builds the documentation.

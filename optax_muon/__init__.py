@@ -63,7 +63,7 @@ from optax_muon.transforms.scale import (
     spectral_scale,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "COEFFICIENTS",
