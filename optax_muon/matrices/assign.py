@@ -115,15 +115,17 @@ def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
     """Show which parameters go to Muon, as what matrices, and why: `print(label(params))`.
 
     Args:
-        params: parameters or `jax.ShapeDtypeStruct`s, as for `assign`.
-        views: as for `assign` and `muon`.
-        strict: raise if a parameter is ambiguous; False prints it as an open row.
+        params: Parameters or `jax.ShapeDtypeStruct`s.
+        views: As for `muon`.
+        strict: Whether an ambiguous parameter is an error; False prints it as an open row.
 
     Returns:
-        The table: printable, as data in `.rows`, and as views in `.views`.
+        The table, to be printed, as data in `.rows`, and as views in `.views`.
 
     Raises:
-        ValueError: as `assign` does.
+        ValueError: A parameter is ambiguous; an entry of `views` fits no parameter; a view does not
+            fit its shape. The message names the path.
+        TypeError: `views` holds something else.
 
     >>> params = {"layers": {"norm": jnp.zeros((12, 64)), "up_proj": jnp.zeros((12, 64, 256))}}
     >>> print(label(params))

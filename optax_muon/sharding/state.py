@@ -91,7 +91,7 @@ def zero1_shardings(
         axes: One mesh axis, or several; none cuts nothing.
 
     Returns:
-        Path to sharding: what `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
+        Path to sharding, which `optax_muon.muon(shardings=...)` takes on Auto mesh axes.
 
     Raises:
         ValueError: A parameter without a sharding, a sharding without a parameter, or an axis that
