@@ -106,6 +106,30 @@ def test_every_picture_says_what_it_shows():
     assert {file for _, file in shown} == {path.stem for path in PAGES.glob("figures/*.svg")}
 
 
+def quotations():
+    """Every paragraph or row of a table with decimals that links to results, and their texts."""
+    for path in SOURCES:
+        for passage in re.split(r"\n\n|\n(?=\|)|\n(?=- )", path.read_text()):
+            files = re.findall(r"\(results/([\w/]+\.md)\)", passage)
+            decimals = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]|B |M )", passage)
+            if files and decimals:
+                texts = " ".join((ROOT / "benchmarks/results" / file).read_text() for file in files)
+                name = f"{path.relative_to(PAGES).with_suffix('')}: {' '.join(files)}"
+                yield pytest.param(decimals, texts, id=name)
+
+
+@pytest.mark.parametrize(("decimals", "results"), list(quotations()))
+def test_a_quoted_number_is_a_result(decimals, results):
+    """To the digits that are quoted; the results are measured again from time to time."""
+    measured = [float(number) for number in re.findall(r"\d+\.\d+", results)]
+
+    def stands(number):
+        unit = 10.0 ** -len(number.partition(".")[2])
+        return any(abs(float(number) - value) <= 0.51 * unit for value in measured)
+
+    assert [number for number in decimals if not stands(number)] == []
+
+
 def test_the_script_of_the_pictures_draws_those_that_are_shown(tmp_path):
     command = [sys.executable, ROOT / "docs/figures.py", "forms", "--out", tmp_path]
     subprocess.run(command, check=True, timeout=120)
