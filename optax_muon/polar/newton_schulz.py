@@ -147,7 +147,7 @@ class GramNewtonSchulz(_Iteration):
         self, m: int, n: int, *, dtype: DTypeLike, platform: str, devices: int = 1
     ) -> Form:
         """Return the Gram form, whatever the shape."""
-        products = full_products(platform)
+        products = full_products(platform, dtype)
         return Gram.with_default_restarts(len(self.rows), dtype, self.restarts, products)
 
 
