@@ -94,7 +94,10 @@ def outer_product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def identity_like(gram: jax.Array) -> jax.Array:
     """Return an identity for each square matrix of [..., m, m]."""
-    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    rows, cols = (
+        jax.lax.broadcasted_iota(jnp.int32, gram.shape, gram.ndim + axis) for axis in (-2, -1)
+    )
+    return (rows == cols).astype(gram.dtype)
 
 
 def _contract(a: jax.Array, b: jax.Array, *, over: int) -> jax.Array:
