@@ -7,13 +7,23 @@ about a machine stands once. The rates are rounded, sustained values: only their
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["PEAK_FLOPS", "PLATFORMS", "Platform", "get_platform", "peak_flops"]
+__all__ = [
+    "PEAK_FLOPS",
+    "PLATFORMS",
+    "Platform",
+    "bfloat16_instructions",
+    "get_platform",
+    "peak_flops",
+    "slow_bfloat16",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +114,36 @@ def peak_flops(device_kind: str) -> float | None:
     """
     kinds = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+"""What Linux calls the instructions that multiply bfloat16: two of x86, two of ARM."""
+
+
+@functools.cache
+def bfloat16_instructions(info: Path = CPU_INFO) -> bool | None:
+    """Return whether this machine's CPU multiplies bfloat16; None where that cannot be read.
+
+    Linux lists the instructions in `/proc/cpuinfo`, as does `lscpu`.
+    """
+    lines = info.read_text().splitlines() if info.exists() else []
+    split = (line.partition(":") for line in lines)
+    flags = [value.split() for key, _, value in split if key.strip() in ("flags", "Features")]
+    return any(not BFLOAT16_FLAGS.isdisjoint(each) for each in flags) if flags else None
+
+
+def slow_bfloat16(platform: str, dtype: np.dtype | str | None) -> str:
+    """Return a remark on products in this dtype on this machine, empty if there is none.
+
+    There is one where the CPU is known to have no instructions for bfloat16: each operand is
+    widened first, and a product takes about twice as long as in float32.
+    """
+    slow = platform == "cpu" and dtype == "bfloat16" and bfloat16_instructions() is False
+    return SLOW_BFLOAT16 if slow else ""
+
+
+SLOW_BFLOAT16 = (
+    "this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16 or bf16):"
+    " products in float32 take about half the time"
+)

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import optax
 import tyro
 from rich.console import Console
@@ -20,6 +21,7 @@ from optax_muon.cli.reports import training as report
 from optax_muon.errors import UsageError
 from optax_muon.models import spec
 from optax_muon.models.spec import Config
+from optax_muon.platforms import slow_bfloat16
 from optax_muon.training import distributed
 from optax_muon.training.config import RunConfig, TrainConfig
 from optax_muon.training.data.corpus import Corpus, load_corpus
@@ -62,7 +64,8 @@ class Experiment(DeviceOptions):
     again and down to zero; the batch doubles early. The preset's by default."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the matrix products; parameters and optimizer state are always float32. The preset's
-    by default."""
+    by default. On a CPU, bfloat16 pays only if it has the instructions: `lscpu | grep -E
+    'avx512_bf16|amx_bf16'` on x86, `lscpu | grep bf16` on ARM."""
     per_head: bool = False
     """Give Muon one matrix per attention head instead of one per layer."""
     bias_update_speed: float | None = None
@@ -251,6 +254,8 @@ class Train(Experiment, RunOptions):
         (folder.path / "routing.txt").write_text(f"{labels}\n")
         description = report.describe(self.model, task.config)
         heading = f"{description}\n{task.corpus.origin}\non {task.devices}"
+        if remark := slow_bfloat16(jax.default_backend(), task.config.model.dtype):
+            heading += f"\n{remark}"
         Console(stderr=True).out(heading, highlight=False)
 
     def _run(self, config: TrainConfig, corpus: Corpus) -> RunConfig:

@@ -29,7 +29,7 @@ from optax_muon.polar.newton_schulz import (
 )
 from optax_muon.polar.plain import Plain
 from optax_muon.polar.selection import Form, choose_form
-from optax_muon.polar.symmetric import Barrier, Full, Kernel, Panels
+from optax_muon.polar.symmetric import AsStored, Barrier, Full, Kernel, Panels
 
 __all__ = [
     "COEFFICIENTS",
@@ -41,6 +41,7 @@ __all__ = [
     "SPANS",
     "YOU",
     "YOU_6",
+    "AsStored",
     "Barrier",
     "Coefficients",
     "Form",

@@ -136,7 +136,7 @@ class Gram:
         precision.
         """
         rounded = (self.products.operand(each, dtype) for each in (z, t))
-        return a * t + self.products(*rounded)
+        return a * t + self.products.commuting(*rounded)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""

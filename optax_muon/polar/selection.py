@@ -17,7 +17,7 @@ from optax_muon.polar.coefficients import Row
 from optax_muon.polar.gram import Gram
 from optax_muon.polar.plain import Plain
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
-from optax_muon.polar.symmetric import BARRIER, FULL, Panels, Products
+from optax_muon.polar.symmetric import AS_STORED, BARRIER, FULL, Panels, Products
 from optax_muon.polar.work import Work
 
 __all__ = ["Form", "choose_form"]
@@ -35,12 +35,12 @@ class Form(Protocol):
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
 
 
-GAIN, GAIN_TRANSPOSING = 0.9, 0.75
+GAIN, GAIN_SHORT_ON_CPU = 0.9, 0.75
 """Fraction of the plain form's work that the Gram form must stay below.
 
 The Gram form saves operations and squares the condition number, so it must save a tenth at least.
-On CPUs it transposes in every step unless products are mirrored, which costs as much as a product
-does at 128 x 128: there 0.88 of the operations take 1.2 times as long, and 0.67 of them 0.8 times
+In float32 on CPUs 0.88 of the operations take 0.92 to 0.97 of the time from 64 x 128 to 256 x 512,
+and 0.78 of them 0.8. With bfloat16 operands on CPUs it rounds more often than it saves
 (`benchmarks/orthogonalize_speed.py`).
 """
 
@@ -74,7 +74,7 @@ def choose_form(
         ValueError: `platform` is unknown.
     """
     dtype = jnp.dtype(dtype)
-    plain = Plain(_products(m, dtype, platform, least=3, most=4))
+    plain = Plain(_products(m, dtype, platform, least=3, most=4), looped=platform == "cpu")
     exchange = get_platform(platform).flops_per_byte
     halves = _products(m, dtype, platform, least=2, most=8)
     gram = Gram.with_default_restarts(len(rows), dtype, products=halves)
@@ -85,8 +85,8 @@ def choose_form(
         sent = m * m * (8 * count.sums + dtype.itemsize * count.gathers) * (devices - 1) / devices
         return count.flops + exchange * sent
 
-    transposing = platform == "cpu" and halves == FULL
-    gain = GAIN_TRANSPOSING if transposing else GAIN
+    short = platform == "cpu" and jnp.finfo(dtype).bits < 32
+    gain = GAIN_SHORT_ON_CPU if short else GAIN
     return gram if price(gram) < gain * price(plain) else plain
 
 
@@ -102,9 +102,12 @@ def _products(m: int, dtype: jnp.dtype, platform: str, *, least: int, most: int)
     """
     count = min(most, m // 256)
     halved = platform == "cpu" and jnp.finfo(dtype).bits >= 32 and count >= least
-    return Panels(count) if halved else full_products(platform)
+    return Panels(count) if halved else full_products(platform, dtype)
 
 
-def full_products(platform: str) -> Products:
-    """Return how the platform computes a product in full."""
-    return BARRIER if get_platform(platform).operand_barrier else FULL
+def full_products(platform: str, dtype: DTypeLike) -> Products:
+    """Return how the platform computes a product of operands of this dtype in full."""
+    if get_platform(platform).operand_barrier:
+        return BARRIER
+    # Half precision needs the symmetry that a b^H restores.
+    return AS_STORED if platform == "cpu" and jnp.finfo(dtype).bits >= 32 else FULL

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from optax_muon.platforms import slow_bfloat16
 from optax_muon.sharding.assignment import Assignment
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def _totals(plan: Plan) -> Iterator[str]:
     yield (
         f"a step communicates {plan.comm_vs_adamw:.3f}x the bytes of a step of distributed AdamW"
     )
+    if remark := slow_bfloat16(plan.work.platform, plan.work.dtype):
+        yield remark
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

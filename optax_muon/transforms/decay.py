@@ -6,6 +6,7 @@ but not by the factor of the shape.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -134,12 +135,13 @@ def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.Grad
                 " weight_decay=0.0."
             )
         now = rate(state.count) if callable(rate) else rate
+        now_in = functools.cache(functools.partial(jnp.asarray, now))
         decays = None if mask is None else settle_mask(mask, params)
 
         def leaf(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
             if decays is not None and not decays[paths.path_name(path)]:
                 return u
-            return decay(u, p.astype(u.dtype), jnp.asarray(now, u.dtype))
+            return decay(u, p.astype(u.dtype), now_in(u.dtype))
 
         return jax.tree.map_with_path(leaf, updates, params), following
 

@@ -8,6 +8,7 @@ g_t`, and orthogonalization keeps only the direction.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -70,10 +71,12 @@ def scale_by_momentum(
     ) -> tuple[optax.Updates, MomentumState]:
         del params
         rate = beta(state.count) if callable(beta) else beta
+        # Once for all leaves: making an array takes longer to trace than the sum.
+        rate_in = functools.cache(functools.partial(jnp.asarray, rate))
 
         def accumulate(g: jax.Array, m: jax.Array) -> jax.Array:
             dtype = accumulator_dtype(g.dtype)
-            return jnp.asarray(rate, dtype) * m.astype(dtype) + g.astype(dtype)
+            return rate_in(dtype) * m.astype(dtype) + g.astype(dtype)
 
         mu = jax.tree.map(accumulate, updates, state.mu)
         ahead = jax.tree.map(accumulate, updates, mu) if nesterov else mu
