@@ -143,7 +143,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
     ours = optimizer == "optax-muon"
     chips, axes = MACHINES[machine], TREES[tree].mesh_axes(MACHINES[machine])
     mesh = _topologies.mesh_of(chips, axes, AxisType.Explicit if ours else AxisType.Auto)
-    params = jax.tree.map(lambda leaf: leaf.on(mesh), TREES[tree].make())
+    params = abstract.on_mesh(TREES[tree].make(), mesh)
     # Types do not say which mesh axis crosses slices; these abstract arrays do.
     plan = optax_muon.plan(params)
     tx = optax_muon.muon(3e-4, plan=plan) if ours else _jax.contrib_muon(params)

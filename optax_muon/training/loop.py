@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import optax
 
+from optax_muon import compiler_options
 from optax_muon.errors import Diverged
 from optax_muon.models import spec
 from optax_muon.models.spec import Model
@@ -157,7 +158,7 @@ class _Steps:
         speed = np.float32(config.bias_update_speed_schedule(number - 1))
         since = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            self._state, measured = _step(
+            self._state, measured = _jitted_step()(
                 self._model, self._tx, self._state, tokens, speed, weights
             )
         for value in jax.tree.leaves(measured):
@@ -197,7 +198,13 @@ def _between_evaluations(config: TrainConfig, done: int) -> Iterator[range]:
         done = end
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.cache
+def _jitted_step() -> Callable[..., tuple[State, dict[str, Any]]]:
+    """`_step`, compiled with the options for this machine's devices."""
+    options = compiler_options(jax.devices()[0].device_kind)
+    return jax.jit(_step, static_argnums=(0, 1), donate_argnums=2, compiler_options=options)
+
+
 def _step(
     model: Model,
     tx: optax.GradientTransformation,
