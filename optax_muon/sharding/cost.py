@@ -114,11 +114,11 @@ class CostModel:
 
     def seconds(self, cost: Cost) -> float:
         """Modelled time of a cost, with no communication hidden behind products."""
-        return (
-            cost.flops / self.flops
-            + cost.received_bytes / self.bandwidth
-            + cost.collectives * self.latency
-        )
+        return cost.flops / self.flops + self.message_seconds(cost)
+
+    def message_seconds(self, cost: Cost) -> float:
+        """Modelled time of its messages."""
+        return cost.received_bytes / self.bandwidth + cost.collectives * self.latency
 
 
 class MatrixWork(Protocol):

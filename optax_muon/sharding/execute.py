@@ -108,7 +108,7 @@ def _run_buckets(
     it can, and has nothing to do while the first bucket is under way.
     """
     under_way: list[tuple[BucketPlan, _BucketRun, list[jax.Array]]] = []
-    for bucket_plan in sorted(plan.buckets, key=lambda each: each.cost.traffic.inward):
+    for bucket_plan in plan.in_order:
         stacked = bucket_plan.bucket.pack(stacks)
         if under_way:
             previous, run, arrived = under_way.pop()

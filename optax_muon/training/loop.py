@@ -158,7 +158,7 @@ class _Steps:
         speed = np.float32(config.bias_update_speed_schedule(number - 1))
         since = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            self._state, measured = _jitted_step()(
+            self._state, measured = _step(
                 self._model, self._tx, self._state, tokens, speed, weights
             )
         for value in jax.tree.leaves(measured):
@@ -198,25 +198,34 @@ def _between_evaluations(config: TrainConfig, done: int) -> Iterator[range]:
         done = end
 
 
-@functools.cache
-def _jitted_step() -> Callable[..., tuple[State, dict[str, Any]]]:
-    """`_step`, compiled with the options for this machine's devices."""
-    options = compiler_options(jax.devices()[0].device_kind)
-    return jax.jit(_step, static_argnums=(0, 1), donate_argnums=2, compiler_options=options)
-
-
 def _step(
     model: Model,
     tx: optax.GradientTransformation,
     state: State,
     tokens: jax.Array,
-    bias_update_speed: jax.Array,
+    bias_update_speed: np.float32,
     weights: jax.Array | None,
 ) -> tuple[State, dict[str, Any]]:
     """Take a step, and keep the measurements that `StepMetrics` records."""
-    state, aux = step(model, tx, state, tokens, bias_update_speed, weights)
-    measured = {"loss": aux.loss, "grad_norm": aux.grad_norm, "model": model.metrics(aux.stats)}
-    return state, measured
+    return _jitted()(model, tx, state, tokens, bias_update_speed, weights)
+
+
+@functools.cache
+def _jitted() -> Callable[..., tuple[State, dict[str, Any]]]:
+    """The step, compiled with the options for this machine's devices."""
+
+    def measured_step(
+        model: Model, tx: optax.GradientTransformation, *args: Any
+    ) -> tuple[State, dict[str, Any]]:
+        state, aux = step(model, tx, *args)
+        return state, {
+            "loss": aux.loss,
+            "grad_norm": aux.grad_norm,
+            "model": model.metrics(aux.stats),
+        }
+
+    options = compiler_options(jax.devices()[0].device_kind)
+    return jax.jit(measured_step, static_argnums=(0, 1), donate_argnums=2, compiler_options=options)
 
 
 def _finite(metrics: StepMetrics, trial: Trial) -> StepMetrics:
