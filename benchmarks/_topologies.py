@@ -44,17 +44,22 @@ class Machine:
     topology: str
     chips: int
     """Number of chips of a slice."""
+    flops_per_cycle: int
+    """Operations of all matrix units of a chip per cycle: 2 x units x rows x columns."""
+    clock: float
+    """Cycles per second."""
     slices: int = 1
     """Number of slices, joined by the data-center network; parameters are replicated over them."""
 
 
+_V5E, _V5P, _V6E = (2 * 4 * 128**2, 1.5e9), (2 * 8 * 128**2, 1.75e9), (2 * 4 * 256**2, 1.75e9)
 MACHINES = {
-    "v5e 4x4": Machine("v5e:4x4", 16),
-    "v5p 4x4x4": Machine("v5p:4x4x4", 64),
-    "2 slices of v5e 8x8": Machine("v5e:8x8", 64, slices=2),
-    "v5e 16x16": Machine("v5e:16x16", 256),
-    "v6e 16x16": Machine("v6e:16x16", 256),
-    "v5p 8x8x8": Machine("v5p:8x8x8", 512),
+    "v5e 4x4": Machine("v5e:4x4", 16, *_V5E),
+    "v5p 4x4x4": Machine("v5p:4x4x4", 64, *_V5P),
+    "2 slices of v5e 8x8": Machine("v5e:8x8", 64, *_V5E, slices=2),
+    "v5e 16x16": Machine("v5e:16x16", 256, *_V5E),
+    "v6e 16x16": Machine("v6e:16x16", 256, *_V6E),
+    "v5p 8x8x8": Machine("v5p:8x8x8", 512, *_V5P),
 }
 
 

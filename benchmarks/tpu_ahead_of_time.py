@@ -2,9 +2,12 @@
 
 libtpu compiles for any TPU on any computer, and the compiled program tells the collectives, their
 bytes and dtypes, the temporary memory and the operations of a device. Nothing runs, so step times
-are unknown. The update is that of the optimizer and `apply_updates`, on float32 parameters,
-gradients and momenta; parameters and state are donated. optax-muon runs on Explicit mesh axes;
-optax.contrib.muon does not trace there, and gets Auto axes with the same shardings.
+are unknown; the compiler's cycle estimates are its model. It gets `optax_muon.compiler_options`.
+A collective that nothing overlaps is said to block; its exposed time, at the link rate of the
+planner, is what the cycles under it do not cover. The update is that of the optimizer and
+`apply_updates`, on float32 parameters, gradients and momenta; parameters and state are donated.
+optax-muon runs on Explicit mesh axes; optax.contrib.muon does not trace there, and gets Auto axes
+with the same shardings.
 
     pip install -e '.[tpu]' && python benchmarks/tpu_ahead_of_time.py
 
@@ -32,6 +35,8 @@ from _topologies import MACHINES, Machine
 from jax.sharding import AxisType, Mesh
 
 import optax_muon
+from optax_muon import CostModel
+from optax_muon.hlo import Collective
 from optax_muon.models import abstract, spec
 
 TABLE = Path(__file__).parent / "results" / "tpu_ahead_of_time.csv"
@@ -112,6 +117,29 @@ class CompiledUpdate:
     """Seconds of processor time, on the computer that compiled it."""
     hlo_mb: float = 0.0
     """Length of the program's text."""
+    products_mcycles: float = 0.0
+    """Million cycles of products, as the compiler estimates them; 0 in rows of before."""
+    rest_mcycles: float = 0.0
+    """Million cycles of everything else."""
+    limit_mcycles: float = 0.0
+    """Million cycles of the planned products at the peak of the matrix units."""
+    blocked: int = 0
+    """Collectives under which nothing is computed."""
+    blocked_mib: float = 0.0
+    """Result bytes of those."""
+    exposed_ms: float = 0.0
+    """Time of messages that no cycles cover, at the planner's link rate."""
+    planned_products_ms: float = 0.0
+    """Time of the products as the plan models it."""
+    planned_exposed_ms: float = 0.0
+    """The same of the messages that nothing hides."""
+
+    @property
+    def over_limit(self) -> float:
+        """All cycles and the exposed messages, over the limit of the products."""
+        clock = MACHINES[self.machine].clock
+        cycles = self.products_mcycles + self.rest_mcycles + self.exposed_ms * clock / 1e9
+        return cycles / self.limit_mcycles
 
 
 def fill_table() -> None:
@@ -138,12 +166,12 @@ def in_process(optimizer: str, machine: str, tree: str) -> CompiledUpdate:
 
 def compile_row(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
     """Compile an update and read the program."""
-    from optax_muon.hlo import collective_bytes, collective_counts
+    from optax_muon.hlo import collective_bytes, collective_counts, collectives, cycles
 
     ours = optimizer == "optax-muon"
     chips, axes = MACHINES[machine], TREES[tree].mesh_axes(MACHINES[machine])
     mesh = _topologies.mesh_of(chips, axes, AxisType.Explicit if ours else AxisType.Auto)
-    params = jax.tree.map(lambda leaf: leaf.on(mesh), TREES[tree].make())
+    params = abstract.on_mesh(TREES[tree].make(), mesh)
     # Types do not say which mesh axis crosses slices; these abstract arrays do.
     plan = optax_muon.plan(params)
     tx = optax_muon.muon(3e-4, plan=plan) if ours else _jax.contrib_muon(params)
@@ -151,6 +179,8 @@ def compile_row(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
     program = compile_update(tx, params, mesh)
     seconds = time.process_time() - start
     text = program.as_text()
+    estimate = cycles(text)
+    blocked = [each for each in collectives(text) if each.blocks]
     kinds = collective_counts(text)
     return CompiledUpdate(
         optimizer,
@@ -170,7 +200,24 @@ def compile_row(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
         balanced_gflop=round(plan.balanced_flops / 1e9, 1),
         compile_s=round(seconds),
         hlo_mb=round(len(text) / 1e6, 2),
+        products_mcycles=round(estimate.products / 1e6, 2),
+        rest_mcycles=round(estimate.rest / 1e6, 2),
+        limit_mcycles=round((plan.cost.flops if ours else 0) / chips.flops_per_cycle / 1e6, 2),
+        blocked=sum(each.times for each in blocked),
+        blocked_mib=round(sum(each.bytes * each.times for each in blocked) / 2**20, 1),
+        exposed_ms=round(sum(exposed_ms(each, chips) for each in collectives(text)), 3),
+        planned_products_ms=round(plan.product_seconds * 1e3, 3) if ours else 0,
+        planned_exposed_ms=round(plan.exposed_seconds * 1e3, 3) if ours else 0,
     )
+
+
+def exposed_ms(each: Collective, chips: Machine) -> float:
+    """Milliseconds of a collective that the work under it does not cover."""
+    size = len(each.groups[0]) if each.groups else chips.chips
+    share = 1.0 if each.kind == "collective-permute" else (size - 1) / size
+    received = each.bytes * share * (2 if each.kind == "all-reduce" else 1)
+    seconds = received / CostModel.for_platform("tpu").bandwidth
+    return each.times * max(0.0, seconds - each.overlapped_cycles / chips.clock) * 1e3
 
 
 def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
@@ -189,7 +236,8 @@ def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) ->
             state_shardings,
         )
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, state_shardings))
-        return jitted.lower(params, state, params).compile()
+        options = optax_muon.compiler_options(mesh.devices.flat[0].device_kind)
+        return jitted.lower(params, state, params).compile(compiler_options=options)
 
 
 def payload(text: str) -> str:
@@ -201,6 +249,8 @@ def payload(text: str) -> str:
 HEADS = (
     *("chips", "optimizer", "all-to-all", "all-gather", "all-reduce", "other", "MiB", "planned"),
     *("moved in", "between slices", "temporary GiB", "work", "compiled in", "HLO"),
+    *("Mcycles of products", "rest", "limit", "blocked", "MiB blocked", "exposed ms"),
+    "over the limit",
 )
 
 INTRODUCTION = """\
@@ -210,8 +260,12 @@ MiB of their results, in the program and in optax-muon's plan; dtypes of all-to-
 all-gathers; transfers between slices; memory besides parameters, gradients and state; operations
 over a balanced share of all orthogonalizations among the chips of a slice (for optax-muon as
 planned; for optax.contrib.muon as XLA counts them, with loops counted once); processor seconds of
-compilation; size of the program's text. Where there are fewer matrices than chips, optax-muon
-gathers rows of Gram matrices that several chips compute together."""
+compilation; size of the program's text; million cycles of products and of everything else by the
+compiler's model, and at the peak of the matrix units; collectives under which nothing is computed
+and their MiB; milliseconds of messages that no cycles cover, at the planner's link rate; all cycles
+and the exposed messages over the limit. Rows without cycles are of an earlier version, compiled
+without `compiler_options`. Where there are fewer matrices than chips, optax-muon sums Gram matrices
+and gathers rows of Gram matrices that several chips compute together."""
 
 
 def page(rows: Sequence[CompiledUpdate]) -> str:
@@ -253,6 +307,21 @@ def cells(row: CompiledUpdate) -> tuple[str, ...]:
         f"{work:.2f}",
         f"{row.compile_s:.0f} s",
         f"{row.hlo_mb:.1f} MB",
+        *estimates(row),
+    )
+
+
+def estimates(row: CompiledUpdate) -> tuple[str, ...]:
+    """The cells of what the compiler estimates; empty in rows of before."""
+    if not row.products_mcycles:
+        return ("",) * 7
+    return (
+        *(f"{n:.1f}" for n in (row.products_mcycles, row.rest_mcycles)),
+        f"{row.limit_mcycles:.1f}" if row.limit_mcycles else "",
+        str(row.blocked),
+        f"{row.blocked_mib:.0f}",
+        f"{row.exposed_ms:.2f}",
+        f"{row.over_limit:.2f}" if row.limit_mcycles else "",
     )
 
 

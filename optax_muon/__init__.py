@@ -14,12 +14,13 @@ AdamW for the parameters that are not matrices:
 which devices each one is processed. The links of its chain (`orthogonalize`, `scale_by_shape`,
 `cautious_decay`, `normuon` ...) and the functions on matrices (`newton_schulz` ...) can be used
 alone. `checkpoint` saves states and refuses to restore what does not fit. `compat.muon` is
-`optax.contrib.muon` on this engine. `hlo` counts collectives, bytes and operations of a compiled
-program.
+`optax.contrib.muon` on this engine. `compiler_options` are those under which messages hide behind
+products, and `hlo` counts collectives, bytes and operations of a compiled program.
 """
 
 from optax_muon import checkpoint, compat, hlo
 from optax_muon.checkpoint import state_shardings, zero1_shardings
+from optax_muon.compilers import compiler_options
 from optax_muon.matrices.assign import MATRICES, Rule, Stacked, label
 from optax_muon.matrices.paths import named_leaves
 from optax_muon.matrices.views import Split, View, Views
@@ -99,6 +100,7 @@ __all__ = [
     "cautious_decay",
     "checkpoint",
     "compat",
+    "compiler_options",
     "decoupled_decay",
     "gram_newton_schulz",
     "hlo",

@@ -43,6 +43,9 @@ class Platform:
     operand_barrier: bool = False
     """Whether operands are rounded behind an optimization barrier, not as products read them."""
 
+    hides_messages: bool = False
+    """Whether it computes while messages are under way, given `compiler_options`."""
+
     @property
     def flops_per_byte(self) -> float:
         """Operations that a device performs while one byte arrives."""
@@ -57,10 +60,18 @@ PLATFORMS: Mapping[str, Platform] = MappingProxyType(
         for platform in (
             # A v5p peaks at 459 TFLOP/s and receives 600 GB/s; about 45 % and 33 % are sustained.
             Platform(
-                "tpu", _BFLOAT16, flops=2e14, bandwidth=2e11, latency=2e-6, operand_barrier=True
+                "tpu",
+                _BFLOAT16,
+                flops=2e14,
+                bandwidth=2e11,
+                latency=2e-6,
+                operand_barrier=True,
+                hides_messages=True,
             ),
             # An H100 peaks at 990 TFLOP/s and receives 450 GB/s over NVLink.
-            Platform("gpu", _BFLOAT16, flops=4e14, bandwidth=3e11, latency=1e-5),
+            Platform(
+                "gpu", _BFLOAT16, flops=4e14, bandwidth=3e11, latency=1e-5, hides_messages=True
+            ),
             # Measured between the fake devices of one CPU: about 100 GFLOP/s and 2.5 GB/s.
             Platform("cpu", _FLOAT32, flops=1e11, bandwidth=2.5e9, latency=5e-5),
         )

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "optax_muon"
 
 # Each room, and the rooms of the house that it may look into. `optax_muon` alone is the face.
-GROUND = {"errors", "extras", "hlo", "platforms"}
+GROUND = {"compilers", "errors", "extras", "hlo", "platforms"}
 BELOW = {
     **{room: set() for room in GROUND},
     "polar": {"platforms"},

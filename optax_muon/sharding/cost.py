@@ -114,11 +114,11 @@ class CostModel:
 
     def seconds(self, cost: Cost) -> float:
         """Modelled time of a cost, with no communication hidden behind products."""
-        return (
-            cost.flops / self.flops
-            + cost.received_bytes / self.bandwidth
-            + cost.collectives * self.latency
-        )
+        return cost.flops / self.flops + self.message_seconds(cost)
+
+    def message_seconds(self, cost: Cost) -> float:
+        """Modelled time of its messages."""
+        return cost.received_bytes / self.bandwidth + cost.collectives * self.latency
 
 
 class MatrixWork(Protocol):
@@ -188,10 +188,12 @@ class WorkModel:
         if devices == 1:
             return Cost(work.flops, memory=memory)
         summed, gathered = 4 * gram * work.sums, self.itemsize * gram * work.gathers
+        # Two devices swap halves, and join them without a collective.
+        gather_results = gathered // 2 if devices == 2 else gathered
         return Cost(
             work.flops,
             # 8 bytes: two scalars, the largest entry and the norm, are reduced in float32.
-            collective_bytes=summed + gathered + 8,
+            collective_bytes=summed + gather_results + 8,
             traffic=Traffic(working=(2 * summed + gathered) * (devices - 1) // devices),
             collectives=work.sums + work.gathers + 2,
             memory=memory,

@@ -103,6 +103,36 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sharers(Group):
+    """Devices that share the columns of matrices, as the orthogonalizer gets them.
+
+    Two devices swap what they have, by a permutation, instead of summing or gathering it: they
+    receive as many bytes, and compilers for TPUs compute while a permutation is under way.
+    """
+
+    def psum(self, x: jax.Array) -> jax.Array:
+        """Sum over the members."""
+        return x + self._partners(x) if self.size == 2 else super().psum(x)
+
+    def pmax(self, x: jax.Array) -> jax.Array:
+        """Largest over the members."""
+        return jnp.maximum(x, self._partners(x)) if self.size == 2 else super().pmax(x)
+
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        """`[...]` to `[size, ...]`, entry `i` from member `i`."""
+        if self.size != 2:
+            return super().all_gather(x)
+        first, both = self.index() == 0, (x, self._partners(x))
+        return jnp.stack([jnp.where(first, a, b) for a, b in (both, both[::-1])])
+
+    def _partners(self, x: jax.Array) -> jax.Array:
+        """What the other of two members has."""
+        swaps = [swap for a, b in self._members or [[0, 1]] for swap in ((a, b), (b, a))]
+        swapped: jax.Array = lax.ppermute(x, self.axes, swaps)
+        return swapped
+
+
+@dataclasses.dataclass(frozen=True)
 class Message:
     """An array to send through a collective."""
 

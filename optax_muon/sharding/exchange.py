@@ -32,7 +32,7 @@ from optax_muon.sharding.assignment import (
     Trip,
 )
 from optax_muon.sharding.cost import Cost, Traffic
-from optax_muon.sharding.device_groups import Group, Message, Piece
+from optax_muon.sharding.device_groups import Group, Message, Piece, Sharers
 from optax_muon.sharding.search import LayoutSearch
 
 Digits = dict[str, int]
@@ -118,9 +118,9 @@ class Owned:
         return Group(tuple(piece for r in self.copies for piece in (r.homes, r.sharers)))
 
     @property
-    def _shards(self) -> Group | None:
+    def _shards(self) -> Sharers | None:
         """Devices that share the columns of a matrix while it is worked on; None if one does."""
-        return Group(tuple(role.sharers for role in self.roles)) if self.sharing > 1 else None
+        return Sharers(tuple(role.sharers for role in self.roles)) if self.sharing > 1 else None
 
     @property
     def cut(self) -> tuple[Role, ...]:
@@ -260,7 +260,7 @@ def missing(received: int, group: Group) -> int:
 
 
 def polar(
-    x: jax.Array, orthogonalizer: Orthogonalizer, column_shards: Group | None = None
+    x: jax.Array, orthogonalizer: Orthogonalizer, column_shards: Sharers | None = None
 ) -> jax.Array:
     """Orthogonalize matrices `[q, m, n]`, with the columns on several devices if a group is given.
 

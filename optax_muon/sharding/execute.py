@@ -8,7 +8,7 @@ The layout of each assignment decides how its tiles travel (`exchange.py`, `gath
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,16 @@ from jax.sharding import PartitionSpec
 
 from optax_muon.sharding import cpu
 from optax_muon.sharding.assignment import Assignment, Orthogonalizer
+from optax_muon.sharding.buckets import Stacks
 from optax_muon.sharding.device_groups import exchange
 from optax_muon.sharding.mesh import AnyMesh, Spec, explicit_spec, keep_explicit
 from optax_muon.sharding.plan import BucketPlan, Plan
 from optax_muon.sharding.shards import LeafShard
 
 __all__ = ["Orthogonalizer", "execute"]
+
+_BucketRun = Generator[list[jax.Array], list[jax.Array], jax.Array]
+"""Yields what arrives first for a bucket, is sent it back, and returns the finished stack."""
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -81,7 +85,7 @@ def _partition_spec(spec: Spec) -> PartitionSpec:
 def _run_shards(
     plan: Plan, orthogonalizer: Orthogonalizer, shards: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """All buckets, one after the other, on the shards of one device."""
+    """All buckets on the shards of one device; each one's messages travel under others' work."""
     stacks = {}
     for leaf in plan.leaves:
         payload = shards[leaf.path].astype(plan.payload(shards[leaf.path].dtype))
@@ -90,13 +94,44 @@ def _run_shards(
         payload = lax.optimization_barrier(payload)
         stacks[leaf.path] = leaf.bound.to_matrices(_reshard_axis(leaf, payload))
     done: dict[tuple[str, int], jax.Array] = {}
-    for bucket_plan in plan.buckets:
-        stacked = bucket_plan.bucket.pack(stacks)
-        run = orthogonalizer
-        if not plan.unknown_shardings:
-            run = cpu.schedule(orthogonalizer, bucket_plan.only_transposed)
-        done |= bucket_plan.bucket.unpack(_run_bucket(bucket_plan, run, stacked))
+    for bucket_plan, stacked in _run_buckets(plan, orthogonalizer, stacks):
+        done |= bucket_plan.bucket.unpack(stacked)
     return {leaf.path: _restore(leaf, done, shards[leaf.path].dtype) for leaf in plan.leaves}
+
+
+def _run_buckets(
+    plan: Plan, orthogonalizer: Orthogonalizer, stacks: Stacks
+) -> Iterator[tuple[BucketPlan, jax.Array]]:
+    """Orthogonalize the stacks of all buckets, those that receive the least first.
+
+    The work on a bucket waits until the next one is packed. Otherwise a compiler packs as late as
+    it can, and has nothing to do while the first bucket is under way.
+    """
+    under_way: list[tuple[BucketPlan, _BucketRun, list[jax.Array]]] = []
+    for bucket_plan in plan.in_order:
+        stacked = bucket_plan.bucket.pack(stacks)
+        if under_way:
+            previous, run, arrived = under_way.pop()
+            if previous.cost.traffic.inward:
+                stacked, arrived = lax.optimization_barrier((stacked, arrived))
+            yield previous, _finish(run, arrived)
+        scheduled = orthogonalizer
+        if not plan.unknown_shardings:
+            scheduled = cpu.schedule(orthogonalizer, bucket_plan.only_transposed)
+        run = _run_bucket(bucket_plan, scheduled, stacked)
+        under_way.append((bucket_plan, run, next(run)))
+    for last, run, arrived in under_way:
+        yield last, _finish(run, arrived)
+
+
+def _finish(run: _BucketRun, arrived: list[jax.Array]) -> jax.Array:
+    """The result of a bucket whose first messages have arrived."""
+    try:
+        run.send(arrived)
+    except StopIteration as finished:
+        stacked: jax.Array = finished.value
+        return stacked
+    raise AssertionError("a bucket waits for its first messages only")
 
 
 def _restore(
@@ -111,11 +146,12 @@ def _restore(
 
 def _run_bucket(
     bucket_plan: BucketPlan, orthogonalizer: Orthogonalizer, stacked: jax.Array
-) -> jax.Array:
+) -> _BucketRun:
     """All assignments of a bucket `[B, m, n]`; those done in one chunk share their messages."""
     at_once = [each for each in bucket_plan.assignments if each.chunks == 1]
-    together = _run_together(at_once, orthogonalizer, [_take(each, stacked) for each in at_once])
-    parts = {each.start: part for each, part in zip(at_once, together, strict=True)}
+    trips = _Trips(at_once, orthogonalizer, [_take(each, stacked) for each in at_once])
+    trips.arrived = yield trips.arrived
+    parts = {each.start: part for each, part in zip(at_once, trips.finish(), strict=True)}
     for each in bucket_plan.assignments:
         if each.chunks > 1:
             parts[each.start] = _run_chunks(each, orthogonalizer, _take(each, stacked))
@@ -135,30 +171,42 @@ def _run_chunks(
     """Process an assignment that does not fit in memory at once, chunk by chunk."""
     chunks = tiles.reshape(assignment.chunks, -1, *tiles.shape[1:])
     done: jax.Array = lax.map(
-        lambda chunk: _run_together([assignment], orthogonalizer, [chunk])[0], chunks
+        lambda chunk: _Trips([assignment], orthogonalizer, [chunk]).finish()[0], chunks
     )
     return done.reshape(tiles.shape)
 
 
-def _run_together(
-    assignments: Sequence[Assignment], orthogonalizer: Orthogonalizer, tiles: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """Run the trips of several assignments in lockstep, so that their messages can be joined."""
-    trips = {
-        i: each.mechanism.run(x, orthogonalizer)
-        for i, (each, x) in enumerate(zip(assignments, tiles, strict=True))
-    }
-    done: dict[int, jax.Array] = {}
-    arrived: dict[int, jax.Array | None] = dict.fromkeys(trips)
-    while arrived:
-        messages = {}
-        for i, array in arrived.items():
-            try:
-                messages[i] = next(trips[i]) if array is None else trips[i].send(array)
-            except StopIteration as finished:
-                done[i] = finished.value
-        arrived = dict(zip(messages, exchange([*messages.values()]), strict=True))
-    return [done[i] for i in trips]
+class _Trips:
+    """The trips of several assignments, in lockstep, so that their messages can be joined.
+
+    Their first messages are sent at once; what arrives is in `arrived` until `finish`.
+    """
+
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        orthogonalizer: Orthogonalizer,
+        tiles: Sequence[jax.Array],
+    ) -> None:
+        self._trips = [
+            each.mechanism.run(x, orthogonalizer)
+            for each, x in zip(assignments, tiles, strict=True)
+        ]
+        self.arrived = exchange([next(trip) for trip in self._trips])
+
+    def finish(self) -> list[jax.Array]:
+        """Answer the trips until all have returned."""
+        done: dict[int, jax.Array] = {}
+        arrived = dict(enumerate(self.arrived))
+        while arrived:
+            messages = {}
+            for i, array in arrived.items():
+                try:
+                    messages[i] = self._trips[i].send(array)
+                except StopIteration as finished:
+                    done[i] = finished.value
+            arrived = dict(zip(messages, exchange([*messages.values()]), strict=True))
+        return [done[i] for i in range(len(self._trips))]
 
 
 def _reshard_axis(leaf: LeafShard, x: jax.Array, back: bool = False) -> jax.Array:

@@ -17,9 +17,10 @@ from optax_muon.matrices.views import BoundView
 from optax_muon.sharding import report
 from optax_muon.sharding.assignment import Assignment
 from optax_muon.sharding.buckets import Bucket
-from optax_muon.sharding.cost import Cost, Traffic, WorkModel
+from optax_muon.sharding.cost import Cost, CostModel, Traffic, WorkModel
 from optax_muon.sharding.mesh import AnyMesh, axis_sizes, slow_axes
 from optax_muon.sharding.shards import LeafShard
+from optax_muon.sharding.timeline import exposed_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Plan:
     """All matrices, by shape, dtype and sharding."""
     work: WorkModel
     """How the orthogonalizer was counted."""
+    model: CostModel
+    """The rates behind modelled times."""
     unknown_shardings: bool = False
     """True if the shardings are unknown (Auto axes under trace): the compiler then moves tiles."""
 
@@ -89,13 +92,37 @@ class Plan:
         return axis_sizes(self.mesh)
 
     @property
+    def in_order(self) -> tuple[BucketPlan, ...]:
+        """The buckets as they are run: those first whose devices receive the least to begin."""
+        return tuple(sorted(self.buckets, key=lambda each: each.cost.traffic.inward))
+
+    @property
     def cost(self) -> Cost:
         """Cost of one update, per device."""
+        return sum((bucket_plan.cost for bucket_plan in self.buckets), self._resharding)
+
+    @property
+    def _resharding(self) -> Cost:
         each_way = sum(leaf.resharded_entries for leaf in self.leaves) * self.work.itemsize
-        resharding = Cost(
+        return Cost(
             collective_bytes=2 * each_way, traffic=Traffic(inward=each_way, outward=each_way)
         )
-        return sum((bucket_plan.cost for bucket_plan in self.buckets), resharding)
+
+    @property
+    def product_seconds(self) -> float:
+        """Modelled time of an update's products."""
+        return self.cost.flops / self.model.flops
+
+    @property
+    def message_seconds(self) -> float:
+        """Modelled time of an update's messages, hidden or not."""
+        return self.model.message_seconds(self.cost)
+
+    @property
+    def exposed_seconds(self) -> float:
+        """The part of `message_seconds` in which a device has nothing to compute."""
+        resharding = self.model.message_seconds(self._resharding)
+        return resharding + exposed_seconds(self.in_order, self.model, self.work.platform)
 
     @property
     def balanced_flops(self) -> float:
@@ -142,6 +169,9 @@ class Plan:
             "steps": self.work.steps,
             "balanced_flops": self.balanced_flops,
             "comm_vs_adamw": self.comm_vs_adamw,
+            "product_seconds": self.product_seconds,
+            "message_seconds": self.message_seconds,
+            "exposed_seconds": self.exposed_seconds,
             **self.cost.to_dict(),
             "buckets": [bucket_plan.to_dict() for bucket_plan in self.buckets],
         }

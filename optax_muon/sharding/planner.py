@@ -65,9 +65,8 @@ def make_plan(
         shard_leaf(path, bound, shardings.specs.get(path, ((),) * len(bound.shape)), sizes)
         for path, bound in bounds.items()
     )
-    search = functools.partial(
-        LayoutSearch, work=work, model=model or CostModel.for_platform(kind), memory=memory
-    )
+    model = model or CostModel.for_platform(kind)
+    search = functools.partial(LayoutSearch, work=work, model=model, memory=memory)
     # Four copies are held: in, out, and out in float32 where it is transposed back.
     buckets = make_buckets(leaves, dtypes, sizes, memory // (4 * work.itemsize))
     usable = {axis: n for axis, n in sizes.items() if axis not in slow_axes(shardings.mesh)}
@@ -76,6 +75,7 @@ def make_plan(
         leaves,
         tuple(plan_bucket(bucket, sizes, usable, search, options) for bucket in buckets),
         work,
+        model,
         unknown_shardings=shardings.mesh is None and shardings.unknown_shardings,
     )
 

@@ -70,6 +70,11 @@ def _totals(plan: Plan) -> Iterator[str]:
     )
     yield f"           {cost.memory / 2**20:.0f} MiB of temporary arrays at the peak"
     yield (
+        f"modelled time {plan.product_seconds * 1e3:.2g} ms of products"
+        f" + {plan.exposed_seconds * 1e3:.2g} ms of messages that nothing hides"
+        f" (of {plan.message_seconds * 1e3:.2g} ms)"
+    )
+    yield (
         f"a step communicates {plan.comm_vs_adamw:.3f}x the bytes of a step of distributed AdamW"
     )
     if remark := slow_bfloat16(plan.work.platform, plan.work.dtype):

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import optax
 
+from optax_muon import compiler_options
 from optax_muon.errors import Diverged
 from optax_muon.models import spec
 from optax_muon.models.spec import Model
@@ -197,19 +198,34 @@ def _between_evaluations(config: TrainConfig, done: int) -> Iterator[range]:
         done = end
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _step(
     model: Model,
     tx: optax.GradientTransformation,
     state: State,
     tokens: jax.Array,
-    bias_update_speed: jax.Array,
+    bias_update_speed: np.float32,
     weights: jax.Array | None,
 ) -> tuple[State, dict[str, Any]]:
     """Take a step, and keep the measurements that `StepMetrics` records."""
-    state, aux = step(model, tx, state, tokens, bias_update_speed, weights)
-    measured = {"loss": aux.loss, "grad_norm": aux.grad_norm, "model": model.metrics(aux.stats)}
-    return state, measured
+    return _jitted()(model, tx, state, tokens, bias_update_speed, weights)
+
+
+@functools.cache
+def _jitted() -> Callable[..., tuple[State, dict[str, Any]]]:
+    """The step, compiled with the options for this machine's devices."""
+
+    def measured_step(
+        model: Model, tx: optax.GradientTransformation, *args: Any
+    ) -> tuple[State, dict[str, Any]]:
+        state, aux = step(model, tx, *args)
+        return state, {
+            "loss": aux.loss,
+            "grad_norm": aux.grad_norm,
+            "model": model.metrics(aux.stats),
+        }
+
+    options = compiler_options(jax.devices()[0].device_kind)
+    return jax.jit(measured_step, static_argnums=(0, 1), donate_argnums=2, compiler_options=options)
 
 
 def _finite(metrics: StepMetrics, trial: Trial) -> StepMetrics:

@@ -205,6 +205,41 @@ def test_slow_axes_carry_nothing():
     assert found.devices == 4
 
 
+# What of the messages is exposed
+
+
+def two_shapes(platform, **options):
+    """The plan of matrices of two shapes, which divide evenly among eight devices."""
+    mesh = AbstractMesh((8,), ("fsdp",))
+    params = {
+        name: jax.ShapeDtypeStruct((8, *SHAPES[name]), jnp.float32) for name in ("wide", "square")
+    }
+    where = P(None, "fsdp")
+    return plan(params, views=View(1, 2), shardings=where, mesh=mesh, platform=platform, **options)
+
+
+def test_cpus_wait_for_every_message():
+    found = two_shapes("cpu")
+    assert found.exposed_seconds == pytest.approx(found.message_seconds)
+
+
+def test_only_the_first_tiles_in_and_the_last_out_are_waited_for_where_products_take_long():
+    slow = CostModel(flops=1.0, bandwidth=1e9, latency=0.0)
+    found = two_shapes("tpu", model=slow, layout="home")
+    first, last = found.in_order
+    assert first.cost.traffic.inward < last.cost.traffic.inward
+    ends = first.cost.traffic.inward + last.cost.traffic.outward
+    assert found.exposed_seconds == pytest.approx(ends / slow.bandwidth)
+    assert 0 < found.exposed_seconds < found.message_seconds
+
+
+def test_all_messages_are_waited_for_where_products_take_no_time():
+    fast = CostModel(flops=1e30, bandwidth=1e9, latency=0.0)
+    found = two_shapes("tpu", model=fast, layout="home")
+    assert found.exposed_seconds == pytest.approx(found.message_seconds)
+    assert found.to_dict()["exposed_seconds"] == found.exposed_seconds
+
+
 # What travels, in which dtype
 
 

@@ -1,0 +1,80 @@
+"""Options of XLA under which messages between devices travel while the devices compute.
+
+One row per kind of device, because some compilers refuse what others need: libtpu 0.0.52 rejects
+continuation fusion on all TPUs but v5e, and asynchronous all-to-alls over the limited interconnect
+of v5e and v6e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["COMPILER_OPTIONS", "compiler_options"]
+
+# Without these features the scheduler finishes one bucket before it looks at another.
+_SCHEDULER = {"xla_tpu_enable_all_experimental_scheduler_features": "true"}
+_ALL_TO_ALL = {**_SCHEDULER, "xla_tpu_enable_async_all_to_all": "true"}
+_CONTINUATION_FUSION = {
+    name: "true"
+    for name in (
+        "xla_enable_async_all_gather",
+        "xla_enable_async_all_reduce",
+        "xla_tpu_enable_async_collective_fusion",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "xla_tpu_overlap_compute_collective_tc",
+    )
+}
+_GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+
+COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "cpu": {},
+        "gpu": _GPU,
+        "NVIDIA": _GPU,
+        "AMD": _GPU,
+        # What every TPU accepts; the rows below say more of some.
+        "tpu": {},
+        "TPU": {},
+        "TPU v4": _ALL_TO_ALL,
+        "TPU v5": _ALL_TO_ALL,
+        "TPU v5p": _ALL_TO_ALL,
+        "TPU v5 lite": _CONTINUATION_FUSION,
+        "TPU v5e": _CONTINUATION_FUSION,
+    }
+)
+"""Options by platform, or by the beginning of JAX's `device_kind`."""
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+    """Options under which the compiler hides an update's messages behind its products.
+
+    For `jax.jit(step, compiler_options=...)`; `optax-muon train` uses them. On TPUs they can also
+    be set for all programs, as `LIBTPU_INIT_ARGS="--name=value ..."` before JAX is imported.
+
+    Args:
+        platform: The kind of the devices, `jax.devices()[0].device_kind`. The platforms `tpu`,
+            `gpu` and `cpu` give what all devices of a platform accept; on TPUs that is nothing.
+
+    Returns:
+        Name to value. They change no result.
+
+    Raises:
+        ValueError: The platform is unknown.
+
+    >>> compiler_options("TPU v5")["xla_tpu_enable_async_all_to_all"]  # a v5p
+    'true'
+    >>> compiler_options("gpu")
+    {'xla_gpu_enable_latency_hiding_scheduler': 'true'}
+    >>> compiler_options("cpu")
+    {}
+    """
+    kinds = [kind for kind in COMPILER_OPTIONS if platform.startswith(kind)]
+    if not kinds:
+        raise ValueError(
+            f"no compiler options are known for {platform!r}; use tpu, gpu, cpu or a device's"
+            f" device_kind that begins with one of {', '.join(COMPILER_OPTIONS)}."
+        )
+    return dict(COMPILER_OPTIONS[max(kinds, key=len)])
