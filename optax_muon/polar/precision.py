@@ -19,13 +19,15 @@ _COMPLEX = ("complex64", "complex128")
 
 
 def on_platform(
-    polynomial: Callable[[jax.Array, str], jax.Array], x: jax.Array, dtype: DTypeLike | None
+    polynomial: Callable[[jax.Array, jnp.dtype, str], jax.Array],
+    x: jax.Array,
+    dtype: DTypeLike | None,
 ) -> jax.Array:
     """Apply `polynomial` to `x` in the dtype asked for, or in the one of the target platform.
 
     Args:
-        polynomial: Takes its operands in the dtype of its first argument; the second is the
-            platform: `tpu`, `gpu` or `cpu`.
+        polynomial: Takes `x`, the dtype that it shall round operands to, and the platform: `tpu`,
+            `gpu` or `cpu`.
         x: In float32 at least.
         dtype: None means bfloat16 on TPU and GPU and the dtype of `x` on CPU. Complex numbers
             have no short form and are computed in complex64 at least on every platform.
@@ -36,7 +38,7 @@ def on_platform(
 
     def on(platform: str) -> Callable[[jax.Array], jax.Array]:
         compute = compute_dtype(dtype, x.dtype, platform)
-        return lambda x: polynomial(x.astype(compute), platform).astype(x.dtype)
+        return lambda x: polynomial(x, compute, platform).astype(x.dtype)
 
     gpu = on("gpu")
     chosen: jax.Array = jax.lax.platform_dependent(
@@ -90,6 +92,11 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 def outer_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return a b^H of [..., m, k] and [..., n, k], summed in float32 at least."""
     return _contract("...mk,...nk->...mn", a, jnp.conj(b))
+
+
+def inner_product(a: jax.Array) -> jax.Array:
+    """Return a^H a of [..., n, m], summed in float32 at least."""
+    return _contract("...km,...kn->...mn", jnp.conj(a), a)
 
 
 def identity_like(gram: jax.Array) -> jax.Array:

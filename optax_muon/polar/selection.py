@@ -1,10 +1,11 @@
-"""The choice of a form: how the polynomial is evaluated, by the work it takes on the target.
+"""The choice of a form: how the polynomial is evaluated, by the time it takes on the target.
 
-Counted in Python before anything is traced, from the shape, the table, the compute dtype and the
-target platform. A plan calls the function that `newton_schulz` calls, so what it prints is what
-runs.
+Modelled in Python before anything is traced, from the work of each form, which the shape, the table
+and the compute dtype decide, and the rates of the target (`platforms.py`). A plan calls the
+function that `newton_schulz` calls, so what it prints is what runs.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,10 +15,10 @@ from jax.typing import DTypeLike
 
 from optax_muon.platforms import get_platform
 from optax_muon.polar.coefficients import Row
-from optax_muon.polar.gram import Gram
-from optax_muon.polar.plain import Plain
+from optax_muon.polar.gram import Gram, default_restarts
+from optax_muon.polar.plain import Plain, Step
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
-from optax_muon.polar.symmetric import BARRIER, FULL, Panels, Products
+from optax_muon.polar.symmetric import BARRIER, FULL, TALL_BARRIER, Panels, Products
 from optax_muon.polar.work import Work
 
 __all__ = ["Form", "choose_form"]
@@ -27,7 +28,7 @@ class Form(Protocol):
     """A way to evaluate the polynomial."""
 
     def __call__(
-        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = ALL_COLUMNS
+        self, x: jax.Array, rows: Sequence[Step], column_shards: ColumnShards = ALL_COLUMNS
     ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps."""
 
@@ -35,14 +36,9 @@ class Form(Protocol):
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
 
 
-GAIN, GAIN_TRANSPOSING = 0.9, 0.75
-"""Fraction of the plain form's work that the Gram form must stay below.
-
-The Gram form saves operations and squares the condition number, so it must save a tenth at least.
-On CPUs it transposes in every step unless products are mirrored, which costs as much as a product
-does at 128 x 128: there 0.88 of the operations take 1.2 times as long, and 0.67 of them 0.8 times
-(`benchmarks/orthogonalize_speed.py`).
-"""
+GAIN = 0.95
+"""Fraction of the plain form's time that the Gram form must stay below: it squares the condition
+number, and the model of the time is off by a few percent."""
 
 
 def choose_form(
@@ -74,37 +70,39 @@ def choose_form(
         ValueError: `platform` is unknown.
     """
     dtype = jnp.dtype(dtype)
-    plain = Plain(_products(m, dtype, platform, least=3, most=4))
-    exchange = get_platform(platform).flops_per_byte
-    halves = _products(m, dtype, platform, least=2, most=8)
-    gram = Gram.with_default_restarts(len(rows), dtype, products=halves)
+    target = get_platform(platform)
+    rates = target.rates_for(dtype)
 
-    def price(form: Form) -> float:
+    def seconds(form: Form) -> float:
         count = form.count(m, n, rows, devices)
         # A ring sum carries a matrix twice, a gather once.
         sent = m * m * (8 * count.sums + dtype.itemsize * count.gathers) * (devices - 1) / devices
-        return count.flops + exchange * sent
+        return rates.seconds(count) + sent / target.bandwidth
 
-    transposing = platform == "cpu" and halves == FULL
-    gain = GAIN_TRANSPOSING if transposing else GAIN
-    return gram if price(gram) < gain * price(plain) else plain
+    restarts = default_restarts(len(rows), dtype)
+    plain = min((Plain(each) for each in _products(m, platform, (4,))), key=seconds)
+    gram = min((Gram(restarts, each) for each in _products(m, platform, (2, 4, 8))), key=seconds)
+    return gram if seconds(gram) < GAIN * seconds(plain) else plain
 
 
-def _products(m: int, dtype: jnp.dtype, platform: str, *, least: int, most: int) -> Products:
-    """Choose how symmetric products are made: in panels of 256 rows, if there are enough.
-
-    In float32 on two cores four panels take 0.86 of the time of full products at 1024 x 1024, and
-    0.75 in the Gram form at 1024 x 4096; with bfloat16 operands mirroring costs more than it saves,
-    1.1 to 1.3 (`benchmarks/orthogonalize_speed.py`).
+def _products(m: int, platform: str, counts: Sequence[int]) -> list[Products]:
+    """List how symmetric products may be made: in full, and on CPUs in panels of 192 rows or more.
 
     Kernels are opt-in, `form=Plain(Kernel("tpu"))`: no accelerator has timed them yet, and in a
     program of several devices JAX accepts one inside `shard_map` only.
     """
-    count = min(most, m // 256)
-    halved = platform == "cpu" and jnp.finfo(dtype).bits >= 32 and count >= least
-    return Panels(count) if halved else full_products(platform)
+    full = full_products(platform)
+    panels = max((count for count in counts if m >= 192 * count), default=1)
+    return [full, Panels(panels)] if platform == "cpu" and panels > 1 else [full]
 
 
 def full_products(platform: str) -> Products:
     """Return how the platform computes a product in full."""
     return BARRIER if get_platform(platform).operand_barrier else FULL
+
+
+def for_tall(form: Form) -> Form | None:
+    """Return the form that takes tall matrices as they lie; None where they are turned first."""
+    if isinstance(form, Plain | Gram) and form.products == BARRIER:
+        return dataclasses.replace(form, products=TALL_BARRIER)
+    return None
