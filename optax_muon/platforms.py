@@ -11,19 +11,69 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 __all__ = [
     "PEAK_FLOPS",
     "PLATFORMS",
     "Platform",
+    "Rates",
     "bfloat16_instructions",
     "get_platform",
     "peak_flops",
     "slow_bfloat16",
 ]
+
+
+class Countable(Protocol):
+    """Work whose time is modelled: `optax_muon.polar.work.Work`."""
+
+    @property
+    def flops(self) -> int:
+        """Operations of products."""
+
+    @property
+    def operands(self) -> int:
+        """Numbers that products read and write."""
+
+    @property
+    def passes(self) -> int:
+        """Numbers that everything else writes."""
+
+    @property
+    def transposed(self) -> int:
+        """Numbers of operands that are transposed first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What one device does per second on operands of one dtype.
+
+    `benchmarks/form_rates.py` fits the rates to the tables of measured times and of estimated
+    cycles, so that the sum of four times is nearest to the time of every form.
+    """
+
+    flops: float
+    """Operations of products."""
+    operands: float
+    """Numbers that products read and write."""
+    passes: float
+    """Numbers that everything else writes."""
+    transposed: float = float("inf")
+    """Numbers of operands that are transposed before a product."""
+
+    def seconds(self, work: Countable) -> float:
+        """Modelled time of some work, messages excluded."""
+        return (
+            work.flops / self.flops
+            + work.operands / self.operands
+            + work.passes / self.passes
+            + work.transposed / self.transposed
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +90,8 @@ class Platform:
     """Bytes per second that one device receives from others."""
     latency: float
     """Seconds per collective, whatever its size."""
+    rates: Mapping[str, Rates]
+    """What decides between forms, by the dtype of the operands; see `rates_for`."""
     operand_barrier: bool = False
     """Whether operands are rounded behind an optimization barrier, not as products read them."""
 
@@ -50,6 +102,11 @@ class Platform:
     def flops_per_byte(self) -> float:
         """Operations that a device performs while one byte arrives."""
         return self.flops / self.bandwidth
+
+    def rates_for(self, dtype: DTypeLike) -> Rates:
+        """Return the rates for operands of `dtype`, or of the nearest dtype that has some."""
+        short = jnp.finfo(dtype).bits < 32
+        return self.rates["bfloat16" if short and "bfloat16" in self.rates else "float32"]
 
 
 _BFLOAT16, _FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
@@ -67,13 +124,39 @@ PLATFORMS: Mapping[str, Platform] = MappingProxyType(
                 latency=2e-6,
                 operand_barrier=True,
                 hides_messages=True,
+                # Fitted to the compiler's cycles for a v5p; float32 takes six products of pieces.
+                rates={
+                    "bfloat16": Rates(4.1e14, 8e11, 8e11),
+                    "float32": Rates(7e13, 4e11, 4e11),
+                },
             ),
             # An H100 peaks at 990 TFLOP/s and receives 450 GB/s over NVLink.
             Platform(
-                "gpu", _BFLOAT16, flops=4e14, bandwidth=3e11, latency=1e-5, hides_messages=True
+                "gpu",
+                _BFLOAT16,
+                flops=4e14,
+                bandwidth=3e11,
+                latency=1e-5,
+                hides_messages=True,
+                # Not measured: an H100's published 3.35 TB/s, and 67 TFLOP/s in float32.
+                rates={
+                    "bfloat16": Rates(4e14, 1.7e12, 8e11),
+                    "float32": Rates(5e13, 8e11, 8e11),
+                },
             ),
             # Measured between the fake devices of one CPU: about 100 GFLOP/s and 2.5 GB/s.
-            Platform("cpu", _FLOAT32, flops=1e11, bandwidth=2.5e9, latency=5e-5),
+            Platform(
+                "cpu",
+                _FLOAT32,
+                flops=1e11,
+                bandwidth=2.5e9,
+                latency=5e-5,
+                # Fitted to times on two cores of a Xeon with AMX.
+                rates={
+                    "bfloat16": Rates(1.65e12, 9.1e9, 4.2e9, 6.2e8),
+                    "float32": Rates(3.8e11, 3.4e9, 3.9e9, 3.2e9),
+                },
+            ),
         )
     }
 )

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_muon.polar.coefficients import Row
-from optax_muon.polar.plain import quadratic
-from optax_muon.polar.precision import identity_like, product
+from optax_muon.polar.plain import Scalar, Step, applied, quadratic
+from optax_muon.polar.precision import at_least_float32, identity_like
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
 from optax_muon.polar.symmetric import FULL, Products
 from optax_muon.polar.work import Work
@@ -89,7 +89,7 @@ class Gram:
         return cls(chosen, products)
 
     def __call__(
-        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = ALL_COLUMNS
+        self, x: jax.Array, rows: Sequence[Step], column_shards: ColumnShards = ALL_COLUMNS
     ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps.
 
@@ -99,12 +99,12 @@ class Gram:
         y = x
         for span in self._spans(rows):
             operand = jax.lax.optimization_barrier(y.astype(x.dtype))
-            gram = column_shards.psum(self.products(operand, operand))
+            gram = column_shards.psum(self.products.gram(operand))
             factor = self._factor(gram, span, x.dtype)
-            y = product(self.products.operand(factor, x.dtype), operand)
+            y = self.products.apply(self.products.operand(factor, x.dtype), operand)
         return y
 
-    def _spans(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+    def _spans(self, rows: Sequence[Step]) -> list[Sequence[Step]]:
         """Group the steps by the Gram matrix that serves them."""
         bounds = (0, *map(operator.index, self.restarts), len(rows))
         spans = list(itertools.pairwise(bounds))
@@ -115,36 +115,49 @@ class Gram:
             )
         return [rows[start:stop] for start, stop in spans]
 
-    def _factor(self, gram: jax.Array, rows: Sequence[Row], dtype: DTypeLike) -> jax.Array:
+    def _factor(self, gram: jax.Array, rows: Sequence[Step], dtype: DTypeLike) -> jax.Array:
         """Return Q such that Q X is what the steps make of X, from R = X X^H."""
         a, b, c = rows[0]
-        z = quadratic(gram, b, c, dtype, self.products)
-        factor = a * identity_like(gram) + z
+        gram = self.products.summand(gram, dtype)
+        z = self._quadratic(gram, b, c, dtype)
+        # Where T is added to a product of itself, a T stays out of the product: the diagonal of
+        # a I + Z would lose its digits in half precision.
+        wide = at_least_float32(z)
+        factor = a * identity_like(wide) + wide
         for following in rows[1:]:
-            moved = self._times(self._times(gram, a, z, dtype), a, z, dtype)
+            half = a * at_least_float32(gram) + self._times(z, gram, dtype)
+            half = self.products.summand(half, dtype)
+            operands = (self.products.operand(each, dtype) for each in (half, z))
+            moved = a * at_least_float32(half) + self.products.from_right(*operands)
             # A skew part of R would grow in the next steps: without this 2 to 40 times the error.
-            gram = self.products.symmetrize(moved)
+            gram = self.products.summand(self.products.symmetrize(moved), dtype)
             a, b, c = following
-            z = quadratic(gram, b, c, dtype, self.products)
-            factor = self._times(factor, a, z, dtype)
+            z = self._quadratic(gram, b, c, dtype)
+            factor = a * factor + self._times(z, factor, dtype)
         return factor
 
-    def _times(self, t: jax.Array, a: float, z: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Return (a I + Z) T for Hermitian commuting T and Z.
+    def _quadratic(self, gram: jax.Array, b: Scalar, c: Scalar, dtype: DTypeLike) -> jax.Array:
+        """Return Z = b R + c R^2."""
+        return self.products.summand(quadratic(gram, b, c, dtype, self.products), dtype)
 
-        a T stays out of the product: the diagonal of a I + Z would lose its digits in half
-        precision.
-        """
-        rounded = (self.products.operand(each, dtype) for each in (z, t))
-        return a * t + self.products.commuting(*rounded)
+    def _times(self, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Return a b for Hermitian commuting a and b."""
+        rounded = (self.products.operand(each, dtype) for each in (a, b))
+        return self.products.commuting(*rounded)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
         spans = self._spans(rows)
-        inner = sum(3 * (len(span) - 1) for span in spans) + sum(bool(c) for _, _, c in rows)
-        long = self.products.flops(m, n // devices) + 2 * m * m * n // devices
-        return Work(
-            flops=len(spans) * long + inner * self.products.flops(m, m),
+        columns = n // devices
+        between = len(rows) - len(spans)
+        squares = sum(bool(c) for _, _, c in rows)
+        # Two products and the symmetric part of their result turn matrices.
+        inner = self.products.work(m, m) * (3 * between + squares)
+        turned = Work(0, transposed=between * self.products.turned(m))
+        long = self.products.work(m, columns) + applied(m, columns)
+        written = Work(0, passes=2 * (3 * between + squares) * m * m + 2 * len(spans) * m * columns)
+        return dataclasses.replace(
+            inner + turned + long * len(spans) + written,
             sums=len(spans) * (devices > 1),
             form=str(self),
         )

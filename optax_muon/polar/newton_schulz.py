@@ -30,12 +30,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from optax_muon.platforms import get_platform
 from optax_muon.polar.coefficients import KELLER, Coefficients, Row
 from optax_muon.polar.gram import Gram
-from optax_muon.polar.normalize import as_matrices, normalize
-from optax_muon.polar.precision import adjoint, compute_dtype, on_platform
+from optax_muon.polar.normalize import as_matrices, normalize, normalize_in_first_step
+from optax_muon.polar.precision import (
+    adjoint,
+    at_least_float32,
+    compute_dtype,
+    on_platform,
+)
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
-from optax_muon.polar.selection import Form, choose_form, full_products
+from optax_muon.polar.selection import Form, choose_form, for_tall, full_products
 from optax_muon.polar.work import Work
 
 __all__ = ["GramNewtonSchulz", "NewtonSchulz", "gram_newton_schulz", "newton_schulz"]
@@ -70,18 +76,27 @@ class _Iteration(abc.ABC):
         """Orthogonalize [..., m, n]; see `newton_schulz`."""
         rows = self.rows
 
-        def polynomial(x: jax.Array, platform: str) -> jax.Array:
-            devices = column_shards.size
-            m, n = x.shape[-2], x.shape[-1] * devices
-            form = self.form_for(m, n, dtype=x.dtype, platform=platform, devices=devices)
-            return form(x, rows, column_shards)
+        safety, devices = self.coefficients.safety, column_shards.size
 
-        # The polynomial sees wide matrices of norm 1 / safety, in the compute dtype.
+        def polynomial(x: jax.Array, dtype: jnp.dtype, platform: str) -> jax.Array:
+            rows_here, columns = x.shape[-2], x.shape[-1] * devices
+            tall = devices == 1 and rows_here > columns
+            m, n = (columns, rows_here) if tall else (rows_here, columns)
+            form = self.form_for(m, n, dtype=dtype, platform=platform, devices=devices)
+            if tall and (lying := for_tall(form)) is not None:
+                form, tall = lying, False
+            # Otherwise the polynomial sees wide matrices.
+            x = adjoint(x) if tall else x
+            if get_platform(platform).operand_barrier and jnp.isrealobj(x):
+                largest_is_one, steps = normalize_in_first_step(x, rows, safety, column_shards)
+                y = form(largest_is_one.astype(dtype), steps, column_shards)
+            else:
+                y = form(normalize(x, safety, column_shards).astype(dtype), rows, column_shards)
+            y = y.astype(x.dtype)
+            return adjoint(y) if tall else y
+
         x = as_matrices(x)
-        tall = column_shards.size == 1 and x.shape[-2] > x.shape[-1]
-        unit = normalize(adjoint(x) if tall else x, self.coefficients.safety, column_shards)
-        y = on_platform(polynomial, unit, self.dtype).astype(x.dtype)
-        return adjoint(y) if tall else y
+        return on_platform(polynomial, at_least_float32(x), self.dtype).astype(x.dtype)
 
     def count(self, m: int, n: int, devices: int = 1, *, platform: str) -> Work:
         """Count the work on one float32 matrix.
@@ -101,7 +116,9 @@ class _Iteration(abc.ABC):
         m, n = sorted((m, n))
         dtype = compute_dtype(self.dtype, jnp.float32, platform)
         form = self.form_for(m, n, dtype=dtype, platform=platform, devices=devices)
-        return form.count(m, n, self.rows, devices)
+        work = form.count(m, n, self.rows, devices)
+        seconds = get_platform(platform).rates_for(dtype).seconds(work)
+        return dataclasses.replace(work, seconds=seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +133,7 @@ class NewtonSchulz(_Iteration):
     """
 
     form: Form | None = None
-    """How the polynomial is evaluated; None chooses by the work on the target."""
+    """How the polynomial is evaluated; None chooses by the modelled time on the target."""
 
     def form_for(
         self, m: int, n: int, *, dtype: DTypeLike, platform: str, devices: int = 1
@@ -186,7 +203,7 @@ def newton_schulz(
             float32 at least. An explicit float32 is true float32 on every platform. bfloat16 takes
             twice the time of float32 on a CPU without bfloat16 instructions, half of it with them.
         form: How the polynomial is evaluated, `Plain()` or `Gram(restarts)`; None takes the
-            plain form unless another saves enough work on these shapes and this platform.
+            form that takes least time on these shapes and this platform, by its model.
         column_shards: The devices that hold the columns of these matrices; `x` is then the local
             part [..., m, n / size] of matrices with m <= n. By default all columns are here.
 

@@ -5,10 +5,14 @@ between 0 and 1. The Frobenius norm bounds the largest one; dividing by the larg
 squaring keeps the sum of squares inside float32 from 1e-38 to 3e38.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_muon.polar.coefficients import Row
+from optax_muon.polar.plain import Step
 from optax_muon.polar.precision import at_least_float32
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
 
@@ -32,13 +36,47 @@ def normalize(
     x: jax.Array, safety: float = 1.0, column_shards: ColumnShards = ALL_COLUMNS
 ) -> jax.Array:
     """Divide each matrix by `safety` times its Frobenius norm, in float32 at least; 0 stays 0."""
-    x = at_least_float32(x)
-    x = x / largest_entry(x, column_shards).astype(x.dtype)
-    # The largest entry is now 1, so the norm is below 1 only where the matrix is zero.
-    norm = safe_sqrt(column_shards.psum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True)))
+    x, norm = scale_out(x, column_shards)
     unit = x / (safety * jnp.maximum(norm, 1.0)).astype(x.dtype)
     # Selecting zeros makes the derivative at a zero matrix zero as well.
     return jnp.where(norm > 0, unit, jnp.zeros_like(unit))
+
+
+def normalize_in_first_step(
+    x: jax.Array,
+    rows: Sequence[Row],
+    safety: float = 1.0,
+    column_shards: ColumnShards = ALL_COLUMNS,
+) -> tuple[jax.Array, list[Step]]:
+    """Divide real matrices by their largest entry only, and let the first step do the rest.
+
+    With s = 1 / (safety norm), a (s X) + b (s X)^3 + c (s X)^5 has the coefficients a s, b s^3 and
+    c s^5 in X. The division by the norm, which has to wait for it, is then no pass over X: by the
+    compiler's estimate 0.12 million of a v5p's 9.7 million cycles at 4096 x 4096, and 31 of 650
+    thousand at 1024 x 4096.
+
+    Returns:
+        Matrices of largest entry 1, in float32 at least, and the steps; the first is [..., 1, 1].
+    """
+    x, norm = scale_out(x, column_shards)
+    # A factor of 0 makes the derivative at a zero matrix zero as well.
+    s = jnp.where(norm > 0, 1.0 / (safety * jnp.maximum(norm, 1.0)), 0.0)
+    a, b, c = rows[0]
+    return x, [(a * s, b * s**3, c * s**5 if c else c), *rows[1:]]
+
+
+def scale_out(
+    x: jax.Array, column_shards: ColumnShards = ALL_COLUMNS
+) -> tuple[jax.Array, jax.Array]:
+    """Divide each matrix by its largest entry, in float32 at least.
+
+    Returns:
+        The matrices, and their Frobenius norms [..., 1, 1]: below 1 only where a matrix is zero.
+    """
+    x = at_least_float32(x)
+    x = x / largest_entry(x, column_shards).astype(x.dtype)
+    square = column_shards.psum(jnp.sum(jnp.abs(x) ** 2, axis=(-2, -1), keepdims=True))
+    return x, safe_sqrt(square)
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:

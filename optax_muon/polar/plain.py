@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 from jax.typing import DTypeLike
@@ -13,6 +14,10 @@ from optax_muon.polar.precision import at_least_float32, product
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards, gather_rows, local_rows
 from optax_muon.polar.symmetric import FULL, Products
 from optax_muon.polar.work import Work
+
+Scalar: TypeAlias = float | jax.Array
+Step: TypeAlias = tuple[Scalar, Scalar, Scalar]
+"""The (a, b, c) of a step: a row of a table, or one [..., 1, 1] for each matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +35,12 @@ class Plain:
     """Whether equal steps in a row are one loop, where all columns are on the device."""
 
     def __call__(
-        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = ALL_COLUMNS
+        self, x: jax.Array, rows: Sequence[Step], column_shards: ColumnShards = ALL_COLUMNS
     ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps."""
-        runs = [(row, len([*equal])) for row, equal in itertools.groupby(rows)]
-        if column_shards.size > 1 or not self.looped:
-            runs = [(row, 1) for row in rows]
+        runs = [(row, 1) for row in rows]
+        if self.looped and column_shards.size == 1:
+            runs = [(row, len([*equal])) for row, equal in itertools.groupby(rows)]
         y = x
         for row, count in runs:
             step = functools.partial(self._step, row, x.dtype, column_shards)
@@ -43,7 +48,7 @@ class Plain:
         return y
 
     def _step(
-        self, row: Row, dtype: DTypeLike, column_shards: ColumnShards, y: jax.Array
+        self, row: Step, dtype: DTypeLike, column_shards: ColumnShards, y: jax.Array
     ) -> jax.Array:
         """Return a X + (b A + c A^2) X, A = X X^H, in the accumulation dtype."""
         a, b, c = row
@@ -52,30 +57,37 @@ class Plain:
         # Unfenced, XLA defers the sums to the end and keeps the float32 products of all steps: on a
         # TPU 1.9 GiB where 0.4 do, for one matrix of 4096 x 14336.
         x = jax.lax.optimization_barrier(y.astype(dtype))
-        gram = column_shards.psum(self.products(x, x))
-        moved = product(self._factor(gram, b, c, x.dtype, column_shards), x)
+        gram = column_shards.psum(self.products.gram(x))
+        moved = self.products.apply(self._factor(gram, b, c, x.dtype, column_shards), x)
         return a * x.astype(moved.dtype) + moved
 
     def _factor(
-        self, gram: jax.Array, b: float, c: float, dtype: DTypeLike, column_shards: ColumnShards
+        self,
+        gram: jax.Array,
+        b: Scalar,
+        c: Scalar,
+        dtype: DTypeLike,
+        column_shards: ColumnShards,
     ) -> jax.Array:
         """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
         mine = local_rows(gram, column_shards)
         if mine is gram:
-            gram = self.products.summand(gram, dtype) if c else gram
+            gram = gram if is_zero(c) else self.products.summand(gram, dtype)
             return self.products.operand(quadratic(gram, b, c, dtype, self.products), dtype)
         rounded = (self.products.operand(each, dtype) for each in (mine, gram))
-        share = b * mine + c * product(*rounded) if c else b * mine
+        share = b * mine if is_zero(c) else b * mine + c * product(*rounded)
         return gather_rows(share.astype(dtype), column_shards)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
         shared = devices > 1 and m % devices == 0
+        columns = n // devices
         squares = sum(bool(c) for _, _, c in rows)
-        square = 2 * m**3 // devices if shared else self.products.flops(m, m)
-        step = self.products.flops(m, n // devices) + 2 * m * m * n // devices
-        return Work(
-            flops=len(rows) * step + squares * square,
+        square = applied(m, m // devices) if shared else self.products.work(m, m)
+        step = self.products.work(m, columns) + applied(m, columns)
+        written = Work(0, passes=2 * len(rows) * m * columns)
+        return dataclasses.replace(
+            step * len(rows) + square * squares + written,
             sums=len(rows) * (devices > 1),
             gathers=len(rows) * shared,
             form=str(self),
@@ -94,10 +106,21 @@ def _repeat(step: Callable[[jax.Array], jax.Array], count: int, y: jax.Array) ->
 
 
 def quadratic(
-    gram: jax.Array, b: float, c: float, dtype: DTypeLike, products: Products
+    gram: jax.Array, b: Scalar, c: Scalar, dtype: DTypeLike, products: Products
 ) -> jax.Array:
     """Return b A + c A^2, the operands of A^2 in `dtype`; c = 0 needs no product."""
-    if c == 0:
-        return b * gram
-    square = products.square(products.operand(gram, dtype))
+    if is_zero(c):
+        return b * at_least_float32(gram)
+    operand = products.operand(gram, dtype)
+    square = products.commuting(operand, operand)
     return b * gram.astype(square.dtype) + c * square
+
+
+def is_zero(c: Scalar) -> bool:
+    """Whether a coefficient is known to be 0, so that its product need not be made."""
+    return isinstance(c, float | int) and c == 0
+
+
+def applied(m: int, n: int) -> Work:
+    """Work of one product [m, m] [m, n]."""
+    return Work(2 * m * m * n, operands=m * m + 2 * m * n)

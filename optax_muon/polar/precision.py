@@ -19,13 +19,15 @@ _COMPLEX = ("complex64", "complex128")
 
 
 def on_platform(
-    polynomial: Callable[[jax.Array, str], jax.Array], x: jax.Array, dtype: DTypeLike | None
+    polynomial: Callable[[jax.Array, jnp.dtype, str], jax.Array],
+    x: jax.Array,
+    dtype: DTypeLike | None,
 ) -> jax.Array:
     """Apply `polynomial` to `x` in the dtype asked for, or in the one of the target platform.
 
     Args:
-        polynomial: Takes its operands in the dtype of its first argument; the second is the
-            platform: `tpu`, `gpu` or `cpu`.
+        polynomial: Takes `x`, the dtype that it shall round operands to, and the platform: `tpu`,
+            `gpu` or `cpu`.
         x: In float32 at least.
         dtype: None means bfloat16 on TPU and GPU and the dtype of `x` on CPU. Complex numbers
             have no short form and are computed in complex64 at least on every platform.
@@ -36,7 +38,7 @@ def on_platform(
 
     def on(platform: str) -> Callable[[jax.Array], jax.Array]:
         compute = compute_dtype(dtype, x.dtype, platform)
-        return lambda x: polynomial(x.astype(compute), platform).astype(x.dtype)
+        return lambda x: polynomial(x, compute, platform).astype(x.dtype)
 
     gpu = on("gpu")
     chosen: jax.Array = jax.lax.platform_dependent(
@@ -84,12 +86,17 @@ def adjoint(x: jax.Array) -> jax.Array:
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply [..., m, k] by [..., k, n], summing in float32 at least."""
-    return _contract(a, b, over=-2)
+    return _contract(a, b, over=(-1, -2))
 
 
 def outer_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return a b^H of [..., m, k] and [..., n, k], summed in float32 at least."""
-    return _contract(a, jnp.conj(b), over=-1)
+    return _contract(a, jnp.conj(b), over=(-1, -1))
+
+
+def inner_product(a: jax.Array) -> jax.Array:
+    """Return a^H a of [..., n, m], summed in float32 at least."""
+    return _contract(jnp.conj(a), a, over=(-2, -2))
 
 
 def identity_like(gram: jax.Array) -> jax.Array:
@@ -100,15 +107,15 @@ def identity_like(gram: jax.Array) -> jax.Array:
     return (rows == cols).astype(gram.dtype)
 
 
-def _contract(a: jax.Array, b: jax.Array, *, over: int) -> jax.Array:
-    """Sum over the last axis of a and the axis `over` of b, matrix by matrix."""
+def _contract(a: jax.Array, b: jax.Array, *, over: tuple[int, int]) -> jax.Array:
+    """Sum over these axes of a and b, matrix by matrix."""
     # By default a TPU rounds float32 operands to bfloat16; an explicit float32 request must stay
     # float32. bfloat16 operands are exact in one pass.
     short = a.dtype == jnp.bfloat16
     precision = jax.lax.Precision.DEFAULT if short else jax.lax.Precision.HIGHEST
     wide = jnp.float32 if jnp.finfo(a.dtype).bits < 32 else a.dtype
     batch = tuple(range(a.ndim - 2))
-    axes = (((a.ndim - 1,), (b.ndim + over,)), (batch, batch))
+    axes = (((a.ndim + over[0],), (b.ndim + over[1],)), (batch, batch))
     # `jnp.einsum` makes the same program, and takes 1 ms to trace.
     done: jax.Array = jax.lax.dot_general(
         a, b, axes, precision=precision, preferred_element_type=wide

@@ -1,10 +1,11 @@
-"""The choice of a form: how the polynomial is evaluated, by the work it takes on the target.
+"""The choice of a form: how the polynomial is evaluated, by the time it takes on the target.
 
-Counted in Python before anything is traced, from the shape, the table, the compute dtype and the
-target platform. A plan calls the function that `newton_schulz` calls, so what it prints is what
-runs.
+Modelled in Python before anything is traced, from the work of each form, which the shape, the table
+and the compute dtype decide, and the rates of the target (`platforms.py`). A plan calls the
+function that `newton_schulz` calls, so what it prints is what runs.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,10 +15,17 @@ from jax.typing import DTypeLike
 
 from optax_muon.platforms import get_platform
 from optax_muon.polar.coefficients import Row
-from optax_muon.polar.gram import Gram
-from optax_muon.polar.plain import Plain
+from optax_muon.polar.gram import Gram, default_restarts
+from optax_muon.polar.plain import Plain, Step
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
-from optax_muon.polar.symmetric import AS_STORED, BARRIER, FULL, Panels, Products
+from optax_muon.polar.symmetric import (
+    AS_STORED,
+    BARRIER,
+    FULL,
+    TALL_BARRIER,
+    Panels,
+    Products,
+)
 from optax_muon.polar.work import Work
 
 __all__ = ["Form", "choose_form"]
@@ -27,7 +35,7 @@ class Form(Protocol):
     """A way to evaluate the polynomial."""
 
     def __call__(
-        self, x: jax.Array, rows: Sequence[Row], column_shards: ColumnShards = ALL_COLUMNS
+        self, x: jax.Array, rows: Sequence[Step], column_shards: ColumnShards = ALL_COLUMNS
     ) -> jax.Array:
         """Send wide matrices [..., m, n] of norm below 1 through the steps."""
 
@@ -35,14 +43,9 @@ class Form(Protocol):
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
 
 
-GAIN, GAIN_SHORT_ON_CPU = 0.9, 0.75
-"""Fraction of the plain form's work that the Gram form must stay below.
-
-The Gram form saves operations and squares the condition number, so it must save a tenth at least.
-In float32 on CPUs 0.88 of the operations take 0.92 to 0.97 of the time from 64 x 128 to 256 x 512,
-and 0.78 of them 0.8. With bfloat16 operands on CPUs it rounds more often than it saves
-(`benchmarks/orthogonalize_speed.py`).
-"""
+GAIN = 0.95
+"""Fraction of the plain form's time that the Gram form must stay below: it squares the condition
+number, and the model of the time is off by a few percent."""
 
 
 def choose_form(
@@ -74,35 +77,35 @@ def choose_form(
         ValueError: `platform` is unknown.
     """
     dtype = jnp.dtype(dtype)
-    plain = Plain(_products(m, dtype, platform, least=3, most=4), looped=platform == "cpu")
-    exchange = get_platform(platform).flops_per_byte
-    halves = _products(m, dtype, platform, least=2, most=8)
-    gram = Gram.with_default_restarts(len(rows), dtype, products=halves)
+    target = get_platform(platform)
+    rates = target.rates_for(dtype)
 
-    def price(form: Form) -> float:
+    def seconds(form: Form) -> float:
         count = form.count(m, n, rows, devices)
         # A ring sum carries a matrix twice, a gather once.
         sent = m * m * (8 * count.sums + dtype.itemsize * count.gathers) * (devices - 1) / devices
-        return count.flops + exchange * sent
+        return rates.seconds(count) + sent / target.bandwidth
 
-    short = platform == "cpu" and jnp.finfo(dtype).bits < 32
-    gain = GAIN_SHORT_ON_CPU if short else GAIN
-    return gram if price(gram) < gain * price(plain) else plain
+    restarts = default_restarts(len(rows), dtype)
+    plain = min(
+        (Plain(each, looped=platform == "cpu") for each in _products(m, platform, dtype, (4,))),
+        key=seconds,
+    )
+    gram = min(
+        (Gram(restarts, each) for each in _products(m, platform, dtype, (2, 4, 8))), key=seconds
+    )
+    return gram if seconds(gram) < GAIN * seconds(plain) else plain
 
 
-def _products(m: int, dtype: jnp.dtype, platform: str, *, least: int, most: int) -> Products:
-    """Choose how symmetric products are made: in panels of 256 rows, if there are enough.
-
-    In float32 on two cores four panels take 0.86 of the time of full products at 1024 x 1024, and
-    0.75 in the Gram form at 1024 x 4096; with bfloat16 operands mirroring costs more than it saves,
-    1.1 to 1.3 (`benchmarks/orthogonalize_speed.py`).
+def _products(m: int, platform: str, dtype: DTypeLike, counts: Sequence[int]) -> list[Products]:
+    """List how symmetric products may be made: in full, and on CPUs in panels of 192 rows or more.
 
     Kernels are opt-in, `form=Plain(Kernel("tpu"))`: no accelerator has timed them yet, and in a
     program of several devices JAX accepts one inside `shard_map` only.
     """
-    count = min(most, m // 256)
-    halved = platform == "cpu" and jnp.finfo(dtype).bits >= 32 and count >= least
-    return Panels(count) if halved else full_products(platform, dtype)
+    full = full_products(platform, dtype)
+    panels = max((count for count in counts if m >= 192 * count), default=1)
+    return [full, Panels(panels)] if platform == "cpu" and panels > 1 else [full]
 
 
 def full_products(platform: str, dtype: DTypeLike) -> Products:
@@ -111,3 +114,10 @@ def full_products(platform: str, dtype: DTypeLike) -> Products:
         return BARRIER
     # Half precision needs the symmetry that a b^H restores.
     return AS_STORED if platform == "cpu" and jnp.finfo(dtype).bits >= 32 else FULL
+
+
+def for_tall(form: Form) -> Form | None:
+    """Return the form that takes tall matrices as they lie; None where they are turned first."""
+    if isinstance(form, Plain | Gram) and form.products == BARRIER:
+        return dataclasses.replace(form, products=TALL_BARRIER)
+    return None
