@@ -90,10 +90,10 @@ class CompiledStep:
     """In a step, on all devices."""
     accumulate: int
     """Micro-batches of a step."""
-    saved: str
-    """What a block saves for its backward pass, `MoonlightConfig.saved`."""
     outcome: str
     """`compiled`, which means that it fits, or the reason why not."""
+    saved: str = "inputs"
+    """What a block saves for its backward pass, `MoonlightConfig.saved`."""
     arguments_gib: float = 0.0
     """Memory of parameters, momenta, biases and tokens."""
     donated_gib: float = 0.0
@@ -305,8 +305,9 @@ def page(rows: Sequence[CompiledStep]) -> str:
 
 
 SAVED_IN_WORDS = {
-    "attention": "outputs of heads",
-    "rows": "outputs of heads, rows of experts",
+    "inputs": "inputs of blocks",
+    "attention": "inputs of blocks, outputs of heads",
+    "rows": "inputs of blocks, outputs of heads, rows of experts",
 }
 
 
@@ -315,7 +316,7 @@ def cells(row: CompiledStep) -> dict[str, str]:
     head = {
         "mesh": row.mesh,
         "micro-batches": f"{row.accumulate} of {row.sequences // row.accumulate} sequences",
-        "saved for the backward pass": f"inputs of blocks, {SAVED_IN_WORDS[row.saved]}",
+        "saved for the backward pass": SAVED_IN_WORDS[row.saved],
         "outcome": row.outcome,
     }
     if row.outcome != "compiled":

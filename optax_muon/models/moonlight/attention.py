@@ -44,7 +44,6 @@ class LatentAttention(nn.Module):
         k_rope = jnp.broadcast_to(k_rope, (b, t, heads, config.qk_rope_head_dim))
         q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
         y, stats = attention(q, k, v, config.query_block)
-        y = checkpoint_name(y, "attention")  # of `SAVED`
         output = Linear(config.hidden_size, config.dtype, rows="tensor", name="o_proj")
         return output(y.reshape(b, t, -1)), stats
 
@@ -84,15 +83,19 @@ def attention(
         `[b, t, heads, e]`, and for each head the largest logit and the share above `HIGH_LOGIT`.
     """
     queries = q.swapaxes(0, 1)
-    parts: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+    outputs: list[jax.Array] = []
+    stats: list[list[jax.Array]] = []
     for start in range(0, q.shape[1], query_block):
         stop = min(start + query_block, q.shape[1])
-        if parts:  # One block after the other, or the logits of several are in memory at once.
-            (queries, k, v), parts[-1] = jax.lax.optimization_barrier(((queries, k, v), parts[-1]))
-        block = jnp.arange(start, stop)
+        if outputs:  # One block after the other, or the logits of several are in memory at once.
+            queries, k, v, outputs[-1] = jax.lax.optimization_barrier((queries, k, v, outputs[-1]))
         attend = functools.partial(_attend, k[:, :stop], v[:, :stop])
-        parts.append(jax.vmap(attend)(queries[start:stop], block))
-    y, largest, high = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+        y, *of_block = jax.vmap(attend)(queries[start:stop], jnp.arange(start, stop))
+        # Named before the barrier, or each block would have to be computed again for the next.
+        outputs.append(checkpoint_name(y, "attention"))  # of `SAVED`
+        stats.append(of_block)
+    y = jnp.concatenate(outputs)
+    largest, high = (jnp.concatenate(each) for each in zip(*stats, strict=True))
     pairs = q.shape[0] * q.shape[1] * (q.shape[1] + 1) / 2
     # Reduced over sequences, and so over devices, here once and not in every block of queries.
     return y.swapaxes(0, 1), (largest.max(axis=(0, 1)), high.sum(axis=(0, 1)) / pairs)
