@@ -65,13 +65,15 @@ class Case:
     """Micro-batches."""
     hbm_gib: float
     """Memory of a chip, as libtpu states it when a program needs more."""
+    saved: str
+    """What a block saves for its backward pass, `MoonlightConfig.saved`."""
 
 
 CASES = {
     case.machine: case
     for case in (
-        Case("v5p 4x4x4", {"fsdp": 4, "expert": 16}, 8, 95.73),
-        Case("v5e 16x16", {"fsdp": 16, "expert": 16}, 8, 15.75),
+        Case("v5p 4x4x4", {"fsdp": 4, "expert": 16}, 8, 95.73, "rows"),
+        Case("v5e 16x16", {"fsdp": 16, "expert": 16}, 8, 15.75, "attention"),
     )
 }
 
@@ -90,6 +92,8 @@ class CompiledStep:
     """Micro-batches of a step."""
     outcome: str
     """`compiled`, which means that it fits, or the reason why not."""
+    saved: str = "inputs"
+    """What a block saves for its backward pass, `MoonlightConfig.saved`."""
     arguments_gib: float = 0.0
     """Memory of parameters, momenta, biases and tokens."""
     donated_gib: float = 0.0
@@ -106,6 +110,8 @@ class CompiledStep:
     """Operations of all compiled products, counted in every iteration of a loop."""
     model_tflop: float = 0.0
     """6 per token and parameter that multiplies it, head and attention scores included."""
+    visible_tflop: float = 0.0
+    """The same without the scores of keys after their query."""
     paper_tflop: float = 0.0
     """6 per token and active parameter, embedding and head left out, as the paper counts them."""
     optimizer_tflop: float = 0.0
@@ -158,6 +164,7 @@ def known_fields(case: Case) -> dict[str, Any]:
         "sequences": SEQUENCES,
         "tokens": SEQUENCES * CONFIGS["moonlight-16b-a3b"].context,
         "accumulate": case.accumulate,
+        "saved": case.saved,
     }
 
 
@@ -165,7 +172,8 @@ def compile_row(machine: str) -> CompiledStep:
     """Compile a step and read the program."""
     case = CASES[machine]
     mesh = _topologies.mesh_of(MACHINES[case.machine], case.axes, AxisType.Explicit)
-    config = config_of(CONFIGS["moonlight-16b-a3b"], SEQUENCES)
+    model = dataclasses.replace(CONFIGS["moonlight-16b-a3b"], saved=case.saved)
+    config = config_of(model, SEQUENCES)
     start = time.process_time()
     program = compile_step(config, mesh, case.accumulate, OPTIONS)
     seconds = time.process_time() - start
@@ -220,10 +228,15 @@ def measures(program: Any, config: TrainConfig, mesh: Mesh, accumulate: int) -> 
     sizes["total"] = sum(sizes.values()) - 2 * sizes["donated"]
     plan = optax_muon.plan(on_mesh(Moonlight(config.model).abstract_params, mesh))
     tokens = config.batch * config.model.context / mesh.size
+    own = config.batch * flops.sequence_flops(config) / mesh.size
+    context = config.model.context
+    masked = 6 * tokens * Moonlight(config.model).attended * (context - 1) / 2
+    trips = functools.partial(even_trips, expert_blocks(config, mesh, accumulate))
     return {
         **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
-        "tflop": round(hlo.flops(text, expert_blocks(config, mesh, accumulate)) / 1e12, 1),
-        "model_tflop": round(config.batch * flops.sequence_flops(config) / mesh.size / 1e12, 1),
+        "tflop": round(hlo.flops(text, trips) / 1e12, 1),
+        "model_tflop": round(own / 1e12, 1),
+        "visible_tflop": round((own - masked) / 1e12, 1),
         "paper_tflop": round(6 * count(config.model).active * tokens / 1e12, 1),
         "optimizer_tflop": round(plan.cost.flops / 1e12, 3),
         "optimizer_mib": round(plan.cost.collective_bytes / 2**20, 1),
@@ -239,6 +252,11 @@ def expert_blocks(config: TrainConfig, mesh: Mesh, accumulate: int) -> int:
     return -(-rows // experts.BLOCK)
 
 
+def even_trips(blocks: int, op_name: str) -> int:
+    """Iterations of a loop if all experts are chosen equally often: no round is a further one."""
+    return 0 if experts.FURTHER_ROUNDS in op_name else blocks
+
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "others")
 
 
@@ -247,7 +265,7 @@ def received(text: str) -> dict[str, Any]:
     from optax_muon.hlo import collectives
 
     found = dict.fromkeys(KINDS, (0, 0))
-    for each in collectives(text):
+    for each in collectives(text, functools.partial(even_trips, 1)):
         kind = each.kind if each.kind in KINDS else "others"
         times, size = found[kind]
         found[kind] = times + each.times, size + each.times * each.bytes
@@ -262,11 +280,13 @@ Made by `benchmarks/moonlight_step.py`, which says what is compiled; the CSV nex
 the same numbers. Everything is per chip and step; a step has {tokens:.1f} million tokens on all
 chips. Memory is the compiler's own analysis; it refuses a program that does not fit. Operations are
 those of all products in the compiled program. A multiply-add counts as two, every iteration of a
-loop counts, and the loop over blocks of rows runs as often as if all experts were chosen equally
-often. They include recomputation in the backward pass, masked attention scores, and the optimizer.
-The model's own operations are 6 per token and parameter that multiplies it, and 6 per attention
-score and feature. The optimizer's are those of its orthogonalizations, as planned. Collectives are
-counted in every iteration of a loop; MiB are those of their results.
+loop counts, and the loops over blocks of rows and over rounds of the exchange run as often as if
+all experts were chosen equally often. They include recomputation in the backward pass and the
+optimizer, but of the masked attention scores only those of a block of queries with itself. The
+model's own operations are 6 per token and parameter that multiplies it, and 6 per attention score
+and feature, masked ones included, as is usual; the next line leaves those out. The optimizer's are
+those of its orthogonalizations, as planned. Collectives are counted in every iteration of a loop;
+MiB are those of their results.
 
 The compiler gets `--xla_tpu_enable_ragged_dot_kernel=true`, the default on v5p; to train on v5e,
 set it in `LIBTPU_INIT_ARGS`. Without it XLA multiplies all rows with all experts of the chip, four
@@ -284,11 +304,19 @@ def page(rows: Sequence[CompiledStep]) -> str:
     return "\n".join([*lines, *_table.markdown(["", *(row.machine for row in rows)], table)]) + "\n"
 
 
+SAVED_IN_WORDS = {
+    "inputs": "inputs of blocks",
+    "attention": "inputs of blocks, outputs of heads",
+    "rows": "inputs of blocks, outputs of heads, rows of experts",
+}
+
+
 def cells(row: CompiledStep) -> dict[str, str]:
     """The cells of a row, by their names."""
     head = {
         "mesh": row.mesh,
         "micro-batches": f"{row.accumulate} of {row.sequences // row.accumulate} sequences",
+        "saved for the backward pass": SAVED_IN_WORDS[row.saved],
         "outcome": row.outcome,
     }
     if row.outcome != "compiled":
@@ -303,6 +331,8 @@ def cells(row: CompiledStep) -> dict[str, str]:
         "total": f"{row.total_gib:.2f} of {row.hbm_gib:.2f} GiB",
         "operations of all products": f"{row.tflop:.0f} Tflop",
         "the model's own": f"{row.model_tflop:.0f} Tflop, {row.model_tflop / row.tflop:.0%}",
+        "without masked scores": f"{row.visible_tflop:.0f} Tflop,"
+        f" {row.visible_tflop / row.tflop:.0%}",
         "6 N D of the paper's 2.24B active": f"{row.paper_tflop:.0f} Tflop",
         "the optimizer's": f"{row.optimizer_tflop:.2f} Tflop, {optimizer:.2%}",
         **{

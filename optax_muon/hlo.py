@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -55,12 +55,18 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LOOP_BOUND = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHAIN_ID = re.compile(r'chain_id="(\d+)"')
 _LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[0-9,{}]*\})\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
+
+
+Trips = int | Callable[[str], int]
+"""Iterations of the loops whose number of iterations depends on data: of all of them, or a function
+of a loop's `op_name`, which has the `jax.named_scope`s around it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +112,12 @@ class Cycles:
         return self.products + self.rest
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, loop_trips: Trips = 1) -> list[Collective]:
     """List the collectives of a compiled program, in the order of its text.
 
     Args:
         text: HLO of a compiled program, as `compiled.as_text()` returns it.
+        loop_trips: Iterations of the loops whose number of iterations depends on data.
 
     Raises:
         ValueError: The text is not the HLO of a program.
@@ -133,7 +140,7 @@ def collectives(text: str) -> list[Collective]:
     overlapped: collections.Counter[str] = collections.Counter()
     begun: dict[str, tuple[str, int]] = {}
     clock = 0
-    for each in _instructions(text):
+    for each in _instructions(text, loop_trips):
         clock += each.cycles * each.times
         start, since = begun.get(each.operand, (each.name, clock))
         if each.kind.endswith("-start"):
@@ -149,7 +156,7 @@ def collectives(text: str) -> list[Collective]:
         if each.kind in KINDS and chain:
             overlapped[key] += each.cycles_around
         elif each.kind in (*KINDS, "async"):
-            overlapped[key] += (clock - since) // each.times
+            overlapped[key] += (clock - since) // max(each.times, 1)
     return [
         dataclasses.replace(each, overlapped_cycles=overlapped[key]) for key, each in found.items()
     ]
@@ -176,14 +183,14 @@ def collective_bytes(text: str) -> int:
     return sum(each.bytes * each.times for each in collectives(text))
 
 
-def flops(text: str, loop_trips: int = 1) -> int:
+def flops(text: str, loop_trips: Trips = 1) -> int:
     """Count the operations of all matrix products on one device, a multiply-add as two.
 
     Products are `dot` and, in TPU programs, convolutions and calls of grouped matrix products.
 
     Args:
         text: HLO of a compiled program, as `compiled.as_text()` returns it.
-        loop_trips: Iterations to assume for loops whose number of iterations depends on data.
+        loop_trips: Iterations of the loops whose number of iterations depends on data.
 
     Raises:
         ValueError: The text is not the HLO of a program.
@@ -203,7 +210,7 @@ def flops(text: str, loop_trips: int = 1) -> int:
     )
 
 
-def cycles(text: str, loop_trips: int = 1) -> Cycles:
+def cycles(text: str, loop_trips: Trips = 1) -> Cycles:
     """Sum the cycles that the compiler for TPUs expects a program to take on one device.
 
     This is the compiler's own model and not a measurement. Programs for other platforms have no
@@ -211,7 +218,7 @@ def cycles(text: str, loop_trips: int = 1) -> Cycles:
 
     Args:
         text: HLO of a compiled program, as `compiled.as_text()` returns it.
-        loop_trips: iterations of the loops whose number of iterations depends on data.
+        loop_trips: Iterations of the loops whose number of iterations depends on data.
 
     Raises:
         ValueError: the text is not the HLO of a program.
@@ -313,7 +320,7 @@ def _grouped_dot(each: _Instruction) -> int:
     return math.prod(rows) * _lengths(each.result)[-1]
 
 
-def _instructions(text: str, loop_trips: int = 1) -> Iterator[_Instruction]:
+def _instructions(text: str, loop_trips: Trips = 1) -> Iterator[_Instruction]:
     """All instructions that a program runs; those of a loop with its number of iterations."""
     starts = list(_COMPUTATION.finditer(text))
     entry = next((match[2] for match in starts if match[1]), None)
@@ -342,7 +349,7 @@ class _Caller:
 
 
 def _called_from(
-    bodies: dict[str, str], name: str, caller: _Caller, loop_trips: int
+    bodies: dict[str, str], name: str, caller: _Caller, loop_trips: Trips
 ) -> Iterator[_Instruction]:
     """The instructions of a computation and of all that it calls."""
     found = _INSTRUCTION.findall(bodies[name])
@@ -394,13 +401,18 @@ def _multiplies(bodies: dict[str, str], name: str) -> bool:
     )
 
 
-def _trips(bodies: dict[str, str], attributes: str, unknown: int) -> int:
+def _trips(bodies: dict[str, str], attributes: str, unknown: Trips) -> int:
     """Iterations of a loop: as XLA notes them, or the only bound in its condition (TPU)."""
     if noted := _TRIP_COUNT.search(attributes):
         return int(noted[1])
     condition = _CONDITION.search(attributes)
     bounds = _LOOP_BOUND.findall(bodies[condition[1]]) if condition else []
-    return int(bounds[0]) if len(bounds) == 1 else unknown
+    if len(bounds) == 1:
+        return int(bounds[0])
+    if isinstance(unknown, int):
+        return unknown
+    name = _OP_NAME.search(attributes)
+    return unknown(name[1] if name else "")
 
 
 def _bytes(result: str) -> int:

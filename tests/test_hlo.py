@@ -91,10 +91,12 @@ def test_a_text_that_is_not_a_compiled_program_is_refused(read, text):
 
 def test_a_loop_that_depends_on_data_counts_as_often_as_it_is_told():
     def work(x):
-        return lax.while_loop(lambda y: jnp.sum(y) < 1, lambda y: y @ x, x)
+        with jax.named_scope("powers"):
+            return lax.while_loop(lambda y: jnp.sum(y) < 1, lambda y: y @ x, x)
 
     text = jax.jit(work).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile().as_text()
     assert flops(text, loop_trips=7) == 7 * flops(text) == 7 * 2 * 8**3
+    assert flops(text, lambda op_name: 5 if "powers" in op_name else 0) == 5 * 2 * 8**3
 
 
 TPU = """

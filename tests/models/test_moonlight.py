@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.models.abstract import on_mesh
-from optax_muon.models.moe import balance, grouped_matmul
+from optax_muon.models.moe import balance, experts, grouped_matmul
 from optax_muon.models.moe.experts import Experts
 from optax_muon.models.moe.grouped_matmul import grouped_dot
 from optax_muon.models.moonlight import (
@@ -232,6 +232,20 @@ def test_blocks_of_queries_change_nothing():
     chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_what_is_in_memory():
+    params, bias = noisy(CONFIG)
+
+    def gradient(config):
+        def score(params):
+            return loss(config, params, tokens_of(CONFIG), bias)[0]
+
+        return jax.tree.map(np.asarray, jax.jit(jax.grad(score))(params))
+
+    other = gradient(dataclasses.replace(CONFIG, query_block=64, saved="inputs"))
+    assert_trees_close_to_largest(gradient(CONFIG), other, 1e-5, rtol=1e-7)
+
+
 def test_a_position_does_not_see_what_comes_after_it():
     params, bias = noisy(CONFIG)
     tokens = tokens_of(CONFIG)
@@ -312,6 +326,41 @@ def test_a_mesh_gives_the_logits_and_gradients_of_one_device(kind, sizes):
         assert types[0] == types[1], "gradients lie as their parameters"
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def sent_to_experts(layer, params, x, chosen, gates):
+    """The mixture and, for one cotangent, its gradients."""
+
+    def apply(params, x, gates):
+        return layer.apply({"params": params}, x, chosen, gates)
+
+    y, pull = jax.vjp(apply, params, x, gates)
+    return y, pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+
+@pytest.mark.parametrize("choice", ["even", "one device", "two experts"])
+def test_rows_sent_to_experts_give_the_sums_and_gradients_of_one_device(choice):
+    """Also where most or all rows go to one device, in further rounds: none is dropped."""
+    rng = np.random.default_rng(0)
+    ranks = rng.random([8, 64, 8]) - (np.arange(8) // 2 != 1) * (choice == "one device")
+    ranks = ranks + (np.arange(8) % 5 == 0) * 0.8 * (choice == "two experts")
+    chosen = jnp.asarray(np.argsort(-ranks, axis=-1)[..., :2], jnp.int32)
+    shapes = {"gate_proj": [8, 16, 12], "up_proj": [8, 16, 12], "down_proj": [8, 12, 16]}
+    x, gates, *kernels = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ([8, 64, 16], [8, 64, 2], *shapes.values())
+    )
+    params = dict(zip(shapes, kernels, strict=True))
+    first = experts.rows_of_pair(64, 2, 8, 2)
+    most = max(((chosen // 2) == device).any(axis=-1).sum(axis=1).max() for device in range(4))
+    assert (most > first) == (choice != "even"), "further rounds"
+    layer = Experts(8, 12, "float32")
+    alone = sent_to_experts(layer, params, x, chosen, gates)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(AUTO, AUTO))):
+        sent = jax.block_until_ready(sent_to_experts(layer, params, x, chosen, gates))
+    # Sums of up to 512 tokens in another order.
+    assert_trees_close_to_largest(sent, jax.tree.map(np.asarray, alone), 2e-6, rtol=1e-7)
+
+
 def test_a_mesh_that_is_not_ambient_is_asked_for():
     given = on(jax.make_mesh((8,), ("fsdp",)), WIDE, *noisy(WIDE))
     with pytest.raises(ValueError, match=r"are on a mesh of \('fsdp',\); use jax.set_mesh\(mesh\)"):
@@ -356,21 +405,22 @@ def test_every_matrix_of_the_published_model_is_cut_over_fsdp_and_experts():
 
 @pytest.mark.slow
 @pytest.mark.libtpu
-def test_a_tpu_multiplies_ragged_groups_and_gathers_tokens_to_their_experts():
+def test_a_tpu_multiplies_ragged_groups_and_sends_rows_to_their_experts():
     mesh = chips("v5e:2x4", {"fsdp": 2, "expert": 4})
     config = dataclasses.replace(
-        WIDE, hidden_size=256, moe_intermediate_size=128, context=128, dtype="bfloat16"
+        WIDE, hidden_size=256, moe_intermediate_size=128, context=512, dtype="bfloat16"
     )
     params = on_mesh(Moonlight(config).abstract_params, mesh)
     over = NamedSharding(mesh, P(mesh.axis_names))
-    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=over)
+    tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=over)
     with jax.set_mesh(mesh):
         bias = jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=NamedSharding(mesh, P()))
         text = loss_and_grads.lower(config, params, tokens, bias).compile().as_text()
     assert "ragged" in text
-    # A group of four devices has 4 x 128 tokens of 256 features; they go and come in one piece.
-    assert re.search(r"bf16\[4,128,256\]\S* all-gather", text)
-    assert re.search(r"f32\[1,128,256\]\S* reduce-scatter", text)
+    rows = experts.rows_of_pair(512, 2, 8, 2)
+    assert rows < 0.6 * 512
+    assert re.search(rf"bf16\[(4,{rows}|{4 * rows}),256\]\S* all-to-all", text)
+    assert not re.search(r"bf16\[4,512,256\]\S* all-gather", text)
 
 
 # ---- mixture -------------------------------------------------------------------------------------
@@ -418,8 +468,8 @@ def test_experts_take_as_many_tokens_as_they_may_the_first_ones_first(capacity, 
     params, x, chosen, gates, y = mixture(capacity)
     taken, truth = np.zeros(5, int), np.zeros([16, 6])
     tokens = zip(x.reshape(16, 6), chosen.reshape(16, 2), gates.reshape(16, 2), strict=True)
-    for t, (token, experts, weights) in enumerate(tokens):
-        for expert, gate in zip(experts, weights, strict=True):
+    for t, (token, own, weights) in enumerate(tokens):
+        for expert, gate in zip(own, weights, strict=True):
             if taken[expert] < slots:
                 mine = {name: np.asarray(stack[expert]) for name, stack in params.items()}
                 truth[t] += gate * swiglu(mine, np.asarray(token))
@@ -444,10 +494,10 @@ def test_blocks_of_rows_change_nothing_forward_or_backward(block, monkeypatch):
         return jnp.einsum("betd,btke,btk->btd", each, jax.nn.one_hot(chosen, 5), gates)
 
     monkeypatch.setattr("optax_muon.models.moe.experts.BLOCK", block)
-    experts = Experts(5, 4, "float32")
+    layer = Experts(5, 4, "float32")
 
     def blocked(params, x, gates):
-        return experts.apply({"params": params}, x, chosen, gates)
+        return layer.apply({"params": params}, x, chosen, gates)
 
     np.testing.assert_allclose(jax.jit(blocked)(params, x, gates), y, rtol=1e-6, atol=1e-6)
     # Sums of up to 16 tokens.
@@ -456,15 +506,15 @@ def test_blocks_of_rows_change_nothing_forward_or_backward(block, monkeypatch):
 
 def test_a_device_holds_a_block_of_rows_and_not_all_that_could_come():
     tokens, width, k = 4096, 64, 6
-    experts = Experts(8, 64, "float32")
+    layer = Experts(8, 64, "float32")
     arrays = ((1, tokens, width), (1, tokens, k), (1, tokens, k))
     kinds = (jnp.float32, jnp.int32, jnp.float32)
     x, chosen, gates = map(jax.ShapeDtypeStruct, arrays, kinds)
-    params = jax.eval_shape(experts.init, jax.random.key(0), x, chosen, gates)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x, chosen, gates)
 
     def temporary(block, monkeypatch):
         monkeypatch.setattr("optax_muon.models.moe.experts.BLOCK", block)
-        loss = jax.grad(lambda p, *given: experts.apply(p, *given).sum())
+        loss = jax.grad(lambda p, *given: layer.apply(p, *given).sum())
         program = jax.jit(loss).lower(params, x, chosen, gates).compile()
         return program.memory_analysis().temp_size_in_bytes
 
@@ -622,6 +672,7 @@ def test_views_per_head_are_the_slices_that_the_heads_use(q_rank):
         ),
         ({"n_shared_experts": 0}, "n_shared_experts is 0"),
         ({"capacity": 0.0}, "capacity is 0.0; it must be positive or None"),
+        ({"saved": "all"}, "saved is 'all'; it must be one of inputs, attention, rows"),
         ({"n_group": 4}, "n_routed_experts 6 must divide into groups of two or more, n_group is 4"),
         ({"n_group": 3, "topk_group": 4}, "topk_group 4 must be between 1 and n_group, 3"),
         ({"n_group": 3, "num_experts_per_tok": 3}, "at most the experts of 1 of 3 groups, 2"),

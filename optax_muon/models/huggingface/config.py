@@ -17,7 +17,7 @@ EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 CONTEXT = "max_position_embeddings"
 """The key whose value is our `context`."""
 
-_OURS = {"context", "capacity", "query_block", "dtype", "rope_theta", "rope_interleave"}
+_OURS = {"context", "capacity", "query_block", "saved", "dtype", "rope_theta", "rope_interleave"}
 _KINDS: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
     "float": (int | float, "a number"),

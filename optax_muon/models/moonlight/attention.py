@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from optax_muon.models.layers import Linear, RMSNorm, Rotations, deinterleave, rotate
 from optax_muon.models.moonlight.config import MoonlightConfig
@@ -73,28 +76,41 @@ def attention(
         k: Keys, `[b, t, heads, d]`.
         v: Values, `[b, t, heads, e]`.
         query_block: Queries whose logits, `[query_block, b, heads, t]` in float32, are in memory at
-            once; the backward pass computes them again.
+            once; the backward pass computes them again. Keys after the last query of a block are
+            left out.
 
     Returns:
         `[b, t, heads, e]`, and for each head the largest logit and the share above `HIGH_LOGIT`.
     """
-    positions = jnp.arange(q.shape[1])
-
-    @jax.checkpoint
-    def attend(query: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """One position, all sequences and heads."""
-        one, position = query
-        logits = jnp.einsum("bhd,bshd->bhs", one, k, preferred_element_type=jnp.float32)
-        visible = (positions <= position)[None, None]
-        logits = jnp.where(visible, logits * (q.shape[-1] ** -0.5), -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bhs,bshe->bhe", weights, v)
-        logits = jax.lax.stop_gradient(logits)
-        high = (logits > HIGH_LOGIT).astype(jnp.float32)
-        return y, logits.max(axis=2), high.sum(axis=2)
-
-    queries = (q.swapaxes(0, 1), positions)
-    y, largest, high = jax.lax.map(attend, queries, batch_size=query_block)
+    queries = q.swapaxes(0, 1)
+    outputs: list[jax.Array] = []
+    stats: list[list[jax.Array]] = []
+    for start in range(0, q.shape[1], query_block):
+        stop = min(start + query_block, q.shape[1])
+        if outputs:  # One block after the other, or the logits of several are in memory at once.
+            queries, k, v, outputs[-1] = jax.lax.optimization_barrier((queries, k, v, outputs[-1]))
+        attend = functools.partial(_attend, k[:, :stop], v[:, :stop])
+        y, *of_block = jax.vmap(attend)(queries[start:stop], jnp.arange(start, stop))
+        # Named before the barrier, or each block would have to be computed again for the next.
+        outputs.append(checkpoint_name(y, "attention"))  # of `SAVED`
+        stats.append(of_block)
+    y = jnp.concatenate(outputs)
+    largest, high = (jnp.concatenate(each) for each in zip(*stats, strict=True))
     pairs = q.shape[0] * q.shape[1] * (q.shape[1] + 1) / 2
     # Reduced over sequences, and so over devices, here once and not in every block of queries.
     return y.swapaxes(0, 1), (largest.max(axis=(0, 1)), high.sum(axis=(0, 1)) / pairs)
+
+
+@jax.checkpoint
+def _attend(
+    k: jax.Array, v: jax.Array, query: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One position, all sequences and heads: output, largest logit, logits above `HIGH_LOGIT`."""
+    logits = jnp.einsum("bhd,bshd->bhs", query, k, preferred_element_type=jnp.float32)
+    visible = (jnp.arange(k.shape[1]) <= position)[None, None]
+    logits = jnp.where(visible, logits * (query.shape[-1] ** -0.5), -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bhs,bshe->bhe", weights, v)
+    logits = jax.lax.stop_gradient(logits)
+    high = (logits > HIGH_LOGIT).astype(jnp.float32)
+    return y, logits.max(axis=2), high.sum(axis=2)

@@ -11,7 +11,7 @@ from optax_muon.models.layers import Embed, RMSNorm, Rotations, SwiGLU, rotation
 from optax_muon.models.mesh import BATCH, constrain
 from optax_muon.models.moe import Experts, Router
 from optax_muon.models.moonlight.attention import HeadStats, LatentAttention
-from optax_muon.models.moonlight.config import MoonlightConfig
+from optax_muon.models.moonlight.config import SAVED, MoonlightConfig
 from optax_muon.models.spec import ForwardStats
 
 
@@ -39,11 +39,11 @@ class MoonlightDecoder(nn.Module):
         angles = rotations(dim, theta, tokens.shape[1], config.dtype)
         heads, routing = [], _no_routing(config)
         if config.first_k_dense_replace:
-            stack = _stack(DenseBlock, config.first_k_dense_replace)
+            stack = _stack(DenseBlock, config.saved, config.first_k_dense_replace)
             x, dense = stack(config, name="dense_layers")(x, angles)
             heads.append(dense)
         if config.num_moe_layers:
-            stack = _stack(MoeBlock, config.num_moe_layers, 0)
+            stack = _stack(MoeBlock, config.saved, config.num_moe_layers, 0)
             x, (moe, routing) = stack(config, name="moe_layers")(x, angles, bias)
             heads.append(moe)
         x = RMSNorm(config.rms_norm_eps, name="final_norm")(x)
@@ -133,13 +133,15 @@ def _router(config: MoonlightConfig) -> Router:
     )
 
 
-def _stack(block: type[nn.Module], length: int, *in_axes: int) -> type[nn.Module]:
+def _stack(block: type[nn.Module], saved: str, length: int, *in_axes: int) -> type[nn.Module]:
     """Blocks stacked along one leading parameter axis, each recomputed in the backward pass.
 
-    The block's arguments after `x` and the angles are stacked too, along `in_axes`.
+    The block's arguments after `x` and the angles are stacked too, along `in_axes`. `saved`, a key
+    of `SAVED`, is what is not recomputed.
     """
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED[saved])
     return nn.scan(
-        nn.remat(block, prevent_cse=False),
+        nn.remat(block, prevent_cse=False, policy=policy),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, *in_axes),
