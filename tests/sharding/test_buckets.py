@@ -120,7 +120,7 @@ def test_a_stack_is_cut_by_one_kernel_however_many_share_it():
 
 
 def test_a_stack_is_orthogonalized_in_place():
-    stack = jax.ShapeDtypeStruct((32, 64, 128), jnp.float32)
+    stack = jax.ShapeDtypeStruct((32, 128, 256), jnp.float32)
     update = orthogonalize(views={"stack": View(1, 2)}).update
 
     def step(x):
@@ -128,7 +128,7 @@ def test_a_stack_is_orthogonalized_in_place():
 
     program = jax.jit(step, donate_argnums=0).lower(stack).compile()
     # What one matrix of the 32 needs, and not another stack.
-    assert program.memory_analysis().temp_size_in_bytes < 0.5 * 32 * 64 * 128 * 4
+    assert program.memory_analysis().temp_size_in_bytes < 0.5 * 32 * 128 * 256 * 4
 
 
 @pytest.mark.parametrize(("shape", "loops"), [((256, 64), 1), ((64, 256), 0)])
