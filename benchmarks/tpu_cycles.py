@@ -1,9 +1,12 @@
 """Compile orthogonalizations for TPUs that we do not own, and read the compiler's cycle estimates.
 
 The compiler for TPUs notes with most instructions how many clock cycles it expects of them. That is
-a model of the compiler's, not a measurement. `optax_muon.hlo.cycles` sums the estimates; the limit
-is what the products of the cheapest form take if the matrix units never wait: operations over
-operations per cycle. Inputs and outputs are float32, products have bfloat16 operands, five steps.
+a model of the compiler's, not a measurement. `optax_muon.hlo.cycles` sums the estimates. The limit
+is what the products of the cheaper form take if the matrix units never wait: operations over
+operations per cycle, where the Gram form has the restarts that bfloat16 needs, before steps 2 and
+4. With one restart before step 3 it would do less, and diverge on some matrices: the least limit.
+Inputs and outputs are float32, products have bfloat16 operands, five steps. Ours is compiled with
+the compiler's defaults, and in some rows with `OPTIONS`.
 
     pip install -e '.[tpu]' && python benchmarks/tpu_cycles.py
 
@@ -19,6 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import _table
 import _topologies
@@ -28,12 +32,28 @@ import matplotlib.figure
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import _muon as contrib
 
-from optax_muon.polar import KELLER, Gram, Plain, gram_newton_schulz, newton_schulz
+from optax_muon.polar import (
+    KELLER,
+    Barrier,
+    Gram,
+    Plain,
+    choose_form,
+    gram_newton_schulz,
+    newton_schulz,
+)
 
 TABLE = Path(__file__).parent / "results" / "tpu_cycles.csv"
 PAGE, PLOT = TABLE.with_suffix(".md"), TABLE.with_suffix(".png")
 LIMIT = 240
 """Seconds of processor time that a row may take."""
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    # By default a fusion may use 16 MiB of VMEM, and large products read their operands too often.
+    "48 MiB of VMEM": {"xla_tpu_scoped_vmem_limit_kib": 49152},
+}
+"""Compiler options by their name in the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +103,13 @@ def of_optax(x: jax.Array) -> jax.Array:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "optax-muon": newton_schulz,
-    "optax-muon, restart at 3": lambda x: gram_newton_schulz(x, restarts=(3,)),
+    "plain": lambda x: newton_schulz(x, form=Plain(Barrier())),
+    "Gram 3": gram_newton_schulz,
     "plain jnp loop": plain_loop,
     "optax.contrib.muon": of_optax,
 }
+OURS = ("plain", "Gram 3")
+"""Forms of `newton_schulz`, as they are printed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +120,9 @@ class CompiledProduct:
     case: str
     shape: str
     implementation: str
+    """A form of ours, or a peer."""
+    options: str
+    """A key of `OPTIONS`."""
     outcome: str
     """`compiled`, or the reason why not."""
     products: int = 0
@@ -105,12 +130,26 @@ class CompiledProduct:
     rest: int = 0
     """Cycles of everything else that has an estimate."""
     limit: int = 0
-    """Cycles of the products of the cheapest form at the peak of the matrix units."""
+    """Cycles of the products of the cheaper form at the peak of the matrix units."""
+    least: int = 0
+    """The same of the form with the fewest operations, restarted once."""
 
     @property
     def over_limit(self) -> float:
         """All cycles over the limit."""
         return (self.products + self.rest) / self.limit if self.limit else math.nan
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether it is the form that `newton_schulz` chooses."""
+        return self.implementation == chosen(self.case)
+
+    @property
+    def title(self) -> str:
+        """The implementation as the page names it."""
+        return (
+            f"ours, {self.implementation}" if self.implementation in OURS else self.implementation
+        )
 
 
 def fill_table() -> None:
@@ -118,23 +157,50 @@ def fill_table() -> None:
     rows = _topologies.fill(
         TABLE,
         CompiledProduct,
-        itertools.product(CHIPS, SHAPES, IMPLEMENTATIONS),
-        lambda row: (row.chip, row.case, row.implementation),
+        cases(),
+        lambda row: (row.chip, row.case, row.implementation, row.options),
         in_process,
     )
     PAGE.write_text(page(rows))
     draw(rows)
 
 
-def in_process(chip: str, case: str, implementation: str) -> CompiledProduct:
+CASES = {"v5p": tuple(SHAPES), "v5e": tuple(SHAPES)[:4]}
+"""What is compiled for each chip: small matrices for v5p only."""
+WITH_OPTIONS = {("v5p", "Llama 8B, attention")}
+"""Where the chosen form is compiled with options as well."""
+
+
+def cases() -> list[tuple[str, str, str, str]]:
+    """Chip, case, implementation and options of every row."""
+    return [
+        (chip, case, name, options)
+        for chip in CHIPS
+        for case, name in itertools.product(CASES[chip], IMPLEMENTATIONS)
+        for options in (OPTIONS if has_options(chip, case, name) else ("",))
+    ]
+
+
+def has_options(chip: str, case: str, name: str) -> bool:
+    """Whether an implementation is compiled with options as well."""
+    return (chip, case) in WITH_OPTIONS and name == chosen(case)
+
+
+def chosen(case: str) -> str:
+    """The form that `newton_schulz` chooses for TPUs."""
+    m, n = sorted(SHAPES[case][-2:])
+    return str(choose_form(m, n, KELLER.rows, dtype="bfloat16", platform="tpu"))
+
+
+def in_process(chip: str, case: str, implementation: str, options: str) -> CompiledProduct:
     """Compile a row in a process of its own."""
-    found = _topologies.in_process(__file__, (chip, case, implementation), LIMIT)
+    found = _topologies.in_process(__file__, (chip, case, implementation, options), LIMIT)
     if isinstance(found, str):
-        return CompiledProduct(chip, case, in_words(SHAPES[case]), implementation, found)
+        return CompiledProduct(chip, case, in_words(SHAPES[case]), implementation, options, found)
     return CompiledProduct(**found)
 
 
-def compile_row(chip: str, case: str, implementation: str) -> CompiledProduct:
+def compile_row(chip: str, case: str, implementation: str, options: str) -> CompiledProduct:
     """Compile an orthogonalization for one device and read the program."""
     from chips import chips
 
@@ -143,26 +209,29 @@ def compile_row(chip: str, case: str, implementation: str) -> CompiledProduct:
     mesh = chips(CHIPS[chip].topology, {"chip": 4}, AxisType.Auto)
     shape = SHAPES[case]
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    text = jax.jit(IMPLEMENTATIONS[implementation]).lower(x).compile().as_text()
-    found = cycles(text)
+    lowered = jax.jit(IMPLEMENTATIONS[implementation], out_shardings=x.sharding).lower(x)
+    found = cycles(lowered.compile(OPTIONS[options]).as_text())
     return CompiledProduct(
         chip,
         case,
         in_words(shape),
         implementation,
+        options,
         "compiled",
         found.products,
         found.rest,
-        limit_of(shape, CHIPS[chip]),
+        *limits(shape, CHIPS[chip]),
     )
 
 
-def limit_of(shape: Sequence[int], chip: Chip) -> int:
-    """The fewest cycles that the products of five steps can take, plain or with one restart."""
+def limits(shape: Sequence[int], chip: Chip) -> tuple[int, int]:
+    """The fewest cycles of the products of five steps: with restarts (2, 4), and with (3,)."""
     m, n = sorted(shape[-2:])
-    forms = (Plain(), Gram((3,)))
-    work = min(form.count(m, n, KELLER.rows).flops for form in forms)
-    return round(math.prod(shape[:-2]) * work / chip.flops_per_cycle)
+    plain, *grams = (
+        form.count(m, n, KELLER.rows).flops for form in (Plain(), Gram((2, 4)), Gram((3,)))
+    )
+    cycles = [math.prod(shape[:-2]) * min(plain, gram) / chip.flops_per_cycle for gram in grams]
+    return round(cycles[0]), round(cycles[1])
 
 
 def in_words(shape: Sequence[int]) -> str:
@@ -170,13 +239,17 @@ def in_words(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-HEADS = ("matrices", "implementation", "products", "rest", "limit", "over the limit")
+HEADS = (
+    *("matrices", "implementation", "options", "products", "rest"),
+    *("limit", "over the limit", "over the least"),
+)
 
 
 INTRODUCTION = """\
 Made by `benchmarks/tpu_cycles.py`, which says what is compiled. Million clock cycles of one device
-as the TPU compiler estimates them: a model, not a measurement. The limit is that of the cheapest
-form's products at the peak of the matrix units."""
+as the TPU compiler estimates them: a model, not a measurement. The limit is that of the cheaper
+form's products at the peak of the matrix units; the Gram form has the restarts that bfloat16 needs,
+and one restart only for the least limit. The chosen form of ours is in bold."""
 
 
 def page(rows: Sequence[CompiledProduct]) -> str:
@@ -187,13 +260,15 @@ def page(rows: Sequence[CompiledProduct]) -> str:
         cells = [
             (
                 f"{row.case}: {row.shape}",
-                row.implementation,
+                f"**ours, {row.implementation}**" if row.is_chosen else row.title,
+                row.options,
                 *(f"{n / 1e6:.2f}" for n in (row.products, row.rest, row.limit)),
                 f"{row.over_limit:.2f}",
+                f"{(row.products + row.rest) / row.least:.2f}",
             )
             if row.outcome == "compiled"
-            else (f"{row.case}: {row.shape}", row.implementation, row.outcome, "", "", "")
-            for row in rows
+            else (f"{row.case}: {row.shape}", row.title, row.options, row.outcome, *[""] * 4)
+            for row in sorted(rows, key=lambda row: list(SHAPES).index(row.case))
             if row.chip == chip
         ]
         lines += ["", f"## {chip}", "", *_table.markdown(HEADS, cells)]
@@ -202,12 +277,16 @@ def page(rows: Sequence[CompiledProduct]) -> str:
 
 def draw(rows: Sequence[CompiledProduct]) -> None:
     """All cycles over the limit: a panel for each chip, a group for each shape."""
-    figure = matplotlib.figure.Figure(figsize=(11, 7), dpi=120, layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(14, 9), dpi=120, layout="constrained")
+    drawn = {
+        "ours": lambda row: row.is_chosen and not row.options,
+        "ours, 48 MiB of VMEM": lambda row: row.is_chosen and row.options,
+        "plain jnp loop": lambda row: row.implementation == "plain jnp loop",
+        "optax.contrib.muon": lambda row: row.implementation == "optax.contrib.muon",
+    }
     for axes, chip in zip(figure.subplots(len(CHIPS), 1, sharex=True), CHIPS, strict=True):
-        for i, name in enumerate(IMPLEMENTATIONS):
-            found = {
-                r.case: r.over_limit for r in rows if (r.chip, r.implementation) == (chip, name)
-            }
+        for i, (name, shows) in enumerate(drawn.items()):
+            found = {r.case: r.over_limit for r in rows if r.chip == chip and shows(r)}
             place = [j + 0.2 * (i - 1.5) for j in range(len(SHAPES))]
             axes.bar(place, [found.get(case, math.nan) for case in SHAPES], 0.19, label=name)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")

@@ -126,8 +126,8 @@ PLATFORMS: Mapping[str, Platform] = MappingProxyType(
                 hides_messages=True,
                 # Fitted to the compiler's cycles for a v5p; float32 takes six products of pieces.
                 rates={
-                    "bfloat16": Rates(4.1e14, 8e11, 8e11),
-                    "float32": Rates(7e13, 4e11, 4e11),
+                    "bfloat16": Rates(4.6e14, 1.1e12, 1.1e12),
+                    "float32": Rates(7.7e13, 5.5e11, 5.5e11),
                 },
             ),
             # An H100 peaks at 990 TFLOP/s and receives 450 GB/s over NVLink.
