@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import jax
+
 __all__ = ["COMPILER_OPTIONS", "compiler_options"]
 
 # Without these features the scheduler finishes one bucket before it looks at another.
@@ -48,15 +50,16 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """Options by platform, or by the beginning of JAX's `device_kind`."""
 
 
-def compiler_options(platform: str) -> dict[str, str]:
+def compiler_options(platform: str | jax.Device) -> dict[str, str]:
     """Options under which the compiler hides an update's messages behind its products.
 
     For `jax.jit(step, compiler_options=...)`; `optax-muon train` uses them. On TPUs they can also
     be set for all programs, as `LIBTPU_INIT_ARGS="--name=value ..."` before JAX is imported.
 
     Args:
-        platform: The kind of the devices, `jax.devices()[0].device_kind`. The platforms `tpu`,
-            `gpu` and `cpu` give what all devices of a platform accept; on TPUs that is nothing.
+        platform: One of the devices, or its `device_kind`. The platforms `tpu`, `gpu` and `cpu`
+            give what all devices of a platform accept; on TPUs that is nothing. A device of a kind
+            that is not known gets the options of its platform.
 
     Returns:
         Name to value. They change no result.
@@ -71,6 +74,9 @@ def compiler_options(platform: str) -> dict[str, str]:
     >>> compiler_options("cpu")
     {}
     """
+    if not isinstance(platform, str):
+        known = any(platform.device_kind.startswith(kind) for kind in COMPILER_OPTIONS)
+        platform = platform.device_kind if known else platform.platform
     kinds = [kind for kind in COMPILER_OPTIONS if platform.startswith(kind)]
     if not kinds:
         raise ValueError(

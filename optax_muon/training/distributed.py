@@ -19,8 +19,7 @@ from optax_muon.errors import UsageError
 def start() -> None:
     """Connect to the other processes; call it before anything uses devices.
 
-    On a TPU pod and under SLURM the environment describes them; elsewhere
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` do.
+    The environment describes them on a TPU pod and under SLURM, Open MPI and Kubernetes.
 
     Raises:
         UsageError: When the environment describes no processes, or they do not connect.

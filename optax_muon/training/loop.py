@@ -224,7 +224,7 @@ def _jitted() -> Callable[..., tuple[State, dict[str, Any]]]:
             "model": model.metrics(aux.stats),
         }
 
-    options = compiler_options(jax.devices()[0].device_kind)
+    options = compiler_options(jax.devices()[0])
     return jax.jit(measured_step, static_argnums=(0, 1), donate_argnums=2, compiler_options=options)
 
 
