@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import optax
 
 import optax_muon
@@ -31,26 +32,40 @@ from optax_muon.training.config import TrainConfig
 CLIP_NORM = 1.0
 NEWTON_SCHULZ_STEPS = 5
 
-Views = dict[str, optax_muon.View] | None
-"""Views of the matrices by path; None decides by role."""
+Views = optax_muon.Views
+"""Which parameters are matrices, as `optax_muon.muon` takes it; None decides by role."""
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lr", "weight_decay", "adamw_lr"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class HyperParams:
-    """The two numbers that are tuned."""
+    """The numbers that are tuned. A pytree: an ensemble has arrays of them (`ensemble.py`)."""
 
     lr: float
     """Peak learning rate."""
     weight_decay: float
     """Decoupled weight decay, per unit of learning rate."""
+    adamw_lr: float | None = None
+    """Peak learning rate of the parameters that Muon leaves to AdamW; None is `lr`."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no optimizer can run at."""
-        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
-            raise UsageError(
-                f"lr is {self.lr:g} and weight_decay {self.weight_decay:g}; lr must be positive "
-                "and weight_decay at least 0, both finite"
-            )
+        """Refuse numbers that no optimizer can run at; the arrays of an ensemble were numbers."""
+        for name, value in self.to_json().items():
+            zero = name == "weight_decay"
+            if isinstance(value, float | int) and not (
+                0 < value < math.inf or (zero and value == 0)
+            ):
+                accepted = "at least 0" if zero else "positive"
+                raise UsageError(f"{name} is {value:g}; it must be {accepted} and finite")
+
+    def to_json(self) -> dict[str, float]:
+        """The numbers that are given, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 Build = Callable[[optax.Schedule, HyperParams, Views], optax.GradientTransformation]
@@ -90,7 +105,7 @@ class OptimizerSpec:
 
     >>> lion = OptimizerSpec("lion", "Lion", "#31a354", lambda *_: optax.lion(1e-3), lr_ratio=0.5)
     >>> lion.derive(HyperParams(lr=2e-3, weight_decay=0.1))
-    HyperParams(lr=0.001, weight_decay=0.2)
+    HyperParams(lr=0.001, weight_decay=0.2, adamw_lr=None)
     """
 
     name: str
@@ -112,7 +127,10 @@ class OptimizerSpec:
     def derive(self, other: HyperParams) -> HyperParams:
         """Its hyperparameters, from those of `like`."""
         return dataclasses.replace(
-            other, lr=other.lr * self.lr_ratio, weight_decay=other.weight_decay / self.lr_ratio
+            other,
+            lr=other.lr * self.lr_ratio,
+            weight_decay=other.weight_decay / self.lr_ratio,
+            adamw_lr=None if other.adamw_lr is None else other.adamw_lr * self.lr_ratio,
         )
 
 
@@ -143,7 +161,22 @@ def _adamw(
 def _muon(
     schedule: optax.Schedule, hyper_params: HyperParams, views: Views
 ) -> optax.GradientTransformation:
-    return optax_muon.muon(schedule, weight_decay=hyper_params.weight_decay, views=views)
+    return optax_muon.muon(
+        schedule,
+        weight_decay=hyper_params.weight_decay,
+        views=views,
+        fallback=_fallback(schedule, hyper_params),
+    )
+
+
+def _fallback(
+    schedule: optax.Schedule, hyper_params: HyperParams
+) -> optax.GradientTransformation | None:
+    """AdamW at its own learning rate, for what Muon leaves to it; None is AdamW at Muon's."""
+    if hyper_params.adamw_lr is None:
+        return None
+    ratio = hyper_params.adamw_lr / hyper_params.lr
+    return _adamw(lambda count: ratio * schedule(count), hyper_params, None)
 
 
 def _muon_adamw_router(
@@ -155,7 +188,7 @@ def _muon_adamw_router(
         routers = [path for path in optax_muon.named_leaves(params) if "router" in path]
         return {**(views or {}), **dict.fromkeys(routers)}
 
-    return optax_muon.muon(schedule, weight_decay=hyper_params.weight_decay, views=without_routers)
+    return _muon(schedule, hyper_params, without_routers)
 
 
 def _normuon(
@@ -165,6 +198,7 @@ def _normuon(
         schedule,
         weight_decay=hyper_params.weight_decay,
         views=views,
+        fallback=_fallback(schedule, hyper_params),
         post=optax_muon.normuon(views=views),
     )
 
@@ -224,8 +258,8 @@ class Trial:
 
     def to_json(self) -> dict[str, object]:
         """As `config.json` holds it."""
-        hyper_params = dataclasses.asdict(self.hyper_params)
-        return {"name": self.name, "title": self.title, "hyper_params": hyper_params}
+        numbers = self.hyper_params.to_json()
+        return {"name": self.name, "title": self.title, "hyper_params": numbers}
 
 
 def optimizer(name: str) -> OptimizerSpec:
@@ -261,7 +295,7 @@ def hyper_params(
 
     >>> tuned = {"adamw": HyperParams(1e-3, 0.1)}
     >>> hyper_params("muon-carried", tuned, {"adamw": {"lr": 2e-3}})
-    HyperParams(lr=0.002, weight_decay=0.1)
+    HyperParams(lr=0.002, weight_decay=0.1, adamw_lr=None)
     """
     row = optimizer(name)
     if name in tuned:
@@ -315,9 +349,16 @@ def comparison(
 def transformation(trial: Trial, config: TrainConfig) -> optax.GradientTransformation:
     """The trial's optax chain for a run."""
     schedule = config.learning_rate(trial.hyper_params.lr)
+    return chain(trial.spec, schedule, trial.hyper_params, config)
+
+
+def chain(
+    row: OptimizerSpec, schedule: optax.Schedule, hyper_params: HyperParams, config: TrainConfig
+) -> optax.GradientTransformation:
+    """The optimizer behind clipping by the global norm, and before QK-Clip where a run has it."""
     links = [
         optax.clip_by_global_norm(CLIP_NORM),
-        trial.spec.build(schedule, trial.hyper_params, views(config)),
+        row.build(schedule, hyper_params, views(config)),
     ]
     if config.qk_clip is not None:
         attentions = spec.model(config.model).attentions

@@ -155,20 +155,20 @@ OPTIONS = {
 }
 
 NUMBERS = {
-    f"{TRAIN} --set muon.lr=nan": "lr is nan and weight_decay 0.1; lr must be positive",
-    f"{TRAIN} --set muon.lr=inf": "lr is inf and weight_decay 0.1; lr must be positive",
+    f"{TRAIN} --set muon.lr=nan": "lr is nan; it must be positive",
+    f"{TRAIN} --set muon.lr=inf": "lr is inf; it must be positive and finite",
     f"{TRAIN} --set muon.lr=0": "lr is 0 and weight_decay",
-    f"{TRAIN} --set muon.weight_decay=nan": "weight_decay nan; lr must be positive",
-    f"{TRAIN} --set muon.weight_decay=inf": "weight_decay inf; lr must be positive",
-    f"{TRAIN} --set muon.weight_decay=-1": "weight_decay -1; lr must be positive",
+    f"{TRAIN} --set muon.weight_decay=nan": "weight_decay is nan; it must be at least 0",
+    f"{TRAIN} --set muon.weight_decay=inf": "weight_decay is inf; it must be at least 0",
+    f"{TRAIN} --set muon.weight_decay=-1": "weight_decay is -1; it must be at least 0",
     f"{TRAIN} --set muon.lr=": "is not OPTIMIZER.HYPERPARAMETER=NUMBER",
     f"{TRAIN} --set ''": "is not OPTIMIZER.HYPERPARAMETER=NUMBER",
     f"{TRAIN} --set muon.lr=1 muon.lr=2": "--set has muon.lr twice; give it once",
     f"{TRAIN} --set muon.speed=1": "muon has no hyperparameter 'speed'; it has lr, weight_decay",
     f"{TRAIN} --set sgd.lr=1": "unknown optimizer 'sgd'",
     f"{SWEEP} --steps 0": "--steps is 0; it must be at least 1",
-    f"{SWEEP} --weight-decay nan": "weight_decay nan; lr must be positive",
-    f"{SWEEP} --weight-decay -1": "weight_decay -1; lr must be positive",
+    f"{SWEEP} --weight-decay nan": "weight_decay is nan; it must be at least 0",
+    f"{SWEEP} --weight-decay -1": "weight_decay is -1; it must be at least 0",
     f"{SWEEP} --weight-decay": "there is nothing to run",
     f"{SWEEP} --optimizers": "there is nothing to run",
     f"{SWEEP} --weight-decay 0.1 0.1": "decay 0.1 is asked for twice; give each value once",
@@ -180,7 +180,7 @@ NUMBERS = {
     f"{SWEEP} --out file/x": "cannot make file/x",
     f"{FINETUNE} --lr nan": "lr is nan and weight_decay 0.1",
     f"{FINETUNE} --lr -1": "lr is -1 and weight_decay 0.1",
-    f"{FINETUNE} --weight-decay inf": "weight_decay inf; lr must be positive",
+    f"{FINETUNE} --weight-decay inf": "weight_decay is inf; it must be at least 0",
     f"{FINETUNE} --epochs 0": "--epochs is 0; it must be at least 1",
     f"{FINETUNE} --batch 0": "--batch is 0; it must be at least 1",
     f"{FINETUNE} --eval-every -1": "--eval-every is -1; it must be at least 1",
@@ -412,8 +412,10 @@ def test_sizes_of_numpy_are_whole_numbers():
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.nan, math.inf])
 @pytest.mark.parametrize("decay", [0.1, math.nan])
 def test_a_rate_that_no_optimizer_runs_at_is_refused(lr, decay):
-    with pytest.raises(UsageError, match="lr must be positive"):
+    with pytest.raises(UsageError, match=f"lr is {lr:g}; it must be positive and finite"):
         HyperParams(lr, decay)
+    with pytest.raises(UsageError, match=f"adamw_lr is {lr:g}; it must be positive and finite"):
+        HyperParams(0.1, 0.1, adamw_lr=lr)
 
 
 @pytest.mark.parametrize("number", [0, -1])

@@ -329,7 +329,7 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path, text, capsys):
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
         (["--batch", "-2"], "--batch is -2; it must be at least 1"),
         (["--seed", "-1"], "--seed is -1; it must be at least 0"),
-        (["--set", "muon.lr=0"], "lr is 0 and weight_decay 0.1; lr must be positive"),
+        (["--set", "muon.lr=0"], "lr is 0; it must be positive and finite"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, reason, text, tmp_path, capsys):
