@@ -209,8 +209,11 @@ def model_of(config: Mapping[str, Any]) -> Model:
     """
     sizes = config.get("model")
     for row in REGISTRY.values():
-        names = {field.name for field in dataclasses.fields(row.config)}
-        if isinstance(sizes, Mapping) and sizes.keys() == names:
+        fields = dataclasses.fields(row.config)
+        # A field that was added since has a default.
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        names = {field.name for field in fields}
+        if isinstance(sizes, Mapping) and needed <= sizes.keys() <= names:
             return row.build(row.config(**sizes))
     kinds = ", ".join(REGISTRY)
     raise ValueError(f"the sizes in the config are those of none of these models: {kinds}")

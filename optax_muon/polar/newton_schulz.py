@@ -88,8 +88,10 @@ class _Iteration(abc.ABC):
             # Otherwise the polynomial sees wide matrices.
             x = adjoint(x) if tall else x
             if get_platform(platform).operand_barrier and jnp.isrealobj(x):
-                largest_is_one, steps = normalize_in_first_step(x, rows, safety, column_shards)
-                y = form(largest_is_one.astype(dtype), steps, column_shards)
+                largest_is_one, steps = normalize_in_first_step(
+                    x, rows, dtype, safety, column_shards
+                )
+                y = form(largest_is_one, steps, column_shards)
             else:
                 y = form(normalize(x, safety, column_shards).astype(dtype), rows, column_shards)
             y = y.astype(x.dtype)

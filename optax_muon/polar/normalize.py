@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_muon.polar.coefficients import Row
 from optax_muon.polar.plain import Step
@@ -45,6 +45,7 @@ def normalize(
 def normalize_in_first_step(
     x: jax.Array,
     rows: Sequence[Row],
+    dtype: DTypeLike,
     safety: float = 1.0,
     column_shards: ColumnShards = ALL_COLUMNS,
 ) -> tuple[jax.Array, list[Step]]:
@@ -56,11 +57,14 @@ def normalize_in_first_step(
     thousand at 1024 x 4096.
 
     Returns:
-        Matrices of largest entry 1, in float32 at least, and the steps; the first is [..., 1, 1].
+        Matrices of largest entry 1 in `dtype`, and the steps; the first is [..., 1, 1] in the dtype
+        that products of these are summed in.
     """
     x, norm = scale_out(x, column_shards)
     # A factor of 0 makes the derivative at a zero matrix zero as well.
     s = jnp.where(norm > 0, 1.0 / (safety * jnp.maximum(norm, 1.0)), 0.0)
+    x = x.astype(dtype)
+    s = s.astype(at_least_float32(x).dtype)
     a, b, c = rows[0]
     return x, [(a * s, b * s**3, c * s**5 if c else c), *rows[1:]]
 

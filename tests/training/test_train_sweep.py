@@ -126,7 +126,8 @@ def test_presets_run_at_the_committed_sweeps_best_inside_its_grid(name, optimize
         else decays == {PRESETS["small"].hyper_params["muon"].weight_decay}
     )
     config = json.loads((COMMITTED[name] / "config.json").read_text())["training"]
-    assert config["model"] == dataclasses.asdict(row.model)
+    # Fields that the config got since have their defaults.
+    assert type(row.model)(**config["model"]) == row.model
     assert (config["batch"], config["steps"]) == (row.batch, row.steps)
 
 
