@@ -1,7 +1,6 @@
 """`optax-muon sweep`: equal budgets, one line per finished run, going on where it stopped."""
 
 import collections
-import dataclasses
 import json
 import math
 from pathlib import Path
