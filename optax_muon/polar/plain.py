@@ -40,7 +40,8 @@ class Plain:
         """Send wide matrices [..., m, n] of norm below 1 through the steps."""
         runs = [(row, 1) for row in rows]
         if self.looped and column_shards.size == 1:
-            runs = [(row, len([*equal])) for row, equal in itertools.groupby(rows)]
+            grouped = (list(equal) for _, equal in itertools.groupby(rows, _identity))
+            runs = [(equal[0], len(equal)) for equal in grouped]
         y = x
         for row, count in runs:
             step = functools.partial(self._step, row, x.dtype, column_shards)
@@ -95,6 +96,11 @@ class Plain:
 
     def __str__(self) -> str:
         return ", ".join(filter(None, ("plain", str(self.products))))
+
+
+def _identity(row: Step) -> Step | int:
+    """What equal steps have in common; arrays cannot be compared, and each is one of its own."""
+    return row if all(isinstance(each, float | int) for each in row) else id(row)
 
 
 def _repeat(step: Callable[[jax.Array], jax.Array], count: int, y: jax.Array) -> jax.Array:

@@ -90,8 +90,23 @@ class TestTable:
         # Three matrices on eight devices: one home of four stands idle, and what the Gram form does
         # on the small side is done by both devices of a home. It is still less than an even share
         # of the plain form.
-        even = plain_share(plan) if name == "three" else plan.balanced_flops
+        even = plain_share(plan) if name == "three" else even_share(plan)
         assert meshes.run(TABLE[name], kind).flops <= 1.15 * even
+
+
+def even_share(plan):
+    """Operations per device if the matrices were spread evenly, each in the form chosen for it.
+
+    Devices that share a matrix may take the plain form where one device alone takes another: forms
+    are chosen by time, messages included.
+    """
+    total = 0
+    for d in plan.buckets:
+        plain = Plain().count(d.bucket.rows, d.bucket.cols, KELLER.rows).flops
+        for assignment in d.assignments:
+            one = plain if assignment.form == "plain" else d.matrix_cost.flops
+            total += assignment.count * d.copies * one
+    return total / plan.devices
 
 
 def plain_share(plan):
@@ -139,7 +154,8 @@ def test_copies_are_worked_on_once_and_gathered_once(kind):
     assert gathered.count(12 * 512 * 2048 * 4) == 1
     gram = 512 * 512 * 4
     assert all(size <= 2 * gram for size in gathered if size != 12 * 512 * 2048 * 4)
-    assert {each.kind for each in found} == {"all-gather", "all-reduce"}
+    # Two devices that share a matrix swap their sums.
+    assert {each.kind for each in found} == {"all-gather", "collective-permute"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
