@@ -77,17 +77,10 @@ class Run:
     """Seed of the initial parameters and of the order of the data."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished(Run):
     """A run and its outcome."""
 
-    model: str
-    optimizer: str
-    tokens_per_parameter: float
-    batch: int
-    lr: float
-    weight_decay: float
-    seed: int
     steps: int
     """Optimizer steps."""
     parameters: int
@@ -174,7 +167,7 @@ def _flops(config: TrainConfig, name: str) -> int:
 def train(ladder: Ladder, run: Run) -> Finished:
     """Do a run."""
     config, corpus = ladder.config(run), _corpus.load(ladder.corpus)
-    member = ensemble.Member(HyperParams(run.lr, run.weight_decay), run.seed)
+    member = ensemble.EnsembleMember(HyperParams(run.lr, run.weight_decay), run.seed)
     flops = _flops(config, run.optimizer) * config.steps
     [last] = ensemble.train(config, optimizer(run.optimizer), [member], corpus)
     return Finished(

@@ -153,8 +153,7 @@ def report(points: Points) -> list[str]:
         ),
         (_row(rows) for place in range(len(points["adamw"])) for rows in _at(points, place)),
     )
-    lines = [*sizes, "", *_fit_lines(points), ""]
-    return lines
+    return [*sizes, "", *_fit_lines(points), ""]
 
 
 def _at(points: Points, place: int) -> Iterator[list[Finished]]:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from optax_muon.platforms import get_platform
 from optax_muon.polar.coefficients import Row
-from optax_muon.polar.gram import Gram, default_restarts
+from optax_muon.polar.gram import Gram
 from optax_muon.polar.plain import Plain, Step
 from optax_muon.polar.reductions import ALL_COLUMNS, ColumnShards
 from optax_muon.polar.symmetric import (
@@ -86,13 +86,16 @@ def choose_form(
         sent = m * m * (8 * count.sums + dtype.itemsize * count.gathers) * (devices - 1) / devices
         return rates.seconds(count) + sent / target.bandwidth
 
-    restarts = default_restarts(len(rows), dtype)
     plain = min(
         (Plain(each, looped=platform == "cpu") for each in _products(m, platform, dtype, (4,))),
         key=seconds,
     )
     gram = min(
-        (Gram(restarts, each) for each in _products(m, platform, dtype, (2, 4, 8))), key=seconds
+        (
+            Gram.with_default_restarts(len(rows), dtype, products=each)
+            for each in _products(m, platform, dtype, (2, 4, 8))
+        ),
+        key=seconds,
     )
     return gram if seconds(gram) < GAIN * seconds(plain) else plain
 

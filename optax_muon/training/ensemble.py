@@ -37,7 +37,7 @@ EVAL_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class EnsembleMember:
     """What may differ between the runs of an ensemble."""
 
     hyper_params: HyperParams
@@ -61,7 +61,7 @@ class EnsembleMetrics:
 
 
 def train(
-    config: TrainConfig, row: OptimizerSpec, members: Sequence[Member], corpus: Corpus
+    config: TrainConfig, row: OptimizerSpec, members: Sequence[EnsembleMember], corpus: Corpus
 ) -> Iterator[EnsembleMetrics]:
     """Train all members at once, on one device.
 

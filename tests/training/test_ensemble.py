@@ -39,7 +39,7 @@ def test_a_member_alone_is_the_run_of_the_training_loop(corpus):
     state = initial_state(CONFIG, transformation(trial, CONFIG))
     steps = train(CONFIG, trial, Pretraining(CONFIG, corpus), state)
     expected = {metrics.step: metrics for metrics, _ in steps}
-    found = run("muon", [ensemble.Member(SAME, CONFIG.seed)], corpus)
+    found = run("muon", [ensemble.EnsembleMember(SAME, CONFIG.seed)], corpus)
     assert [metrics.step for metrics in found] == [4, 8]
     for metrics in found:
         # The rate is the peak times the schedule of a peak of 1: another rounding, of 1e-7.
@@ -49,9 +49,9 @@ def test_a_member_alone_is_the_run_of_the_training_loop(corpus):
 
 def test_members_do_not_see_each_other(corpus):
     members = [
-        ensemble.Member(SAME, 0),
-        ensemble.Member(dataclasses.replace(SAME, lr=3e-2, weight_decay=0.5), 1),
-        ensemble.Member(HyperParams(1e30, 0.1, adamw_lr=1e30), 0),
+        ensemble.EnsembleMember(SAME, 0),
+        ensemble.EnsembleMember(dataclasses.replace(SAME, lr=3e-2, weight_decay=0.5), 1),
+        ensemble.EnsembleMember(HyperParams(1e30, 0.1, adamw_lr=1e30), 0),
     ]
     together = run("muon", members, corpus)[-1]
     alone = [run("muon", [member], corpus)[-1] for member in members[:2]]
