@@ -50,7 +50,7 @@ def llama(hidden_size: int, layers: int, context: int = CONTEXT) -> LlamaConfig:
 
 MODELS = {
     f"{width} x {layers}": llama(width, layers)
-    for width, layers in ((32, 2), (48, 2), (64, 3), (96, 3), (128, 3))
+    for width, layers in ((16, 2), (32, 2), (48, 2), (64, 3), (96, 3), (128, 3))
 }
 """The ladder of sizes, by width and depth."""
 TOY = {"16 x 1": llama(16, 1, context=32), "32 x 1": llama(32, 1, context=32)}
