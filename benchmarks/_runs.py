@@ -3,7 +3,8 @@
 An experiment is a function from the finished runs to those that it needs; it is asked again until
 nothing is missing. So a search can go on where its best run is at an edge, and a script that was
 stopped continues after the last finished run. On CPUs every run has one core, and there is a worker
-for each: models this small leave a second core idle.
+for each: models this small leave a second core idle. An accelerator trains the runs that differ in
+numbers and seeds alone as one program.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED
 from pathlib import Path
 from typing import Any
 
 import _corpus
 import _table
 import jax
+import numpy as np
+import optax
 from rich.console import Console
 
 from optax_muon.models import spec
@@ -30,31 +34,12 @@ from optax_muon.training import ensemble
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.optimizers import HyperParams, optimizer
 
-CONTEXT = 128
 EVAL_SEQUENCES = 1024
 STEP = 2.0
 """Factor between neighbours in a search."""
-
-
-def llama(hidden_size: int, layers: int, context: int = CONTEXT) -> LlamaConfig:
-    """A Llama with heads of 16 features and an MLP of 8/3 the width."""
-    return LlamaConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 16,
-        num_key_value_heads=hidden_size // 16,
-        intermediate_size=round(hidden_size / 6) * 16,
-        context=context,
-    )
-
-
-MODELS = {
-    f"{width} x {layers}": llama(width, layers)
-    for width, layers in ((16, 2), (32, 2), (48, 2), (64, 3), (96, 3), (128, 3))
-}
-"""The ladder of sizes, by width and depth."""
-TOY = {"16 x 1": llama(16, 1, context=32), "32 x 1": llama(32, 1, context=32)}
-"""Two sizes that train in seconds, for tests."""
+SEEDS = (1, 2, 3)
+"""Seeds of the runs that are reported. Searches have seed 0, so that no run that was chosen for its
+luck is among those that are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +49,7 @@ class Run:
     model: str
     """A key of the ladder."""
     optimizer: str
-    """A key of `optax_muon.training.optimizers.REGISTRY`."""
+    """A key of `optax_muon.training.optimizers.REGISTRY`, those of `_variants.py` included."""
     tokens_per_parameter: float
     """Training tokens over the parameters that multiply them."""
     batch: int
@@ -73,8 +58,20 @@ class Run:
     """Peak learning rate."""
     weight_decay: float
     """Decoupled weight decay."""
+    adamw_lr: float = 0.0
+    """Peak learning rate of what Muon leaves to AdamW; 0 is `lr`."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the data."""
+
+    @property
+    def hyper_params(self) -> HyperParams:
+        """The numbers of the optimizer."""
+        return HyperParams(self.lr, self.weight_decay, self.adamw_lr or None)
+
+    @property
+    def repeats(self) -> list[Run]:
+        """The run with each seed that is reported."""
+        return [dataclasses.replace(self, seed=seed) for seed in SEEDS]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,10 +84,16 @@ class Finished(Run):
     """Parameters that multiply a token: all but the embedding."""
     flops: float
     """Operations of all products of the run, in the compiled program: model and optimizer."""
-    seconds: float
-    """Wall time of the steps, on one core, without compilation and evaluation."""
     val_loss: float
     """Loss on the held-out text at the end, nats per byte; NaN if the run diverged."""
+
+    @classmethod
+    def measure(
+        cls, model: LlamaConfig, params: optax.Params, tokens: np.ndarray
+    ) -> dict[str, Any]:
+        """What else a row has, from the parameters at the end and held-out tokens `[n, t]`."""
+        del model, params, tokens
+        return {}
 
     @property
     def model_flops(self) -> float:
@@ -117,10 +120,12 @@ class Ladder:
     """The CSV file of the finished runs."""
     corpus: Path
     """Folder of the text."""
+    kind: type[Finished] = Finished
+    """The rows of the table."""
 
     def finished(self) -> list[Finished]:
         """The runs in the table."""
-        return _table.read(self.table, Finished)
+        return list(_table.read(self.table, self.kind))
 
     def complete(self, needed: Needed, workers: int) -> list[Finished]:
         """Do all runs that are needed and not in the table; returns the table."""
@@ -133,13 +138,18 @@ class Ladder:
         with concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), _take_core, (cores,)
         ) as pool:
-            while missing := self._missing(needed):
-                started = [pool.submit(train, self, run) for run in missing]
-                for each in concurrent.futures.as_completed(started):
-                    row = each.result()
-                    _table.write(self.table, Finished, [*self.finished(), row])
-                    console.print(f"{row.run}: {row.val_loss:.4f} in {row.seconds:.0f} s")
-        return self.finished()
+            pending: dict[concurrent.futures.Future[list[Finished]], list[Run]] = {}
+            while True:
+                under_way = set(itertools.chain.from_iterable(pending.values()))
+                missing = [run for run in self._missing(needed) if run not in under_way]
+                pending |= {pool.submit(train, self, group): group for group in _groups(missing)}
+                if not pending:
+                    return self.finished()
+                for each in concurrent.futures.wait(pending, return_when=FIRST_COMPLETED).done:
+                    _table.write(self.table, self.kind, [*self.finished(), *each.result()])
+                    for row in each.result():
+                        console.print(f"{row.run}: {row.val_loss:.4f}")
+                    del pending[each]
 
     def _missing(self, needed: Needed) -> list[Run]:
         finished = self.finished()
@@ -153,6 +163,22 @@ class Ladder:
         steps = max(10, round(tokens / (run.batch * model.context)))
         return TrainConfig(model, run.batch, steps, 0, steps, EVAL_SEQUENCES)
 
+    def step_seconds(self, run: Run, steps: int = 20) -> float:
+        """Wall time of a step, seconds, without the first one."""
+        config = dataclasses.replace(self.config(run), steps=steps, eval_every=steps)
+        return _last(config, [run], self.corpus).seconds / (steps - 1)
+
+
+def _groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that are done as one program: on CPUs each for itself, see `ensemble.py`."""
+    if jax.config.jax_platforms in (None, "cpu") and jax.default_backend() == "cpu":
+        return [[run] for run in runs]
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        same = (run.model, run.optimizer, run.tokens_per_parameter, run.batch, not run.adamw_lr)
+        groups.setdefault(same, []).append(run)
+    return list(groups.values())
+
 
 def _take_core(cores: Any) -> None:
     if jax.config.jax_platforms in (None, "cpu"):
@@ -160,24 +186,33 @@ def _take_core(cores: Any) -> None:
 
 
 @functools.cache
-def _flops(config: TrainConfig, name: str) -> int:
+def _step_flops(config: TrainConfig, name: str) -> int:
     return ensemble.step_flops(config, optimizer(name), HyperParams(1e-3, 0.1))
 
 
-def train(ladder: Ladder, run: Run) -> Finished:
-    """Do a run."""
-    config, corpus = ladder.config(run), _corpus.load(ladder.corpus)
-    member = ensemble.EnsembleMember(HyperParams(run.lr, run.weight_decay), run.seed)
-    flops = _flops(config, run.optimizer) * config.steps
-    [last] = ensemble.train(config, optimizer(run.optimizer), [member], corpus)
-    return Finished(
-        **dataclasses.asdict(run),
-        steps=config.steps,
-        parameters=spec.model(config.model).active,
-        flops=float(flops),
-        seconds=round(last.seconds, 1),
-        val_loss=round(float(last.val_loss[0]), 5),
-    )
+def _last(config: TrainConfig, runs: Sequence[Run], corpus: Path) -> ensemble.EnsembleMetrics:
+    """Train runs of one optimizer together; the measurements after the last step."""
+    members = [ensemble.EnsembleMember(run.hyper_params, run.seed) for run in runs]
+    [last] = ensemble.train(config, optimizer(runs[0].optimizer), members, _corpus.load(corpus))
+    return last
+
+
+def train(ladder: Ladder, runs: Sequence[Run]) -> list[Finished]:
+    """Do runs that differ in numbers and seeds alone."""
+    config = ladder.config(runs[0])
+    last = _last(config, runs, ladder.corpus)
+    tokens = ensemble.held_out(config, _corpus.load(ladder.corpus))[0]
+    return [
+        ladder.kind(
+            **dataclasses.asdict(run),
+            steps=config.steps,
+            parameters=spec.model(config.model).active,
+            flops=float(_step_flops(config, run.optimizer) * config.steps),
+            val_loss=round(float(last.val_loss[place]), 5),
+            **ladder.kind.measure(config.model, last.params(place), tokens),
+        )
+        for place, run in enumerate(runs)
+    ]
 
 
 def search(finished: Sequence[Finished], start: Run, names: Sequence[str]) -> tuple[list[Run], Run]:
@@ -197,6 +232,26 @@ def search(finished: Sequence[Finished], start: Run, names: Sequence[str]) -> tu
         if missing:
             return missing, start
     return [], start
+
+
+def tuned(finished: Sequence[Finished], start: Run, names: Sequence[str] = ("lr",)) -> list[Run]:
+    """The runs of a search that are to be done next, or at its end the best one with each seed."""
+    missing, best = search(finished, start, names)
+    return missing or best.repeats
+
+
+def best(
+    finished: Sequence[Finished], start: Run, names: Sequence[str] = ("lr",)
+) -> list[Finished]:
+    """The rows of a search's best run, one for each seed; none before all are finished."""
+    missing, chosen = search(finished, start, names)
+    return [] if missing else found(finished, chosen.repeats)
+
+
+def found(finished: Sequence[Finished], runs: Sequence[Run]) -> list[Finished]:
+    """The rows of these runs; none before all are finished."""
+    rows = {row.run: row for row in finished}
+    return [rows[run] for run in runs] if all(run in rows for run in runs) else []
 
 
 def _bracket(losses: dict[Run, float], start: Run, name: str) -> tuple[list[Run], Run]:

@@ -58,6 +58,14 @@ class EnsembleMetrics:
     """Held-out loss after the update, nats per token, `[members]`; NaN if diverged."""
     seconds: float
     """Wall time of all steps so far but the first, which compiles; without evaluations."""
+    state: State
+    """State after the update, `[members, ...]` if there are several; the next step deletes it."""
+
+    def params(self, member: int) -> optax.Params:
+        """The parameters of a member after the update."""
+        if len(self.loss) == 1:
+            return self.state.params
+        return jax.tree.map(lambda leaf: leaf[member], self.state.params)
 
 
 def train(
@@ -78,7 +86,7 @@ def train(
     seeds = [member.seed for member in members]
     hyper_params = program.stack([jax.tree.map(np.float32, m.hyper_params) for m in members])
     state = _initial_state(program, hyper_params, program.stack([np.uint32(s) for s in seeds]))
-    held_out = _held_out(config, corpus)
+    evaluated = held_out(config, corpus)
     seconds, since = 0.0, time.perf_counter()
     for number in range(1, config.steps + 1):
         # Members of one seed share their batch; it is read once.
@@ -92,8 +100,8 @@ def train(
         if config.is_evaluated(number):
             jax.block_until_ready(loss)
             seconds += time.perf_counter() - since
-            val_loss = np.atleast_1d(_held_out_loss(program, state, held_out))
-            yield EnsembleMetrics(number, np.atleast_1d(loss), val_loss, seconds)
+            val_loss = np.atleast_1d(_held_out_loss(program, state, evaluated))
+            yield EnsembleMetrics(number, np.atleast_1d(loss), val_loss, seconds, state)
             since = time.perf_counter()
             if not np.isfinite(val_loss).any():
                 return
@@ -107,6 +115,15 @@ def step_flops(config: TrainConfig, row: OptimizerSpec, hyper_params: HyperParam
     tokens = jax.ShapeDtypeStruct([1, config.batch, config.model.context + 1], jnp.int32)
     compiled = _step.lower(program, numbers, state, tokens, np.float32(0)).compile()
     return hlo.flops(compiled.as_text() or "")
+
+
+def held_out(config: TrainConfig, corpus: Corpus) -> np.ndarray:
+    """The held-out sequences, int32 `[n, EVAL_ROWS, t + 1]`; what fills no row is left out."""
+    context = config.model.context
+    places = held_out_starts(corpus.held_out, config.eval_sequences, context)
+    rows = min(EVAL_ROWS, len(places))
+    places = places[: len(places) // rows * rows].reshape(-1, rows)
+    return windows(corpus.held_out, places, context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +199,3 @@ def _batch(config: TrainConfig, corpus: Corpus, seed: int, number: int) -> np.nd
     """The batch of a step, int32 `[1, b, t + 1]`: the one that `Pretraining` draws."""
     size, context = config.batch_at(number), config.model.context
     return windows(corpus.train, starts(corpus.train, seed, number, size, context), context)[None]
-
-
-def _held_out(config: TrainConfig, corpus: Corpus) -> np.ndarray:
-    """The held-out sequences, int32 `[n, EVAL_ROWS, t + 1]`; what fills no row is left out."""
-    context = config.model.context
-    places = held_out_starts(corpus.held_out, config.eval_sequences, context)
-    rows = min(EVAL_ROWS, len(places))
-    places = places[: len(places) // rows * rows].reshape(-1, rows)
-    return windows(corpus.held_out, places, context)

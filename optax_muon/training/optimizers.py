@@ -165,11 +165,11 @@ def _muon(
         schedule,
         weight_decay=hyper_params.weight_decay,
         views=views,
-        fallback=_fallback(schedule, hyper_params),
+        fallback=adamw_fallback(schedule, hyper_params),
     )
 
 
-def _fallback(
+def adamw_fallback(
     schedule: optax.Schedule, hyper_params: HyperParams
 ) -> optax.GradientTransformation | None:
     """AdamW at its own learning rate, for what Muon leaves to it; None is AdamW at Muon's."""
@@ -198,7 +198,7 @@ def _normuon(
         schedule,
         weight_decay=hyper_params.weight_decay,
         views=views,
-        fallback=_fallback(schedule, hyper_params),
+        fallback=adamw_fallback(schedule, hyper_params),
         post=optax_muon.normuon(views=views),
     )
 
