@@ -26,13 +26,14 @@ import _table
 import jax
 import numpy as np
 import optax
+from _variants import optimizer
 from rich.console import Console
 
 from optax_muon.models import spec
 from optax_muon.models.llama import LlamaConfig
 from optax_muon.training import ensemble
 from optax_muon.training.config import TrainConfig
-from optax_muon.training.optimizers import HyperParams, optimizer
+from optax_muon.training.optimizers import HyperParams
 
 EVAL_SEQUENCES = 1024
 STEP = 2.0

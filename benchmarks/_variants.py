@@ -201,3 +201,8 @@ ROWS: Mapping[str, tuple[str, Build]] = {
 
 for _name, (_title, _build) in ROWS.items():
     optimizers.register(OptimizerSpec(_name, _title, COLOR, _build, like="muon"))
+
+
+def optimizer(name: str) -> OptimizerSpec:
+    """A row of the registry, which has those of this module."""
+    return optimizers.optimizer(name)

@@ -1,0 +1,141 @@
+"""Does one learning rate fit all widths and depths? Loss over the learning rate, for each scale.
+
+Llamas of three widths and two depths learn the Python sources listed in benchmarks/corpus, 20 bytes
+for each parameter, at seven learning rates in steps of two. The update of Muon is scaled as the
+paper's Eq. 4 does (match the RMS of AdamW's), by Eq. 5 (a factor of the hidden size alone), by
+Eq. 6 (the RMS of each update made equal), as in the original Muon, and by the spectral condition;
+the last three of them at the smaller depth only. Batch and weight decay are those that the scaling
+law found. Every point is one run with seed 0. `best` is the vertex of the parabola through the best
+point and its neighbours, over the logarithm of the rate; `at 2x` and `at x/2` are what the two
+neighbours lose against the best point.
+
+    python benchmarks/lr_transfer.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import _experiment
+import _models
+import _table
+import matplotlib.figure
+import numpy as np
+import tyro
+from _experiment import Experiment, Options, Results
+from _runs import Finished, Run
+
+from optax_muon.training.optimizers import REGISTRY
+
+WIDTHS, DEPTHS = (16, 32, 48), (2, 4)
+MODELS = {
+    f"{width} x {layers}": _models.llama(width, layers)
+    for layers, width in itertools.product(DEPTHS, WIDTHS)
+}
+RATES = tuple(7.5e-4 * 2**power for power in range(7))
+EVERYWHERE = ("adamw", "muon", "muon-fixed-scale")
+"""Optimizers that are compared at both depths."""
+SHALLOW = ("muon-update-norm", "muon-keller-scale", "muon-spectral-scale")
+"""Optimizers that are compared at the smaller depth alone."""
+OPTIMIZERS = (*EVERYWHERE, *SHALLOW)
+Curves = dict[tuple[str, str], list[Finished]]
+"""The runs of each optimizer and model, by the learning rate."""
+
+
+def experiment(options: Options) -> Experiment:
+    """The experiment."""
+    models, ratio = (_models.TOY, 1.0) if options.quick else (MODELS, 20.0)
+    rates = RATES[::3] if options.quick else RATES
+
+    def needed(finished: Sequence[Finished]) -> Iterator[Run]:
+        del finished
+        for model, config in models.items():
+            shallow = config.num_hidden_layers == min(DEPTHS)
+            for name in OPTIMIZERS if shallow else EVERYWHERE:
+                yield from (Run(model, name, ratio, 4, rate, 0.1) for rate in rates)
+
+    return Experiment(
+        "lr_transfer",
+        "Loss over the learning rate, by width, depth and scale",
+        __doc__,
+        models,
+        needed,
+        lambda results: report(_curves(results)),
+        lambda results: picture(_curves(results)),
+    )
+
+
+def _curves(results: Results) -> Curves:
+    curves: Curves = {}
+    for row in sorted(results.finished, key=lambda row: row.lr):
+        curves.setdefault((row.optimizer, row.model), []).append(row)
+    return curves
+
+
+def report(curves: Curves) -> Iterator[str]:
+    """The best rate of every curve, and how the best rate moves."""
+    heads = ("optimizer", "model", "best", "loss there", "at x/2", "at 2x")
+    rows = [
+        (REGISTRY[name].title, model, *_best(rows))
+        for name in OPTIMIZERS
+        for (each, model), rows in curves.items()
+        if each == name and len(rows) == len(RATES)
+    ]
+    yield from _table.markdown(heads, rows)
+    yield ""
+    for name in OPTIMIZERS:
+        found = [vertex(rows) for (each, _), rows in curves.items() if each == name]
+        known = [rate for rate in found if math.isfinite(rate)]
+        if len(known) > 1:
+            yield (
+                f"- {REGISTRY[name].title}: the best rates of {len(known)} models lie within a "
+                f"factor of {max(known) / min(known):.1f}."
+            )
+
+
+def _best(rows: list[Finished]) -> tuple[str, ...]:
+    losses = [row.val_loss for row in rows]
+    place = int(np.nanargmin(losses))
+    sides = [losses[i] if 0 <= i < len(losses) else math.nan for i in (place - 1, place + 1)]
+    return (
+        f"{vertex(rows):.2g}",
+        f"{losses[place]:.4f}",
+        *(f"{side - losses[place]:+.4f}" for side in sides),
+    )
+
+
+def vertex(rows: Sequence[Finished]) -> float:
+    """The rate at the vertex of the parabola; NaN where the best point is the first or the last."""
+    losses = [row.val_loss for row in rows]
+    place = int(np.nanargmin(losses))
+    around = range(place - 1, place + 2)
+    if around[0] < 0 or around[-1] >= len(rows) or not np.isfinite(losses[around[-1]]):
+        return math.nan
+    x = np.log([rows[i].lr for i in around])
+    a, b, _ = np.polyfit(x, [losses[i] for i in around], 2)
+    return float(np.exp(-b / (2 * a)))
+
+
+def picture(curves: Curves) -> matplotlib.figure.Figure:
+    """A panel for each optimizer, a line for each model, over the learning rate."""
+    figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
+    for name, axes in zip(OPTIMIZERS, panels, strict=True):
+        axes.set(title=REGISTRY[name].title, xscale="log")
+        mine = [(model, rows) for (each, model), rows in curves.items() if each == name]
+        for (model, rows), marker in zip(mine, itertools.cycle("os^Dv*"), strict=False):
+            shown = [(row.lr, row.val_loss) for row in rows]
+            axes.plot(*zip(*shown, strict=True), marker=marker, label=model, markersize=4)
+        if mine:
+            axes.legend(frameon=False, fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("peak learning rate", fontsize=9)
+    figure.supylabel("held-out loss, nats per byte", fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    _experiment.run(chosen, experiment(chosen))

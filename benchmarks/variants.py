@@ -1,0 +1,179 @@
+"""Everything that one might change about Muon, on one baseline, with paired seeds.
+
+A Llama learns the Python sources listed in benchmarks/corpus, 20 bytes for each parameter, with
+every variant. Batch and weight decay are those that the scaling law found for Muon at this size;
+the learning rate is searched for each variant with seed 0, in factors of two until the best is
+inside. The best is repeated with three other seeds, the same for all: they decide the initial
+parameters and the order of the data. A difference is that to the first row with the same seed, with
+its 95 % interval by Student's t; it is called a gain or a loss only where that interval leaves out
+zero. With so many rows, one in twenty does so by chance. FLOPs and seconds are over those of the
+first row.
+
+    python benchmarks/variants.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import _experiment
+import _fits
+import _runs
+import _table
+import matplotlib.figure
+import tyro
+from _experiment import Experiment, Options, Results
+from _runs import Finished, Run
+
+from optax_muon.training.optimizers import REGISTRY
+
+BASE = Run("48 x 2", "muon", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
+"""Muon at the numbers of the scaling law."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A row of the table."""
+
+    title: str
+    """Its name."""
+    start: Run
+    """Where its search begins."""
+    searched: Sequence[str] = ("lr",)
+    """The numbers that are searched."""
+
+    def best(self, finished: Sequence[Finished]) -> list[Finished]:
+        """Its best runs, one for each seed."""
+        return _runs.best(finished, self.start, self.searched)
+
+
+SECTIONS = {
+    "Baseline": ("muon",),
+    "Scale of the update": (
+        *("muon-update-norm", "muon-fixed-scale", "muon-keller-scale", "muon-spectral-scale"),
+    ),
+    "Orthogonalization": (
+        *("muon-1-step", "muon-2-steps", "muon-3-steps", "muon-7-steps", "muon-10-steps"),
+        *("muon-you", "muon-polar-express", "muon-deepseek-v4", "muon-exact", "muon-per-head"),
+    ),
+    "Momentum": ("muon-plain-momentum", "muon-beta-0.9", "muon-two-momenta"),
+    "Decay": ("muon-no-decay", "muon-cautious-decay"),
+    "After the orthogonalization": ("normuon",),
+    "Other optimizers": ("adamw", "lion", "soap", "contrib-muon"),
+}
+"""Names of the registry, by what they change."""
+APART = "Muon, AdamW's rate apart"
+"""The arm whose embedding, head and norms have a learning rate of their own."""
+
+
+def arms(base: Run) -> dict[str, list[Arm]]:
+    """The rows, by section."""
+    sections = {
+        section: [
+            Arm(REGISTRY[name].title, dataclasses.replace(base, optimizer=name)) for name in names
+        ]
+        for section, names in SECTIONS.items()
+    }
+    apart = dataclasses.replace(base, adamw_lr=base.lr)
+    sections["Learning rates"] = [Arm(APART, apart, ("adamw_lr", "lr"))]
+    return sections
+
+
+def experiment(options: Options) -> Experiment:
+    """The experiment."""
+    base = BASE
+    if options.quick:
+        base = dataclasses.replace(base, model="16 x 1", tokens_per_parameter=1.0)
+    sections = arms(base)
+    every = [arm for section in sections.values() for arm in section]
+
+    def needed(finished: Sequence[Finished]) -> Iterator[Run]:
+        for arm in every:
+            yield from _runs.tuned(finished, arm.start, arm.searched)
+
+    def timed(results: Results) -> Iterator[Finished]:
+        for arm in every:
+            yield from arm.best(results.finished)[:1]
+
+    return Experiment(
+        "variants",
+        "Variants of Muon on one tuned baseline",
+        __doc__,
+        options.models,
+        needed,
+        lambda results: report(sections, results),
+        lambda results: picture(every, results),
+        timed,
+    )
+
+
+def report(sections: dict[str, list[Arm]], results: Results) -> Iterator[str]:
+    """A table for each section."""
+    baseline = sections["Baseline"][0].best(results.finished)
+    if not baseline:
+        yield "The baseline is not finished yet."
+        return
+    heads = ("variant", "lr", "held-out loss", "difference", "", "FLOPs", "seconds")
+    for section, every in sections.items():
+        rows = [
+            _row(arm, found, baseline, results)
+            for arm in every
+            if (found := arm.best(results.finished))
+        ]
+        if rows:
+            yield from (f"## {section}", "", *_table.markdown(heads, rows), "")
+    missing = [
+        arm.title for every in sections.values() for arm in every if not arm.best(results.finished)
+    ]
+    if missing:
+        yield f"Still to come: {'; '.join(missing)}."
+
+
+def _row(
+    arm: Arm, rows: list[Finished], baseline: list[Finished], results: Results
+) -> tuple[object, ...]:
+    one, first = rows[0], baseline[0]
+    numbers = f"{one.lr:g}" + (f", AdamW's {one.adamw_lr:g}" if one.adamw_lr else "")
+    change = _difference(rows, baseline)
+    verdict = ("loss" if change.mean > 0 else "gain") if change.is_clear else "within the interval"
+    seconds = results.seconds(one) / results.seconds(first)
+    return (
+        *(arm.title, numbers, f"{_fits.mean(_losses(rows)):.4f}"),
+        *(("", "") if rows == baseline else (change, verdict)),
+        *(f"{one.flops / first.flops:.3f}", f"{seconds:.2f}"),
+    )
+
+
+def _losses(rows: Iterable[Finished]) -> list[float]:
+    return [row.val_loss for row in rows]
+
+
+def _difference(rows: list[Finished], baseline: list[Finished]) -> _fits.Difference:
+    return _fits.difference(_losses(rows), _losses(baseline))
+
+
+def picture(every: Sequence[Arm], results: Results) -> matplotlib.figure.Figure:
+    """The differences to the baseline, with their intervals."""
+    shown = [(arm.title, rows) for arm in every if (rows := arm.best(results.finished))]
+    figure = matplotlib.figure.Figure(
+        figsize=(7, 1.2 + 0.24 * len(shown)), dpi=150, layout="constrained"
+    )
+    axes = figure.add_subplot(xlabel="held-out loss over Muon's, nats per byte")
+    places = range(len(shown) - 1, -1, -1)
+    for place, (_, rows) in zip(places, shown[1:], strict=False):
+        change = _difference(rows, shown[0][1])
+        filled = "full" if change.is_clear else "none"
+        axes.errorbar(
+            change.mean, place - 1, xerr=change.half, fmt="o", color="#d95f0e", fillstyle=filled
+        )
+    axes.axvline(0, color="#6b7280", linewidth=1)
+    axes.set_yticks(range(len(shown) - 2, -1, -1), [title for title, _ in shown[1:]], fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    _experiment.run(chosen, experiment(chosen))
