@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from optax_muon.cli.doctor import Doctor
 from optax_muon.cli.finetune import Finetune
 from optax_muon.cli.huggingface import ExportHF, ImportHF
 from optax_muon.cli.plan import PlanModel
@@ -23,4 +24,5 @@ COMMANDS = (
     | Annotated[PlanModel, tyro.conf.subcommand("plan")]
     | Annotated[ImportHF, tyro.conf.subcommand("import-hf")]
     | Annotated[ExportHF, tyro.conf.subcommand("export-hf")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

@@ -14,9 +14,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from optax_muon.cli.progress import tracked
 from optax_muon.cli.reports import spectra as figures
 from optax_muon.cli.reports.tables import terminal_table
-from optax_muon.cli.tracking import tracked
 from optax_muon.training.spectra import SpectraRow, SpectraTrial, rows, sources, spectra
 
 
