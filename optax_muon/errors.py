@@ -33,3 +33,7 @@ class Diverged(CommandError):
 
 class Interrupted(CommandError):
     """The user pressed Ctrl-C."""
+
+
+class Unhealthy(CommandError):
+    """A check of this machine fails."""

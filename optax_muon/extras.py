@@ -13,7 +13,12 @@ __all__ = ["MissingExtraError", "require_extra"]
 EXTRAS = {
     "checkpoint": ("orbax.checkpoint",),
     "models": ("flax", "safetensors"),
+    "parquet": ("pyarrow",),
+    "tensorboard": ("tensorboard",),
+    "tokenize": ("jinja2", "tokenizers"),
+    "trackio": ("trackio",),
     "train": ("flax", "orbax.checkpoint", "safetensors", "matplotlib", "rich", "tyro"),
+    "wandb": ("wandb",),
 }
 """The modules that each extra installs."""
 

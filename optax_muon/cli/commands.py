@@ -6,9 +6,11 @@ from typing import Annotated
 
 import tyro
 
+from optax_muon.cli.doctor import Doctor
 from optax_muon.cli.finetune import Finetune
 from optax_muon.cli.huggingface import ExportHF, ImportHF
 from optax_muon.cli.plan import PlanModel
+from optax_muon.cli.report import Report
 from optax_muon.cli.sample import Sample
 from optax_muon.cli.spectra import Spectra
 from optax_muon.cli.sweep import Sweep
@@ -19,8 +21,10 @@ COMMANDS = (
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Spectra, tyro.conf.subcommand("spectra")]
     | Annotated[PlanModel, tyro.conf.subcommand("plan")]
     | Annotated[ImportHF, tyro.conf.subcommand("import-hf")]
     | Annotated[ExportHF, tyro.conf.subcommand("export-hf")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

@@ -73,7 +73,7 @@ class Finetune(RunOptions):
         distributed.on_main_process(lambda: self._create(folder, run, task))
         with task.devices.mesh_context():
             found = {"before": _evaluate(task, PretrainedSource(self.source, self.trial))}
-            train_all(run, task, folder, task.devices, self.traced)
+            train_all(run, task, folder, task.devices, self.traced, self.track)
             for trial in run.trials:
                 source = PretrainedSource(folder.path, trial.name)
                 found[f"after {trial.title}"] = _evaluate(task, source)
@@ -117,7 +117,8 @@ class Finetune(RunOptions):
         PretrainedSource(self.source, self.trial).check()
         folder.create_or_resume(run.to_json(), resume=self.resume, overwrite=self.overwrite)
         heading = f"{self.source}: {_describe(task.dataset)}, {task.config.steps} steps of"
-        Console(stderr=True).out(f"{heading} {self.batch}\non {task.devices}", highlight=False)
+        where = f"on {task.devices}{self.looks(folder)}"
+        Console(stderr=True).out(f"{heading} {self.batch}\n{where}", highlight=False)
 
 
 def rows(found: Mapping[str, EvalResult]) -> list[list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from optax_muon.cli.tracking import tracked
+from optax_muon.cli.progress import tracked
 from optax_muon.errors import UsageError
 from optax_muon.models.huggingface import (
     Tensor,

@@ -1,8 +1,8 @@
 """The console script `optax-muon`: runs a command, and prints an error on one line.
 
-Exit codes: 0 done; 1 a loss diverged, or the reader of the output has closed it (`| head`); 2 the
-request cannot be carried out; 130 stopped by Ctrl-C (after saving). The commands are listed in
-`commands.py`.
+Exit codes: 0 done; 1 a loss diverged, a check of `doctor` fails, or the reader of the output has
+closed it (`| head`); 2 the request cannot be carried out; 130 stopped by Ctrl-C (after saving). The
+commands are listed in `commands.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from optax_muon.errors import CommandError, Diverged, Interrupted, UsageError
+from optax_muon.errors import CommandError, Diverged, Interrupted, Unhealthy, UsageError
 from optax_muon.extras import MissingExtraError, require_extra
 
-EXIT_CODES = {Diverged: 1, MissingExtraError: 2, UsageError: 2, Interrupted: 130}
+EXIT_CODES = {
+    Diverged: 1,
+    Unhealthy: 1,
+    MissingExtraError: 2,
+    UsageError: 2,
+    Interrupted: 130,
+}
 """By the kind of error; 130 is the shell's own for SIGINT, 128 + 2."""
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from optax_muon.errors import UsageError
 from optax_muon.models.spec import Model
@@ -13,6 +14,7 @@ from optax_muon.training import distributed
 from optax_muon.training.devices import Devices, parse_mesh
 from optax_muon.training.profile import NO_PROFILE, Profile
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.trackers import TRACKERS, check_installed
 
 MOST = 2**63 - 1
 """The largest whole number that an option may be; a seed is a number of 64 bits."""
@@ -131,11 +133,17 @@ class RunOptions(DeviceOptions):
     """Number of steps of each trial to trace with jax.profiler, after its first two. The traces are
     written to the folder profile of the run, for xprof and TensorBoard."""
 
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Also send the metrics to experiment trackers; metrics.jsonl always holds them. Each needs
+    the extra of its name: pip install 'optax-muon[tensorboard]'. TensorBoard's files are written to
+    the folder tensorboard of the run."""
+
     def check_run(self) -> None:
         """Check that the options do not contradict each other.
 
         Raises:
             UsageError: When they do.
+            MissingExtraError: When a tracker is not installed.
         """
         at_least(1, "accumulate", self.accumulate)
         at_least(1, "profile", self.profile)
@@ -143,6 +151,7 @@ class RunOptions(DeviceOptions):
             raise UsageError("--resume and --overwrite are mutually exclusive")
         if self.distributed and self.mesh is None:
             raise UsageError("--distributed needs --mesh, which says how devices share the work")
+        check_installed(self.track)
 
     @property
     def traced(self) -> Profile:
@@ -159,6 +168,11 @@ class RunOptions(DeviceOptions):
         if self.runs.resolve() not in path.resolve().parents:
             raise UsageError(f"--name is {name!r}, it must name a folder inside --runs {self.runs}")
         return RunFolder(path)
+
+    def looks(self, folder: RunFolder) -> str:
+        """How to look at the trackers, a line each."""
+        shown = (f"{name}: {TRACKERS[name].look.format(folder=folder.path)}" for name in self.track)
+        return "".join(f"\n{line}" for line in shown)
 
     def start(self) -> None:
         """Connect to the other processes, if there are any."""

@@ -14,9 +14,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from optax_muon.cli.progress import tracked
+from optax_muon.cli.reports import pictures
 from optax_muon.cli.reports import spectra as figures
 from optax_muon.cli.reports.tables import terminal_table
-from optax_muon.cli.tracking import tracked
 from optax_muon.training.spectra import SpectraRow, SpectraTrial, rows, sources, spectra
 
 
@@ -47,8 +48,8 @@ class Spectra:
         out = self.out or self.run
         out.mkdir(parents=True, exist_ok=True)
         write(out / "spectra.csv", lines)
-        figures.entropies(trials, lines).savefig(out / "spectra.png")
-        figures.singular_values(trials, found).savefig(out / "singular_values.png")
+        pictures.save(figures.entropies(trials, lines), out / "spectra.png")
+        pictures.save(figures.singular_values(trials, found), out / "singular_values.png")
         console = Console()
         console.print(table(trials, lines))
         for line in comparison(trials, lines):

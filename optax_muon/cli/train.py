@@ -205,7 +205,7 @@ class Train(Experiment, RunOptions):
         folder = self.folder(self.name or self.model)
         distributed.on_main_process(lambda: self._create(folder, run, task))
         with task.devices.mesh_context():
-            train_all(run, task, folder, task.devices, self.traced)
+            train_all(run, task, folder, task.devices, self.traced, self.track)
             seconds = report.update_times(run, task.devices)
         if distributed.is_main_process():
             report.publish(run, task.corpus.origin, folder, seconds)
@@ -256,7 +256,7 @@ class Train(Experiment, RunOptions):
         heading = f"{description}\n{task.corpus.origin}\non {task.devices}"
         if remark := slow_bfloat16(jax.default_backend(), task.config.model.dtype):
             heading += f"\n{remark}"
-        Console(stderr=True).out(heading, highlight=False)
+        Console(stderr=True).out(heading + self.looks(folder), highlight=False)
 
     def _run(self, config: TrainConfig, corpus: Corpus) -> RunConfig:
         tuned, overrides = self.row.hyper_params, single_values(self.overrides)

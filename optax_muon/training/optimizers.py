@@ -6,7 +6,7 @@ optimizer at given hyperparameters. `presets.py` holds tuned ones, `sweep.py` fi
 
 Any optax chain can be a row:
 
-    register(OptimizerSpec("lion", "Lion", "#31a354", lambda schedule, hyper_params, views:
+    register(OptimizerSpec("lion", "Lion", STYLES[3], lambda schedule, hyper_params, views:
         optax.lion(schedule, weight_decay=hyper_params.weight_decay), lr_ratio=0.3))
 
 The default comparison is the paper's ("Muon is Scalable for LLM Training", arXiv 2502.16982,
@@ -28,6 +28,7 @@ import optax_muon
 from optax_muon.errors import UsageError
 from optax_muon.models import spec
 from optax_muon.training.config import TrainConfig
+from optax_muon.training.styles import STYLES, Style
 
 CLIP_NORM = 1.0
 NEWTON_SCHULZ_STEPS = 5
@@ -103,7 +104,7 @@ def newton_schulz_flops(params: optax.Params, views: Views = None) -> int:
 class OptimizerSpec:
     """Everything that training and reports know about an optimizer.
 
-    >>> lion = OptimizerSpec("lion", "Lion", "#31a354", lambda *_: optax.lion(1e-3), lr_ratio=0.5)
+    >>> lion = OptimizerSpec("lion", "Lion", STYLES[3], lambda *_: optax.lion(1e-3), lr_ratio=0.5)
     >>> lion.derive(HyperParams(lr=2e-3, weight_decay=0.1))
     HyperParams(lr=0.001, weight_decay=0.2, adamw_lr=None)
     """
@@ -112,8 +113,8 @@ class OptimizerSpec:
     """Its name on the command line, in `metrics.jsonl`, and of its folder of checkpoints."""
     title: str
     """Its name in tables and pictures."""
-    color: str
-    """Color of its curves; any matplotlib color."""
+    style: Style
+    """How its curves are drawn."""
     build: Build
     """Makes the transformation."""
     step_flops: StepFlops = elementwise
@@ -123,6 +124,11 @@ class OptimizerSpec:
     lr_ratio: float = 1.0
     """Ratio of its learning rate to that of `like`. Weight decay is divided by it, so that the
     decay in a step stays the same."""
+
+    @property
+    def color(self) -> str:
+        """Color of its curves."""
+        return self.style.color
 
     def derive(self, other: HyperParams) -> HyperParams:
         """Its hyperparameters, from those of `like`."""
@@ -211,21 +217,21 @@ def _lion(
 
 
 for _row in (
-    OptimizerSpec("adamw", "AdamW", "#6b7280", _adamw),
-    OptimizerSpec("muon-carried", "Muon, AdamW lr", "#2b8cbe", _muon, newton_schulz_flops),
-    OptimizerSpec("muon", "Muon", "#d95f0e", _muon, newton_schulz_flops),
+    OptimizerSpec("adamw", "AdamW", STYLES[0], _adamw),
+    OptimizerSpec("muon-carried", "Muon, AdamW lr", STYLES[2], _muon, newton_schulz_flops),
+    OptimizerSpec("muon", "Muon", STYLES[1], _muon, newton_schulz_flops),
     OptimizerSpec(
         "muon-adamw-router",
         "Muon, routers on AdamW",
-        "#c9a227",
+        STYLES[5],
         _muon_adamw_router,
         newton_schulz_flops,
         like="muon",
     ),
-    OptimizerSpec("normuon", "NorMuon", "#7a6b9e", _normuon, newton_schulz_flops, like="muon"),
+    OptimizerSpec("normuon", "NorMuon", STYLES[4], _normuon, newton_schulz_flops, like="muon"),
     # Betas of language models and a learning rate of 1/3 to 1/10 of AdamW's: Chen et al.,
     # arXiv 2302.06675, section 5.
-    OptimizerSpec("lion", "Lion", "#31a354", _lion, lr_ratio=1 / 3),
+    OptimizerSpec("lion", "Lion", STYLES[3], _lion, lr_ratio=1 / 3),
 ):
     register(_row)
 

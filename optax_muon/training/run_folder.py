@@ -4,6 +4,8 @@ runs/NAME/config.json      the `RunConfig`; a resumed run must have the same
 runs/NAME/metrics.jsonl    a line per trial and step
 runs/NAME/checkpoints/     per trial: parameters and optimizer state, by orbax
 runs/NAME/profile/         per trial: the steps that --profile has traced
+runs/NAME/tensorboard/     per trial: the metrics, for TensorBoard (`trackers.py`)
+runs/NAME/tracking/        per trial: its name on the services that --track reports to
 runs/NAME/loss.png         the held-out curves
 runs/NAME/summary.md       the outcome (`cli/reports/training.py`)
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from optax_muon.training.profile import NO_PROFILE, Profile
 from optax_muon.training.progress import Progress
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.state import State, abstract
+from optax_muon.training.trackers import TrackedTrial, tracking
 
 
 class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
@@ -63,6 +64,8 @@ class Trainer:
     """Devices and micro-batches."""
     profile: Profile = NO_PROFILE
     """Which steps are traced."""
+    trackers: Sequence[str] = ()
+    """Where the metrics go beside the journal: keys of `trackers.TRACKERS`."""
 
     def train(self, trial: Trial) -> None:
         """Train one trial from its newest checkpoint, or from the start, to the end.
@@ -74,9 +77,11 @@ class Trainer:
         path, settings = self.folder.checkpoints(trial.name), self.run.settings(trial)
         with Checkpoints(path, RetentionPolicy(every=self.run.keep_every), settings) as checkpoints:
             begun, done = self._begin(trial, checkpoints)
-            with contextlib.closing(self._steps(trial, begun, done)) as steps:
+            steps = self._steps(trial, begun, done)
+            with contextlib.closing(steps), self._tracking(trial) as track:
                 for metrics, state in steps:
                     self._report(trial, metrics)
+                    track(metrics)
                     if state is not None:  # else a later step has it
                         self._keep(trial, metrics, state, checkpoints)
 
@@ -124,6 +129,14 @@ class Trainer:
             self.folder.journal.write(trial.name, metrics)
         self.progress.step(trial.title, metrics)
 
+    def _tracking(
+        self, trial: Trial
+    ) -> contextlib.AbstractContextManager[Callable[[StepMetrics], None]]:
+        """The trackers of a trial, which only the main process reports to."""
+        names = self.trackers if distributed.is_main_process() else ()
+        tracked = TrackedTrial(self.folder.path, trial.name, self.run.to_json())
+        return tracking(names, tracked, self.folder.journal.read(trial.name) if names else ())
+
     def _is_stopped(self, metrics: StepMetrics) -> bool:
         """Whether the user wants to stop; several processes agree on it where they evaluate."""
         if jax.process_count() == 1:
@@ -158,6 +171,7 @@ def train_all(
     folder: RunFolder,
     devices: Devices = SINGLE_DEVICE,
     profile: Profile = NO_PROFILE,
+    trackers: Sequence[str] = (),
 ) -> None:
     """Train every trial to its end; the devices' mesh is ambient.
 
@@ -167,6 +181,7 @@ def train_all(
         folder: Where everything is written.
         devices: Devices and micro-batches.
         profile: Which steps are traced.
+        trackers: Where the metrics go beside the journal: keys of `trackers.TRACKERS`.
 
     Raises:
         Diverged: As `Trainer.train`.
@@ -175,6 +190,6 @@ def train_all(
     titles = [trial.title for trial in run.trials]
     shown = Progress(titles, run.training, devices, hidden=not distributed.is_main_process())
     with Interrupt() as interrupt, shown as progress:
-        trainer = Trainer(run, task, folder, progress, interrupt, devices, profile)
+        trainer = Trainer(run, task, folder, progress, interrupt, devices, profile, trackers)
         for trial in run.trials:
             trainer.train(trial)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from optax_muon.cli.main import main
-from optax_muon.cli.tracking import tracked, with_lines
+from optax_muon.cli.progress import tracked, with_lines
 from optax_muon.platforms import PEAK_FLOPS, peak_flops
 from optax_muon.training import flops
 from optax_muon.training.config import TrainConfig

@@ -46,6 +46,7 @@ from optax_muon.training.optimizers import (
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.pretrain import Pretraining
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.styles import Style
 from optax_muon.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -384,7 +385,7 @@ def test_an_optimizer_from_outside_is_one_row(text, tmp_path, monkeypatch):
     outside = OptimizerSpec(
         "outside",
         "From Outside",
-        "#123456",
+        Style("#123456", "-.", "*"),
         lambda schedule, numbers, views: optax.adafactor(
             schedule, weight_decay_rate=numbers.weight_decay * 1e-3
         ),

@@ -12,10 +12,17 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 
+from optax_muon.cli.reports import pictures
 from optax_muon.training.loop import StepMetrics
 from optax_muon.training.optimizers import Trial
 
 COLUMNS = ("optimizer", "largest logit", "at the end", "above 100", "imbalance", "router entropy")
+
+ALT = (
+    "Two panels over the steps, a curve for each optimizer: the imbalance of experts in the worst "
+    "layer, and the largest attention logit."
+)
+"""What the picture shows, for those who do not see it."""
 
 LAST = 0.1
 """Fraction of the steps over which the final imbalance is averaged; single steps are noisy."""
@@ -44,15 +51,15 @@ def plot(runs: MetricsByTrial, path: Path) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     for trial, metrics in runs.items():
         steps = [each.step for each in metrics]
-        style = {"color": trial.spec.color, "label": trial.title, "linewidth": 1.2}
+        style = {**trial.spec.style.curve(len(steps)), "label": trial.title, "linewidth": 1.2}
         upper.plot(steps, _series(metrics, "imbalance"), **style)
         lower.plot(steps, _series(metrics, "max_logit"), **style)
     upper.set(ylabel="imbalance of experts,\nworst layer", ylim=0)
     lower.set(ylabel="largest attention logit", xlabel="step")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
-    upper.legend(frameon=False)
-    figure.savefig(path)
+    upper.legend(frameon=False, handlelength=4)
+    pictures.save(figure, path)
 
 
 def _row(title: str, metrics: Sequence[StepMetrics]) -> Sequence[str]:

@@ -16,9 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from optax_muon.training.optimizers import REGISTRY
 from optax_muon.training.spectra import GROUPS, SpectraRow, SpectraTrial, Spectrum
+from optax_muon.training.styles import STYLES, Style
 
-UNKNOWN = "#c51b8a"
-"""Color of a trial whose name is not in the registry of optimizers, such as an import."""
+UNKNOWN = STYLES[-1]
+"""Style of a trial whose name is not in the registry of optimizers, such as an import."""
 PANEL = (3.6, 2.7)
 """Inches: width and height."""
 ACROSS = 3
@@ -40,17 +41,17 @@ def entropies(
         axes.set_title(_title(group, count), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for trial in trials:
-            color = _color(trial)
+            style = _style(trial)
             mine = [r for r in lines if (r.trial, r.group) == (trial.name, group)]
             steps = [line.step for line in mine]
-            mark = "o-" if len(steps) < 30 else "-"
-            axes.plot(steps, [line.entropy for line in mine], mark, color=color, markersize=3)
+            curve = style.curve(len(steps)) | {"markersize": 4}
+            axes.plot(steps, [line.entropy for line in mine], **curve)
             band = [line.entropy_lower for line in mine], [line.entropy_upper for line in mine]
             if len(steps) == 1:  # a band of one step has no width
-                axes.vlines(steps, *band, color=color, alpha=0.4)
+                axes.vlines(steps, *band, color=style.color, alpha=0.4)
                 axes.set_xticks(steps)
             else:
-                axes.fill_between(steps, *band, color=color, alpha=0.15, linewidth=0)
+                axes.fill_between(steps, *band, color=style.color, alpha=0.15, linewidth=0)
     _legend(figure, _named(trials, {line.trial for line in lines}))
     return figure
 
@@ -60,7 +61,7 @@ def singular_values(
 ) -> matplotlib.figure.Figure:
     """Singular values over the largest by rank: the median matrix, and a band of the quartiles.
 
-    Lines are of the last checkpoint; dotted ones are of the first, without a band.
+    Curves with markers are of the last checkpoint; thin ones are of the first, without a band.
     """
     groups = [group for group in GROUPS if any(s.group == group for s in found)]
     figure, panels = _panels(
@@ -70,7 +71,7 @@ def singular_values(
     )
     for group, axes in zip(groups, panels, strict=True):
         for trial in trials:
-            color = _color(trial)
+            style = _style(trial)
             mine = [s for s in found if (s.trial, s.group) == (trial.name, group)]
             steps = sorted({spectrum.step for spectrum in mine})
             for step in {steps[0], steps[-1]} if steps else ():
@@ -78,10 +79,11 @@ def singular_values(
                 axes.set_title(_title(group, len(curves)), fontsize=10)
                 lower, median, upper = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
                 if step == steps[-1]:
-                    axes.plot(RANKS, median, color=color)
+                    axes.plot(RANKS, median, **style.curve(len(RANKS)) | {"markersize": 4})
+                    color = style.color
                     axes.fill_between(RANKS, lower, upper, color=color, alpha=0.15, linewidth=0)
                 else:
-                    axes.plot(RANKS, median, color=color, linestyle=":", linewidth=1.2)
+                    axes.plot(RANKS, median, color=style.color, linestyle=style.line, linewidth=0.8)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
     present = {spectrum.trial for spectrum in found}
@@ -89,9 +91,9 @@ def singular_values(
     return figure
 
 
-def _color(trial: SpectraTrial) -> str:
-    """The color of the trial in the run's loss.png."""
-    return REGISTRY[trial.name].color if trial.name in REGISTRY else UNKNOWN
+def _style(trial: SpectraTrial) -> Style:
+    """The style of the trial in the run's loss.png."""
+    return REGISTRY[trial.name].style if trial.name in REGISTRY else UNKNOWN
 
 
 def _panels(
@@ -126,21 +128,27 @@ def _title(group: str, matrices: int) -> str:
 
 def _named(trials: Sequence[SpectraTrial], present: set[str]) -> list[Line2D]:
     return [
-        Line2D([], [], color=_color(trial), label=trial.title)
+        Line2D([], [], **_style(trial).curve(), label=trial.title)
         for trial in trials
         if trial.name in present
     ]
 
 
 def _styles(steps: Sequence[int]) -> list[Line2D]:
-    """What lines and dots mean, where there is more than one step."""
+    """What markers and thin lines mean, where there is more than one step."""
     if len(steps) == 1:
         return []
     return [
-        Line2D([], [], color="black", label=f"step {steps[-1]}"),
-        Line2D([], [], color="black", linestyle=":", linewidth=1.2, label=f"step {steps[0]}"),
+        Line2D([], [], color="black", marker=".", label=f"step {steps[-1]}"),
+        Line2D([], [], color="black", linewidth=0.8, label=f"step {steps[0]}"),
     ]
 
 
 def _legend(figure: matplotlib.figure.Figure, handles: Sequence[Line2D]) -> None:
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=len(handles),
+        frameon=False,
+        handlelength=4,
+    )

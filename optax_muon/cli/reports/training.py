@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from optax_muon.cli.reports import routing
+from optax_muon.cli.reports import pictures, routing
 from optax_muon.cli.reports.tables import markdown_table, terminal_table
 from optax_muon.models.spec import Model, model
 from optax_muon.training.config import RunConfig, TrainConfig
@@ -202,12 +202,20 @@ def markdown(run: RunConfig, origin: str, comparisons: Sequence[Comparison]) -> 
         f"{origin}.",
         markdown_table([COLUMNS, *(each.cells for each in comparisons)]),
         explain(run),
-        "![loss](loss.png)",
+        f"![{_alt(comparisons)}](loss.png)",
     ]
     if routed := _routed(comparisons):
         table = markdown_table(routing.table(routed))
-        parts += [table, routing.explain(), "![experts](experts.png)"]
+        parts += [table, routing.explain(), f"![{routing.ALT}](experts.png)"]
     return "\n\n".join([*parts, machine()]) + "\n"
+
+
+def _alt(comparisons: Sequence[Comparison]) -> str:
+    """What `loss.png` shows, for those who do not see it."""
+    ends = ", ".join(
+        f"{each.outcome.trial.title} {each.outcome.val_loss:.3f}" for each in comparisons
+    )
+    return f"Curves of the held-out loss over the steps; they end at {ends}."
 
 
 def describe(preset: str | None, config: TrainConfig) -> str:
@@ -272,14 +280,15 @@ def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="final held-out loss")
-    figure.savefig(path)
+    axes.legend(frameon=False, title="final held-out loss", handlelength=4)
+    pictures.save(figure, path)
 
 
 def _draw_curve(axes: Axes, each: Comparison) -> None:
-    trial, color = each.outcome.trial, each.outcome.trial.spec.color
+    trial, curve = each.outcome.trial, each.outcome.curve
     label = f"{each.outcome.val_loss:.3f}  {trial.title} ({trial.hyper_params.lr:g})"
-    axes.plot(*zip(*each.outcome.curve, strict=True), color=color, linewidth=2, label=label)
+    style = trial.spec.style.curve(len(curve))
+    axes.plot(*zip(*curve, strict=True), **style, linewidth=2, label=label)
 
 
 def _draw_level(axes: Axes, baseline: Outcome) -> None:
@@ -290,9 +299,9 @@ def _draw_level(axes: Axes, baseline: Outcome) -> None:
 
 
 def _mark_crossing(axes: Axes, each: Comparison, place: tuple[float, float], drop: float) -> None:
-    """A dot where a curve meets the final loss; `drop` points below it, the fraction of steps."""
+    """A ring where a curve meets the final loss; `drop` points below it, the fraction of steps."""
     color = each.outcome.trial.spec.color
-    axes.plot(*place, "o", color=color)
+    axes.plot(*place, "o", color=color, fillstyle="none", markersize=10)
     axes.annotate(
         f"{_percent(each.steps)} of the steps",
         place,
