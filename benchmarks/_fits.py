@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.optimize
-import scipy.stats
+
+from optax_muon.training.statistics import half_width
 
 RESAMPLES = 1000
 PFLOP_DAY = 1e15 * 86400.0
@@ -139,6 +141,6 @@ def difference(mine: Sequence[float], theirs: Sequence[float]) -> Difference:
     >>> print(difference([1.1, 1.3, 1.2], [1.0, 1.1, 1.1]))
     +0.1333 ± 0.1434
     """
-    pairs = np.subtract(mine, theirs)
-    t = float(scipy.stats.t.ppf(0.975, len(pairs) - 1))
-    return Difference(float(pairs.mean()), t * float(pairs.std(ddof=1)) / len(pairs) ** 0.5)
+    pairs = np.subtract(mine, theirs).tolist()
+    half = half_width(pairs)
+    return Difference(mean(pairs), math.inf if half is None else half)

@@ -19,10 +19,9 @@ import optax
 import optax_muon
 from optax_muon.matrices import assign, paths
 from optax_muon.models import spec
-from optax_muon.training import optimizers
+from optax_muon.training import optimizers, styles
 from optax_muon.training.optimizers import Build, HyperParams, OptimizerSpec, Views
 
-COLOR = "#6b7280"
 TWO_SCALES = (0.9, 0.98)
 """Decays of the two averages of `muon-two-momenta`."""
 
@@ -199,8 +198,8 @@ ROWS: Mapping[str, tuple[str, Build]] = {
 }
 """Title and transformation by name."""
 
-for _name, (_title, _build) in ROWS.items():
-    optimizers.register(OptimizerSpec(_name, _title, COLOR, _build, like="muon"))
+for _place, (_name, (_title, _build)) in enumerate(ROWS.items(), len(optimizers.REGISTRY)):
+    optimizers.register(OptimizerSpec(_name, _title, styles.nth(_place), _build, like="muon"))
 
 
 def optimizer(name: str) -> OptimizerSpec:

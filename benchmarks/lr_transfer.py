@@ -27,6 +27,7 @@ import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
 
+from optax_muon.training import styles
 from optax_muon.training.optimizers import REGISTRY
 
 WIDTHS, DEPTHS = (16, 32, 48), (2, 4)
@@ -125,9 +126,9 @@ def picture(curves: Curves) -> matplotlib.figure.Figure:
     for name, axes in zip(OPTIMIZERS, panels, strict=True):
         axes.set(title=REGISTRY[name].title, xscale="log")
         mine = [(model, rows) for (each, model), rows in curves.items() if each == name]
-        for (model, rows), marker in zip(mine, itertools.cycle("os^Dv*"), strict=False):
+        for place, (model, rows) in enumerate(mine):
             shown = [(row.lr, row.val_loss) for row in rows]
-            axes.plot(*zip(*shown, strict=True), marker=marker, label=model, markersize=4)
+            axes.plot(*zip(*shown, strict=True), **styles.nth(place).curve(), label=model)
         if mine:
             axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)

@@ -221,15 +221,16 @@ def picture(points: Points) -> matplotlib.figure.Figure:
     axes = figure.add_subplot(
         xscale="log", yscale="log", xlabel="FLOPs", ylabel="held-out loss, nats per byte"
     )
-    for (name, sizes), marker in zip(points.items(), "os^", strict=True):
+    for name, sizes in points.items():
         dots = [(row.flops, row.val_loss) for rows in sizes for row in rows]
         if not dots:
             continue
         row = REGISTRY[name]
-        axes.plot(*zip(*dots, strict=True), marker, color=row.color, label=row.title)
+        axes.plot(*zip(*dots, strict=True), **row.style.dots, label=row.title)
         if len(sizes) >= 3:
             curve = _curve(sizes, Results([]))
-            axes.plot(curve.flops, curve.power_law()(curve.flops), color=row.color, linewidth=1)
+            line = row.style.curve() | {"marker": "", "linewidth": 1}
+            axes.plot(curve.flops, curve.power_law()(curve.flops), **line)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)

@@ -31,8 +31,7 @@ BASE = Run("32 x 2", "muon", 20.0, batch=4, lr=1.2e-2, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
 RATIOS = (20.0, 60.0, 180.0)
 """Tokens per parameter."""
-STYLES = {"adamw": "o--", "muon": "s-", "muon-no-decay": "^:"}
-"""Optimizers, and how their lines are drawn."""
+OPTIMIZERS = ("adamw", "muon", "muon-no-decay")
 
 
 def experiment(options: Options) -> Experiment:
@@ -43,7 +42,7 @@ def experiment(options: Options) -> Experiment:
     starts = {
         (name, ratio): dataclasses.replace(base, optimizer=name, tokens_per_parameter=ratio)
         for ratio in ratios
-        for name in STYLES
+        for name in OPTIMIZERS
     }
 
     def needed(finished: Sequence[Finished]) -> Iterator[Run]:
@@ -106,14 +105,14 @@ def picture(found: Found) -> matplotlib.figure.Figure:
     panels = figure.subplots(1, 2)
     titles = {"val_loss": "held-out loss, nats per byte", "mlp_rms": "RMS of the MLPs' weights"}
     for axes, (field, label) in zip(panels, titles.items(), strict=True):
-        for name, style in STYLES.items():
+        for name in OPTIMIZERS:
             mine = [(ratio, rows) for (each, ratio), rows in found.items() if each == name]
             means = [
                 (ratio, _fits.mean([getattr(row, field) for row in rows])) for ratio, rows in mine
             ]
             if means:
                 row = REGISTRY[name]
-                axes.plot(*zip(*means, strict=True), style, label=row.title)
+                axes.plot(*zip(*means, strict=True), **row.style.curve(), label=row.title)
         axes.set(xscale="log", xlabel="tokens per parameter", ylabel=label)
         ratios = sorted({ratio for _, ratio in found})
         axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])

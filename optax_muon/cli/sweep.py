@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from optax_muon.cli.options import assignments
+from optax_muon.cli.options import assignments, at_least
 from optax_muon.cli.reports import sweep as sweep_report
 from optax_muon.cli.reports import training as training_report
 from optax_muon.cli.train import Experiment
@@ -38,13 +38,18 @@ class Sweep(Experiment):
     """Optimizers to tune: adamw, muon, normuon, lion."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """Peak learning rates to try, such as adamw.lr=3e-3,6e-3 muon.lr=6e-3,1.2e-2: the same number
-    of them for each optimizer. By default half, once and twice the preset's."""
+    of them for each optimizer. By default half, once and twice the preset's. muon.adamw_lr=3e-3
+    gives what Muon leaves to AdamW rates of its own; every combination with muon.lr is a point."""
     weight_decay: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Weight decays to try with each learning rate."""
+    seeds: int = 1
+    """Runs of each point, with --seed and the seeds after it. The best point is that of the lowest
+    mean, which is reported with its 95% interval."""
 
     def __call__(self) -> None:
         """Run the missing points, then report."""
         self.check()
+        at_least(1, "seeds", self.seeds)
         points = self._points()
         # Only the final loss counts, so one evaluation at the end is enough.
         config = dataclasses.replace(self.config, eval_every=self.row.steps)
@@ -69,7 +74,8 @@ class Sweep(Experiment):
         Raises:
             UsageError: When there is none, one is there twice, or one cannot run.
         """
-        points = sweep.grid(self._rates(), self.weight_decay)
+        seeds = range(self.seed, self.seed + self.seeds)
+        points = sweep.grid(self._rates(), self.weight_decay, seeds)
         if not points:
             raise UsageError("there is nothing to run; give --optimizers and --weight-decay values")
         for point in points:
@@ -78,7 +84,7 @@ class Sweep(Experiment):
             _ = point.trial  # refuses numbers that it cannot run at
         return points
 
-    def _rates(self) -> dict[str, tuple[float, ...]]:
+    def _rates(self) -> dict[str, sweep.Rates]:
         """Learning rates by optimizer.
 
         Raises:
@@ -86,14 +92,14 @@ class Sweep(Experiment):
         """
         given = assignments(self.overrides)
         for name, numbers in given.items():
-            if name not in self.optimizers or numbers.keys() != {"lr"}:
-                accepted = ", ".join(f"{each}.lr" for each in self.optimizers)
+            if name not in self.optimizers or not numbers.keys() <= {"lr", "adamw_lr"}:
+                accepted = ", ".join(f"{each}.lr, {each}.adamw_lr" for each in self.optimizers)
                 raise UsageError(
                     f"--set has {', '.join(f'{name}.{key}' for key in numbers)}; sweep takes "
                     f"{accepted}, and --weight-decay for all of them"
                 )
         return {
-            optimizer(name).name: given[name]["lr"] if name in given else self._default_rates(name)
+            optimizer(name).name: {"lr": self._default_rates(name), **given.get(name, {})}
             for name in self.optimizers
         }
 

@@ -1,6 +1,7 @@
 """`optax-muon sweep`: equal budgets, one line per finished run, going on where it stopped."""
 
 import collections
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -41,7 +42,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_grid_is_every_rate_with_every_decay():
-    points = sweep.grid({"adamw": (1.0, 2.0), "muon": (3.0, 4.0)}, (0.1, 0.3))
+    rates = {"adamw": {"lr": (1.0, 2.0)}, "muon": {"lr": (3.0, 4.0)}}
+    points = sweep.grid(rates, (0.1, 0.3))
     assert [(p.optimizer, p.lr, p.weight_decay) for p in points] == [
         ("adamw", 1.0, 0.1),
         ("adamw", 2.0, 0.1),
@@ -52,6 +54,32 @@ def test_the_grid_is_every_rate_with_every_decay():
         ("muon", 3.0, 0.3),
         ("muon", 4.0, 0.3),
     ]
+
+
+def test_seeds_repeat_every_point_and_the_lowest_mean_is_best():
+    rates = {"muon": {"lr": (1.0, 2.0), "adamw_lr": (0.5,)}}
+    points = sweep.grid(rates, (0.1,), seeds=(4, 5))
+    assert [(p.lr, p.adamw_lr, p.seed) for p in points] == [
+        (1.0, 0.5, 4),
+        (2.0, 0.5, 4),
+        (1.0, 0.5, 5),
+        (2.0, 0.5, 5),
+    ]
+    assert {p.trial.hyper_params for p in points} == {
+        HyperParams(1.0, 0.1, 0.5),
+        HyperParams(2.0, 0.1, 0.5),
+    }
+    # A lucky seed of the first setting, and a better mean of the second one.
+    losses = (1.0, 1.5, 3.0, 1.75)
+    points = [dataclasses.replace(p, val_loss=loss) for p, loss in zip(points, losses, strict=True)]
+    winner = sweep.best(points, "muon")
+    assert (winner.first.lr, winner.losses) == (2.0, [1.5, 1.75])
+    text = sweep_report.markdown(points, "tiny", "byte")
+    # t of one degree of freedom is 12.706; the spread 0.1768, over the root of 2.
+    assert "| Muon | 2, AdamW's 0.5 | 0.1 | **1.6250 ± 1.5883** |" in text
+    assert (
+        sweep.best([dataclasses.replace(points[0], val_loss=math.nan), points[2]], "muon") is None
+    )
 
 
 def test_unequal_budgets_are_refused(capsys):
@@ -113,12 +141,13 @@ def test_presets_run_at_the_committed_sweeps_best_inside_its_grid(name, optimize
     points = SweepTable(COMMITTED[name] / "sweep.csv").read()
     points = [point for point in points if point.optimizer == optimizer]
     winner = sweep.best(points, optimizer)
+    lr, decay = winner.first.lr, winner.first.weight_decay
     row = PRESETS[name]
-    assert row.hyper_params[optimizer] == HyperParams(winner.lr, winner.weight_decay)
-    assert min(p.lr for p in points) < winner.lr < max(p.lr for p in points)
+    assert row.hyper_params[optimizer] == winner.first.trial.hyper_params
+    assert min(p.lr for p in points) < lr < max(p.lr for p in points)
     decays = {p.weight_decay for p in points}
     # Moonlight's decay was not swept, it is that of `small`.
-    inside = min(decays) < winner.weight_decay < max(decays)
+    inside = min(decays) < decay < max(decays)
     assert (
         inside
         if len(decays) > 1

@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
-import scipy.stats
 from matplotlib.ticker import MaxNLocator
 
 from optax_muon.cli.reports import pictures
@@ -27,10 +25,10 @@ from optax_muon.cli.reports.training import crossing
 from optax_muon.errors import UsageError
 from optax_muon.training.optimizers import REGISTRY
 from optax_muon.training.run_folder import RunFolder
+from optax_muon.training.statistics import half_width
 from optax_muon.training.styles import Style, nth
 
 HEADINGS = ("optimizer", "runs", "lr", "decay", "steps", "seeds", "loss", "95%", "reached")
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +118,6 @@ class Repetitions:
             "-" if half is None else f"± {half:.4f}",
             "never" if share is None else f"{share:.0%}",
         )
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half the width of the mean's 95% interval by Student's t; None of a single value.
-
-    >>> f"{half_width([1.0, 2.0, 3.0]):.3f}"  # 4.303 / sqrt(3)
-    '2.484'
-    """
-    if len(values) < 2:
-        return None
-    quantile = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def read(path: Path) -> list[RunTrial]:
