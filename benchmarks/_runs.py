@@ -13,7 +13,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -34,10 +33,9 @@ from optax_muon.models.llama import LlamaConfig
 from optax_muon.training import ensemble
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.optimizers import HyperParams
+from optax_muon.training.search import search
 
 EVAL_SEQUENCES = 1024
-STEP = 2.0
-"""Factor between neighbours in a search."""
 SEEDS = (1, 2, 3)
 """Seeds of the runs that are reported. Searches have seed 0, so that no run that was chosen for its
 luck is among those that are compared."""
@@ -216,28 +214,9 @@ def train(ladder: Ladder, runs: Sequence[Run]) -> list[Finished]:
     ]
 
 
-def search(finished: Sequence[Finished], start: Run, names: Sequence[str]) -> tuple[list[Run], Run]:
-    """Search one number after the other, in factors of two, until the best is inside.
-
-    Args:
-        finished: The runs so far.
-        start: Where the search begins.
-        names: Fields of `Run`, in the order in which they are searched; one may come twice.
-
-    Returns:
-        The runs to do next, none when the search is over, and the best run so far.
-    """
-    losses = {row.run: row.val_loss for row in finished}
-    for name in names:
-        missing, start = _bracket(losses, start, name)
-        if missing:
-            return missing, start
-    return [], start
-
-
 def tuned(finished: Sequence[Finished], start: Run, names: Sequence[str] = ("lr",)) -> list[Run]:
     """The runs of a search that are to be done next, or at its end the best one with each seed."""
-    missing, best = search(finished, start, names)
+    missing, best = _search(finished, start, names)
     return missing or best.repeats
 
 
@@ -245,7 +224,7 @@ def best(
     finished: Sequence[Finished], start: Run, names: Sequence[str] = ("lr",)
 ) -> list[Finished]:
     """The rows of a search's best run, one for each seed; none before all are finished."""
-    missing, chosen = search(finished, start, names)
+    missing, chosen = _search(finished, start, names)
     return [] if missing else found(finished, chosen.repeats)
 
 
@@ -255,25 +234,7 @@ def found(finished: Sequence[Finished], runs: Sequence[Run]) -> list[Finished]:
     return [rows[run] for run in runs] if all(run in rows for run in runs) else []
 
 
-def _bracket(losses: dict[Run, float], start: Run, name: str) -> tuple[list[Run], Run]:
-    """Both neighbours of the best value of one field, and on from there."""
-    best = start
-    while True:
-        around = [best, _neighbour(best, name, 1 / STEP), _neighbour(best, name, STEP)]
-        if missing := [run for run in around if run not in losses]:
-            return missing, best
-        lowest = min(around, key=lambda run: _finite(losses[run]))
-        if lowest == best:
-            return [], best
-        best = lowest
-
-
-def _neighbour(run: Run, name: str, factor: float) -> Run:
-    value = getattr(run, name) * factor
-    # Three digits, as in the table: 1.2e-2 / 2 * 2 is the same run again.
-    rounded = max(1, round(value)) if name == "batch" else float(f"{value:.3g}")
-    return dataclasses.replace(run, **{name: rounded})
-
-
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+def _search(
+    finished: Sequence[Finished], start: Run, names: Sequence[str]
+) -> tuple[list[Run], Run]:
+    return search({row.run: row.val_loss for row in finished}, start, names)

@@ -22,10 +22,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 import _experiment
-import _fits
 import _runs
 import _table
 import matplotlib.figure
@@ -33,6 +33,7 @@ import tyro
 from _experiment import Experiment, Results
 from _runs import Finished, Run
 
+from optax_muon.training import power_law
 from optax_muon.training.optimizers import REGISTRY
 
 SEARCHED_IN_FULL = 2
@@ -170,7 +171,7 @@ def _row(rows: list[Finished], results: Results) -> tuple[object, ...]:
         *(one.model, REGISTRY[one.optimizer].title, f"{one.parameters:,}", f"{one.steps:,}"),
         *(one.batch, f"{one.lr:g}", f"{one.weight_decay:g}", f"{one.flops:.3g}"),
         f"{results.seconds(one):.0f}",
-        f"{_fits.mean(losses):.4f}",
+        f"{statistics.fmean(losses):.4f}",
         f"{max(losses) - min(losses):.4f}",
     )
 
@@ -195,7 +196,7 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
         (
             REGISTRY[name].title,
             model,
-            *(_fits.ratio(curves["adamw"], curves[name], place, of) for of in costs),
+            *(power_law.ratio(curves["adamw"], curves[name], place, of) for of in costs),
         )
         for name in OPTIMIZERS[1:]
         for place, model in enumerate(row[0].model for row in points[name])
@@ -206,8 +207,8 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
     yield "Ratios are medians [5%, 95%] of the resamples. The paper's ratio of 6ND is 0.52."
 
 
-def _curve(sizes: list[list[Finished]], results: Results) -> _fits.Curve:
-    return _fits.Curve(
+def _curve(sizes: list[list[Finished]], results: Results) -> power_law.Curve:
+    return power_law.Curve(
         flops=tuple(rows[0].flops for rows in sizes),
         model_flops=tuple(rows[0].model_flops for rows in sizes),
         seconds=tuple(results.seconds(rows[0]) for rows in sizes),

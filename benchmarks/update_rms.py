@@ -11,10 +11,10 @@ sizes: `match_rms(rms)`. The paper (arXiv 2502.16982, appendix A) has 0.2 and 0.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Sequence
 
 import _experiment
-import _fits
 import _runs
 import _table
 import matplotlib.figure
@@ -22,6 +22,8 @@ import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
 from _weights import Weighed
+
+from optax_muon.training.statistics import difference
 
 BASE = Run("48 x 2", "adamw", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
 """AdamW at the numbers of the scaling law."""
@@ -79,10 +81,10 @@ def report(found: dict[str, list[Weighed]]) -> Iterator[str]:
 def _row(name: str, found: dict[str, list[Weighed]]) -> tuple[object, ...]:
     title, loss, query, mlp = ROWS[name]
     rows, losses = found[name], _losses(found[name])
-    change = "" if name == "muon" else _fits.difference(losses, _losses(found["muon"]))
-    measured = (_fits.mean([getattr(row, field) for row in rows]) for field in FIELDS)
+    change = "" if name == "muon" else difference(losses, _losses(found["muon"]))
+    measured = (statistics.fmean([getattr(row, field) for row in rows]) for field in FIELDS)
     numbers = (f"{value:.3g}" for value in (*measured, loss, query, mlp))
-    return title, f"{_fits.mean(losses):.4f}", change, *numbers
+    return title, f"{statistics.fmean(losses):.4f}", change, *numbers
 
 
 FIELDS = ("query_rms", "mlp_rms")
@@ -101,13 +103,13 @@ def picture(found: dict[str, list[Weighed]]) -> matplotlib.figure.Figure:
     sizes = {float(ROWS[name][0]): rows for name, rows in found.items() if name != "adamw" and rows}
     for size, rows in sizes.items():
         axes.plot([size] * len(rows), _losses(rows), "o", color="#d95f0e", markersize=4)
-    means = [(size, _fits.mean(_losses(rows))) for size, rows in sizes.items()]
+    means = [(size, statistics.fmean(_losses(rows))) for size, rows in sizes.items()]
     if means:
         axes.plot(*zip(*means, strict=True), color="#d95f0e", label="Muon")
         axes.set_xticks([*sizes], [f"{size:g}" for size in sizes])
         axes.minorticks_off()
     if found["adamw"]:
-        level = _fits.mean(_losses(found["adamw"]))
+        level = statistics.fmean(_losses(found["adamw"]))
         axes.axhline(level, color="#6b7280", linestyle="--", label="AdamW")
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

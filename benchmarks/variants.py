@@ -15,10 +15,10 @@ first row.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 import _experiment
-import _fits
 import _runs
 import _table
 import matplotlib.figure
@@ -27,6 +27,7 @@ from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
 
 from optax_muon.training.optimizers import REGISTRY
+from optax_muon.training.statistics import Difference, difference
 
 BASE = Run("48 x 2", "muon", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
@@ -139,7 +140,7 @@ def _row(
     verdict = ("loss" if change.mean > 0 else "gain") if change.is_clear else "within the interval"
     seconds = results.seconds(one) / results.seconds(first)
     return (
-        *(arm.title, numbers, f"{_fits.mean(_losses(rows)):.4f}"),
+        *(arm.title, numbers, f"{statistics.fmean(_losses(rows)):.4f}"),
         *(("", "") if rows == baseline else (change, verdict)),
         *(f"{one.flops / first.flops:.3f}", f"{seconds:.2f}"),
     )
@@ -149,8 +150,8 @@ def _losses(rows: Iterable[Finished]) -> list[float]:
     return [row.val_loss for row in rows]
 
 
-def _difference(rows: list[Finished], baseline: list[Finished]) -> _fits.Difference:
-    return _fits.difference(_losses(rows), _losses(baseline))
+def _difference(rows: list[Finished], baseline: list[Finished]) -> Difference:
+    return difference(_losses(rows), _losses(baseline))
 
 
 def picture(every: Sequence[Arm], results: Results) -> matplotlib.figure.Figure:

@@ -13,10 +13,10 @@ Muon with decay in the end. Differences have the seeds paired, and a 95 % interv
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Sequence
 
 import _experiment
-import _fits
 import _runs
 import _table
 import matplotlib.figure
@@ -26,6 +26,7 @@ from _runs import Finished, Run
 from _weights import Weighed
 
 from optax_muon.training.optimizers import REGISTRY
+from optax_muon.training.statistics import difference
 
 BASE = Run("32 x 2", "muon", 20.0, batch=4, lr=1.2e-2, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
@@ -86,12 +87,12 @@ def _row(key: tuple[str, float], found: Found) -> tuple[object, ...]:
     name, ratio = key
     rows, muon = found[key], found.get(("muon", ratio), [])
     other = name != "muon" and muon
-    change = _fits.difference(_losses(rows), _losses(muon)) if other else ""
+    change = difference(_losses(rows), _losses(muon)) if other else ""
     sizes = (
-        f"{_fits.mean([getattr(row, field) for row in rows]):.3g}"
+        f"{statistics.fmean([getattr(row, field) for row in rows]):.3g}"
         for field in ("query_rms", "mlp_rms", "hidden_rms")
     )
-    loss = f"{_fits.mean(_losses(rows)):.4f}"
+    loss = f"{statistics.fmean(_losses(rows)):.4f}"
     return f"{ratio:g}", REGISTRY[name].title, f"{rows[0].lr:g}", loss, change, *sizes
 
 
@@ -108,7 +109,8 @@ def picture(found: Found) -> matplotlib.figure.Figure:
         for name in OPTIMIZERS:
             mine = [(ratio, rows) for (each, ratio), rows in found.items() if each == name]
             means = [
-                (ratio, _fits.mean([getattr(row, field) for row in rows])) for ratio, rows in mine
+                (ratio, statistics.fmean([getattr(row, field) for row in rows]))
+                for ratio, rows in mine
             ]
             if means:
                 row = REGISTRY[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -32,3 +33,30 @@ def mean_with_interval(values: Sequence[float]) -> str:
     """
     half = half_width(values)
     return f"{statistics.fmean(values):.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, and half of its 95 % interval by Student's t."""
+
+    mean: float
+    half: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+def difference(mine: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """How far one list of losses is above another one with the same seeds.
+
+    >>> print(difference([1.1, 1.3, 1.2], [1.0, 1.1, 1.1]))
+    +0.1333 ± 0.1434
+    """
+    pairs = [one - other for one, other in zip(mine, theirs, strict=True)]
+    half = half_width(pairs)
+    return Difference(statistics.fmean(pairs), math.inf if half is None else half)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.optimize
-
-from optax_muon.training.statistics import half_width
 
 RESAMPLES = 1000
 PFLOP_DAY = 1e15 * 86400.0
@@ -117,30 +114,3 @@ def ratio(baseline: Curve, other: Curve, place: int, of: str) -> Interval:
         found.append(getattr(other, of)[place] / needed)
     low, middle, high = np.quantile(found, (0.05, 0.5, 0.95)).tolist()
     return Interval(low, middle, high)
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences, and half of its 95 % interval by Student's t."""
-
-    mean: float
-    half: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return abs(self.mean) > self.half
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f} ± {self.half:.4f}"
-
-
-def difference(mine: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """How far one list of losses is above another one with the same seeds.
-
-    >>> print(difference([1.1, 1.3, 1.2], [1.0, 1.1, 1.1]))
-    +0.1333 ± 0.1434
-    """
-    pairs = np.subtract(mine, theirs).tolist()
-    half = half_width(pairs)
-    return Difference(mean(pairs), math.inf if half is None else half)

@@ -1,12 +1,14 @@
 """The experiments: searches end at the best run, fits find the law that made the data."""
 
-import dataclasses
 import importlib
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from optax_muon.training import power_law
+from optax_muon.training.search import search
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(
@@ -24,25 +26,15 @@ def runs():
     return importlib.import_module("_runs")
 
 
-@pytest.fixture
-def fits():
-    return importlib.import_module("_fits")
-
-
-def outcome(runs, run, loss):
-    fixed = {"steps": 1, "parameters": 100, "flops": 1.0, "seconds": 1.0, "val_loss": loss}
-    return runs.Finished(**dataclasses.asdict(run), **fixed)
-
-
-def searched(runs, loss_of, start, names):
+def searched(loss_of, start, names):
     """Search until nothing is missing; the best run, and all that were needed."""
-    finished = []
+    losses = {}
     while True:
-        missing, best = runs.search(finished, start, names)
+        missing, best = search(losses, start, names)
         if not missing:
-            return best, finished
-        assert not {row.run for row in finished} & set(missing)
-        finished += [outcome(runs, run, loss_of(run)) for run in missing]
+            return best, [*losses]
+        assert not losses.keys() & set(missing)
+        losses |= {run: loss_of(run) for run in missing}
 
 
 def test_a_search_ends_where_both_neighbours_of_every_number_are_worse(runs):
@@ -51,7 +43,7 @@ def test_a_search_ends_where_both_neighbours_of_every_number_are_worse(runs):
         return (lr + 5) ** 2 + 0.5 * (batch - 4) ** 2 + 0.3 * (decay + 1 + 0.2 * (lr + 5)) ** 2
 
     start = runs.Run("any", "muon", 20.0, 8, 2**-9, 0.125)
-    best, finished = searched(runs, loss, start, ("lr", "batch", "weight_decay", "lr"))
+    best, finished = searched(loss, start, ("lr", "batch", "weight_decay", "lr"))
     assert best.batch == 16 and math.log2(best.lr) == pytest.approx(-5, abs=0.01)
     assert math.log2(best.weight_decay) == pytest.approx(-1, abs=0.01)
     assert len(finished) < 20
@@ -62,32 +54,32 @@ def test_a_search_goes_around_runs_that_diverged(runs):
         return math.nan if run.lr > 0.01 else -run.lr
 
     start = runs.Run("any", "adamw", 20.0, 8, 4e-3, 0.1)
-    best, finished = searched(runs, loss, start, ("lr",))
+    best, finished = searched(loss, start, ("lr",))
     assert best.lr == 8e-3
-    assert [row.run.lr for row in finished] == [4e-3, 2e-3, 8e-3, 1.6e-2]
+    assert [run.lr for run in finished] == [4e-3, 2e-3, 8e-3, 1.6e-2]
 
 
 @pytest.mark.parametrize("e", [0.0, 0.5])
-def test_a_fit_finds_the_law_that_the_losses_follow(fits, e):
-    law = fits.PowerLaw(0.3, 0.08, e)
+def test_a_fit_finds_the_law_that_the_losses_follow(e):
+    law = power_law.PowerLaw(0.3, 0.08, e)
     flops = np.geomspace(1e11, 1e14, 5)
-    found = fits.fit(flops, law(flops).tolist(), irreducible=e > 0)
+    found = power_law.fit(flops, law(flops).tolist(), irreducible=e > 0)
     np.testing.assert_allclose(found(flops), law(flops), rtol=1e-4)
     np.testing.assert_allclose([found.a, found.b, found.e], [0.3, 0.08, e], rtol=0.02, atol=1e-9)
     assert found.inverse(float(law(1e12))) == pytest.approx(1e12, rel=1e-2)
 
 
-def test_the_ratio_is_the_factor_between_two_curves_and_noise_widens_its_interval(fits):
-    law, flops = fits.PowerLaw(0.3, 0.08), np.geomspace(1e11, 1e14, 5)
+def test_the_ratio_is_the_factor_between_two_curves_and_noise_widens_its_interval():
+    law, flops = power_law.PowerLaw(0.3, 0.08), np.geomspace(1e11, 1e14, 5)
     noise = np.random.default_rng(0).normal(size=(5, 3))
 
     def curve(factor, spread):
         losses = law(flops / factor)[:, None] * (1 + spread * noise)
         cost = tuple(flops.tolist())
-        return fits.Curve(cost, cost, cost, tuple(map(tuple, losses.tolist())))
+        return power_law.Curve(cost, cost, cost, tuple(map(tuple, losses.tolist())))
 
-    exact = fits.ratio(curve(1.0, 0.0), curve(0.5, 0.0), 4, "flops")
+    exact = power_law.ratio(curve(1.0, 0.0), curve(0.5, 0.0), 4, "flops")
     assert (exact.low, exact.middle, exact.high) == pytest.approx((0.5, 0.5, 0.5), rel=1e-6)
-    noisy = fits.ratio(curve(1.0, 0.0), curve(0.5, 0.01), 4, "flops")
+    noisy = power_law.ratio(curve(1.0, 0.0), curve(0.5, 0.01), 4, "flops")
     assert noisy.low < noisy.middle < noisy.high
     assert noisy.high - noisy.low < 0.5

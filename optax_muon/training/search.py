@@ -1,0 +1,74 @@
+"""The search for the best numbers of a run: one number after the other, in factors of two.
+
+A search is a function of the losses that are known, and names the runs that it still needs. So runs
+can be done in any order and by several processes, and a search that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+FACTOR = 2.0
+"""Ratio of neighbouring numbers."""
+
+Run = TypeVar("Run")
+"""A frozen dataclass whose fields are what a run is given."""
+
+
+def search(losses: Mapping[Run, float], start: Run, names: Sequence[str]) -> tuple[list[Run], Run]:
+    """Search one number after the other until the best is inside.
+
+    Args:
+        losses: The loss of every run so far; NaN if it diverged.
+        start: Where the search begins.
+        names: Fields of the runs, in the order in which they are searched; one may come twice.
+            Whole numbers stay whole.
+
+    Returns:
+        The runs to do next, none when the search is over, and the best run so far.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Rate:
+    ...     lr: float
+    >>> search({}, Rate(1.0), ["lr"])
+    ([Rate(lr=1.0), Rate(lr=0.5), Rate(lr=2.0)], Rate(lr=1.0))
+    >>> losses = {Rate(1.0): 3.0, Rate(0.5): 4.0, Rate(2.0): 2.0}
+    >>> search(losses, Rate(1.0), ["lr"])
+    ([Rate(lr=4.0)], Rate(lr=2.0))
+    >>> search({**losses, Rate(4.0): 5.0}, Rate(1.0), ["lr"])
+    ([], Rate(lr=2.0))
+    """
+    for name in names:
+        missing, start = _bracket(losses, start, name)
+        if missing:
+            return missing, start
+    return [], start
+
+
+def _bracket(losses: Mapping[Run, float], start: Run, name: str) -> tuple[list[Run], Run]:
+    """Both neighbours of the best value of one field, and on from there."""
+    best = start
+    while True:
+        around = [best, _neighbour(best, name, 1 / FACTOR), _neighbour(best, name, FACTOR)]
+        if missing := [run for run in around if run not in losses]:
+            return missing, best
+        lowest = min(around, key=lambda run: _finite(losses[run]))
+        if lowest == best:
+            return [], best
+        best = lowest
+
+
+def _neighbour(run: Any, name: str, factor: float) -> Any:
+    value = getattr(run, name)
+    # Three digits, as in tables: 1.2e-2 / 2 * 2 is the same run again.
+    moved = (
+        max(1, round(value * factor)) if isinstance(value, int) else float(f"{value * factor:.3g}")
+    )
+    return dataclasses.replace(run, **{name: moved})
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
