@@ -2,10 +2,11 @@
 
 Llamas of several sizes learn the Python sources listed in benchmarks/corpus, byte by byte, with the
 same number of tokens for each parameter. Every run goes to the end of its own schedule. Learning
-rate, batch and weight decay are searched for each optimizer, in factors of two until the best is
-inside: all three at the two smallest sizes, the learning rate alone above them, from the numbers of
-the size below (arXiv 2502.16982, appendix B, does the same). `Muon, AdamW lr` has AdamW's numbers,
-as in the paper's section 3.2; `Muon` has its own. Searches have seed 0; the runs that are reported
+rate and weight decay are searched for each optimizer, in factors of two until the best is inside,
+and the batch for AdamW: all of them at the two smallest sizes, the learning rate alone above them,
+from the numbers of the size below (arXiv 2502.16982, appendix B, does the same). Muon has AdamW's
+batch. `Muon, AdamW lr` has all of AdamW's numbers, as in the paper's section 3.2; `Muon` has its
+own rate and decay. Searches have seed 0; the runs that are reported
 repeat the best one with three other seeds. FLOPs are those of all matrix products in the compiled
 step, the optimizer's included; 6ND, beside them, leaves those and the attention scores out, as the
 paper does. Seconds are those of one core.
@@ -38,7 +39,8 @@ from optax_muon.training.optimizers import REGISTRY
 
 SEARCHED_IN_FULL = 2
 """Sizes, the smallest, at which all three numbers are searched."""
-ALL, NARROW = ("lr", "batch", "weight_decay", "lr"), ("lr",)
+ALL = {"adamw": ("lr", "batch", "weight_decay", "lr"), "muon": ("lr", "weight_decay", "lr")}
+"""What is searched there, in this order."""
 OPTIMIZERS = ("adamw", "muon-carried", "muon")
 COSTS = {
     "model_flops": "6ND over AdamW's",
@@ -69,23 +71,24 @@ class Protocol:
     def needed(self, finished: Sequence[Finished]) -> Iterator[Run]:
         """The searches, each from where the one below it ended, and the seeds of their best."""
         for place in range(len(self.models)):
-            names = self._searched(place)
-            runs = _runs.tuned(finished, self._adamw_start(finished, place), names)
-            yield from runs
+            start = self._adamw_start(finished, place)
+            yield from _runs.tuned(finished, start, self._searched(place, "adamw"))
             if not self.best(finished, place, "adamw"):
                 return
             yield from self._carried(finished, place).repeats
-            yield from _runs.tuned(finished, self._muon_start(finished, place), names)
+            start = self._muon_start(finished, place)
+            yield from _runs.tuned(finished, start, self._searched(place, "muon"))
 
     def best(self, finished: Sequence[Finished], place: int, name: str) -> list[Finished]:
         """The runs of a size at an optimizer's best numbers, one for each seed."""
-        names = self._searched(place)
         if name == "adamw":
-            return _runs.best(finished, self._adamw_start(finished, place), names)
+            start = self._adamw_start(finished, place)
+            return _runs.best(finished, start, self._searched(place, name))
         if not self.best(finished, place, "adamw"):
             return []
         if name == "muon":
-            return _runs.best(finished, self._muon_start(finished, place), names)
+            start = self._muon_start(finished, place)
+            return _runs.best(finished, start, self._searched(place, name))
         return _runs.found(finished, self._carried(finished, place).repeats)
 
     def points(self, finished: Sequence[Finished]) -> Points:
@@ -96,8 +99,8 @@ class Protocol:
             for name in OPTIMIZERS
         }
 
-    def _searched(self, place: int) -> Sequence[str]:
-        return ALL if place < SEARCHED_IN_FULL else NARROW
+    def _searched(self, place: int, name: str) -> Sequence[str]:
+        return ALL[name] if place < SEARCHED_IN_FULL else ("lr",)
 
     def _adamw_start(self, finished: Sequence[Finished], place: int) -> Run:
         """AdamW's best numbers of the size below."""
@@ -110,9 +113,12 @@ class Protocol:
         return self._at(self.best(finished, place, "adamw")[0], place, "muon-carried")
 
     def _muon_start(self, finished: Sequence[Finished], place: int) -> Run:
-        """Muon's best numbers of the size below, or else AdamW's of this size."""
+        """Muon's best rate and decay of the size below, or else AdamW's, at this size's batch."""
+        adamw = self._at(self.best(finished, place, "adamw")[0], place, "muon")
         below = self.best(finished, place - 1, "muon") if place else []
-        return self._at((below or self.best(finished, place, "adamw"))[0], place, "muon")
+        if not below:
+            return adamw
+        return dataclasses.replace(adamw, lr=below[0].lr, weight_decay=below[0].weight_decay)
 
     def _at(self, row: Finished, place: int, name: str) -> Run:
         """The numbers of a row for another size and optimizer, with the seed of searches."""
@@ -185,13 +191,13 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
     rows = []
     for name, curve in curves.items():
         a, b = PAPER.get(name, (float("nan"),) * 2)
-        fit, offset = curve.power_law(), curve.power_law(irreducible=True)
+        fit, offset = curve.power_law("flops"), curve.power_law("flops", irreducible=True)
         paper = f"{a:g} C^-{b:g}" if name in PAPER else "-"
         rows.append((REGISTRY[name].title, fit, offset, paper))
     heads = ("optimizer", "L = a C^-b", "L = e + a C^-b", "paper, C in PFLOP/s-days")
     yield from _table.markdown(heads, rows)
     yield ""
-    costs = [of for of in COSTS if not any(map(math.isnan, getattr(curves["muon"], of)))]
+    costs = [of for of in COSTS if not any(map(math.isnan, curves["muon"].costs[of]))]
     ratios = [
         (
             REGISTRY[name].title,
@@ -208,10 +214,13 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
 
 
 def _curve(sizes: list[list[Finished]], results: Results) -> power_law.Curve:
+    firsts = [rows[0] for rows in sizes]
     return power_law.Curve(
-        flops=tuple(rows[0].flops for rows in sizes),
-        model_flops=tuple(rows[0].model_flops for rows in sizes),
-        seconds=tuple(results.seconds(rows[0]) for rows in sizes),
+        {
+            "model_flops": tuple(row.model_flops for row in firsts),
+            "flops": tuple(row.flops for row in firsts),
+            "seconds": tuple(map(results.seconds, firsts)),
+        },
         losses=tuple(tuple(row.val_loss for row in rows) for rows in sizes),
     )
 
@@ -231,7 +240,7 @@ def picture(points: Points) -> matplotlib.figure.Figure:
         if len(sizes) >= 3:
             curve = _curve(sizes, Results([]))
             line = row.style.curve() | {"marker": "", "linewidth": 1}
-            axes.plot(curve.flops, curve.power_law()(curve.flops), **line)
+            axes.plot(curve.costs["flops"], curve.power_law("flops")(curve.costs["flops"]), **line)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ from optax_muon.cli.huggingface import ExportHF, ImportHF
 from optax_muon.cli.plan import PlanModel
 from optax_muon.cli.report import Report
 from optax_muon.cli.sample import Sample
+from optax_muon.cli.scaling import Scaling
 from optax_muon.cli.spectra import Spectra
 from optax_muon.cli.sweep import Sweep
 from optax_muon.cli.train import Train
@@ -19,6 +20,7 @@ from optax_muon.cli.train import Train
 COMMANDS = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Scaling, tyro.conf.subcommand("scaling")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Report, tyro.conf.subcommand("report")]

@@ -220,7 +220,24 @@ class Llama:
         return LlamaDecoder(self.config).init(key, jnp.zeros([1, 1], jnp.int32))["params"]
 
 
-SPEC = ModelSpec("llama", LlamaConfig, Llama, CONFIGS)
+def of_width(hidden_size: int) -> LlamaConfig:
+    """A small Llama: heads of 8 or 16 features, an MLP of 8/3 the width, a layer for 32 features.
+
+    >>> Llama(of_width(64)).active
+    113984
+    """
+    heads = hidden_size // (8 if hidden_size % 16 else 16)
+    return LlamaConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=max(2, hidden_size // 32),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=round(hidden_size / 3) * 8,
+        context=128,
+    )
+
+
+SPEC = ModelSpec("llama", LlamaConfig, Llama, CONFIGS, of_width)
 """The row of the registry."""
 
 

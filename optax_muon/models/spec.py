@@ -149,6 +149,9 @@ class ModelSpec:
     """Makes the model of a config."""
     configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Published and small sizes by name; names are unique in the whole registry."""
+    of_width: Callable[[int], Any] | None = None
+    """Makes a small config of this hidden size, a multiple of 8, for a ladder of sizes; tokens are
+    bytes. None if there is none."""
 
 
 REGISTRY: dict[str, ModelSpec] = {}

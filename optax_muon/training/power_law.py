@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import scipy.optimize
@@ -47,18 +47,14 @@ class PowerLaw:
 class Curve:
     """What one optimizer reached at each size, the smallest first."""
 
-    flops: tuple[float, ...]
-    """Operations of a run, the optimizer's included."""
-    model_flops: tuple[float, ...]
-    """6 N D, as the paper counts."""
-    seconds: tuple[float, ...]
-    """Wall time of a run."""
+    costs: Mapping[str, tuple[float, ...]]
+    """Costs of a run at each size, by what is counted: operations, seconds."""
     losses: tuple[tuple[float, ...], ...]
-    """Losses of the seeds."""
+    """Losses of the seeds at each size."""
 
-    def power_law(self, *, irreducible: bool = False) -> PowerLaw:
-        """Least squares in log space over the mean losses."""
-        return fit(self.flops, [mean(seeds) for seeds in self.losses], irreducible=irreducible)
+    def power_law(self, of: str, *, irreducible: bool = False) -> PowerLaw:
+        """The fit of the mean losses over a cost."""
+        return fit(self.costs[of], [mean(seeds) for seeds in self.losses], irreducible=irreducible)
 
     def resamples(self, random: np.random.Generator) -> Iterator[list[float]]:
         """Mean losses of seeds drawn with replacement, again and again."""
@@ -105,12 +101,12 @@ def ratio(baseline: Curve, other: Curve, place: int, of: str) -> Interval:
         baseline: The optimizer whose curve is fitted.
         other: The optimizer whose cost is compared.
         place: The size.
-        of: The cost, `flops`, `model_flops` or `seconds`.
+        of: The cost, a key of `costs`.
     """
     random = np.random.default_rng(0)
     found = []
     for fitted, losses in zip(baseline.resamples(random), other.resamples(random), strict=True):
-        needed = fit(getattr(baseline, of), fitted).inverse(losses[place])
-        found.append(getattr(other, of)[place] / needed)
+        needed = fit(baseline.costs[of], fitted).inverse(losses[place])
+        found.append(other.costs[of][place] / needed)
     low, middle, high = np.quantile(found, (0.05, 0.5, 0.95)).tolist()
     return Interval(low, middle, high)

@@ -190,3 +190,27 @@ CONFIGS = {
 }
 """The paper's sizes (arXiv 2502.16982, section 3.3), and two that train on a CPU in minutes and in
 hours."""
+
+
+def of_width(hidden_size: int) -> MoonlightConfig:
+    """A small Moonlight: 8 experts, 2 of them for a token, and one shared; a layer for 32 features.
+
+    >>> of_width(64).num_hidden_layers
+    2
+    """
+    return MoonlightConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=max(2, hidden_size // 32),
+        num_attention_heads=max(1, hidden_size // 32),
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=8,
+        v_head_dim=32,
+        kv_lora_rank=max(16, hidden_size * 3 // 8),
+        intermediate_size=round(hidden_size / 3) * 8,
+        moe_intermediate_size=round(hidden_size / 12) * 8,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        context=128,
+        routed_scaling_factor=CONFIGS["moonlight-tiny"].routed_scaling_factor,
+    )

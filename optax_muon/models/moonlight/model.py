@@ -38,7 +38,7 @@ from optax_muon.models import abstract
 from optax_muon.models.mesh import BATCH, batch_shards, constrain, present_axes, with_auto_axes
 from optax_muon.models.moe import imbalance
 from optax_muon.models.moonlight import muon
-from optax_muon.models.moonlight.config import CONFIGS, MoonlightConfig
+from optax_muon.models.moonlight.config import CONFIGS, MoonlightConfig, of_width
 from optax_muon.models.moonlight.decoder import MoonlightDecoder
 from optax_muon.models.spec import ForwardStats, ModelSpec
 
@@ -205,7 +205,7 @@ class Moonlight:
         return with_auto_axes(apply, (out, P()))(params, bias, *tokens)
 
 
-SPEC = ModelSpec("moonlight", MoonlightConfig, Moonlight, CONFIGS)
+SPEC = ModelSpec("moonlight", MoonlightConfig, Moonlight, CONFIGS, of_width)
 """The row of the registry."""
 
 
