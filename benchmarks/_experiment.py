@@ -67,6 +67,8 @@ class StepTime:
     """Wall time of a step, seconds: the median of `ROUNDS`, in each of which all programs ran."""
 
 
+TIMES = "step_seconds.csv"
+"""Name of the file of the times."""
 ROUNDS = 3
 """Measurements of each step."""
 
@@ -104,6 +106,8 @@ class Experiment:
     """The lines of the page."""
     picture: Callable[[Results], matplotlib.figure.Figure]
     """The figure."""
+    summary: Callable[[Results], str]
+    """The outcome in a sentence, for `page.py`; empty before there is one."""
     timed: Callable[[Results], Iterable[Finished]] = lambda results: ()
     """The runs whose time is reported."""
     kind: type[Finished] = Finished
@@ -113,18 +117,28 @@ class Experiment:
 def run(options: Options, experiment: Experiment) -> None:
     """Train what is missing, and write the report."""
     folder = options.folder(experiment.name)
-    table, times = folder / f"{experiment.name}.csv", folder / "step_seconds.csv"
-    ladder = Ladder(experiment.models, table, options.corpus, experiment.kind)
+    ladder = _ladder(options, experiment)
     if not options.only_report:
         ladder.complete(experiment.needed, options.workers)
-    results = Results(ladder.finished(), _table.read(times, StepTime))
+    results = load(options, experiment)
     if options.time:
         results = dataclasses.replace(results, times=_measured(ladder, experiment.timed(results)))
-        _table.write(times, StepTime, results.times)
+        _table.write(folder / TIMES, StepTime, results.times)
     head = _bench.page_head(experiment.title, experiment.description)
     page, figure = [*head, *experiment.report(results)], experiment.picture(results)
     written = _bench.Options(quick=options.quick, out=folder)
     _bench.publish(written, experiment.name, experiment.kind, results.finished, page, figure)
+
+
+def load(options: Options, experiment: Experiment) -> Results:
+    """What an experiment has found so far."""
+    times = _table.read(options.folder(experiment.name) / TIMES, StepTime)
+    return Results(_ladder(options, experiment).finished(), times)
+
+
+def _ladder(options: Options, experiment: Experiment) -> Ladder:
+    table = options.folder(experiment.name) / f"{experiment.name}.csv"
+    return Ladder(experiment.models, table, options.corpus, experiment.kind)
 
 
 def _measured(ladder: Ladder, rows: Iterable[Finished]) -> list[StepTime]:

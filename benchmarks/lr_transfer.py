@@ -65,6 +65,7 @@ def experiment(options: Options) -> Experiment:
         needed,
         lambda results: report(_curves(results)),
         lambda results: picture(_curves(results)),
+        lambda results: summary(_curves(results)),
     )
 
 
@@ -87,13 +88,39 @@ def report(curves: Curves) -> Iterator[str]:
     yield from _table.markdown(heads, rows)
     yield ""
     for name in OPTIMIZERS:
-        found = [vertex(rows) for (each, _), rows in curves.items() if each == name]
-        known = [rate for rate in found if math.isfinite(rate)]
-        if len(known) > 1:
+        rates = _best_rates(curves, name)
+        if len(rates) > 1:
             yield (
-                f"- {REGISTRY[name].title}: the best rates of {len(known)} models lie within a "
-                f"factor of {max(known) / min(known):.1f}."
+                f"- {REGISTRY[name].title}: the best rates of {len(rates)} models lie within a "
+                f"factor of {max(rates) / min(rates):.1f}."
             )
+
+
+def summary(curves: Curves) -> str:
+    """How far the best rates lie apart, and how good each scale is at its best rate."""
+    rates = {name: _best_rates(curves, name) for name in ("adamw", "muon")}
+    if min(map(len, rates.values())) < 2:
+        return ""
+    spread = ", ".join(
+        f"{REGISTRY[name].title} {max(found) / min(found):.1f} ({len(found)} models)"
+        for name, found in rates.items()
+    )
+    model = f"{max(WIDTHS)} x {min(DEPTHS)}"
+    losses = "; ".join(
+        f"{REGISTRY[name].title} {min(row.val_loss for row in curves[name, model]):.4f}"
+        for name in OPTIMIZERS
+        if len(curves.get((name, model), [])) == len(RATES)
+    )
+    return (
+        f"the best rates lie within a factor of: {spread}. Loss of {model} at the best rate, one "
+        f"seed: {losses}"
+    )
+
+
+def _best_rates(curves: Curves, name: str) -> list[float]:
+    """The best rates of an optimizer's models, where they are inside."""
+    found = [vertex(rows) for (each, _), rows in curves.items() if each == name]
+    return [rate for rate in found if math.isfinite(rate)]
 
 
 def _best(rows: list[Finished]) -> tuple[str, ...]:

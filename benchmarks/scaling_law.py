@@ -21,7 +21,6 @@ seeds.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -70,60 +69,60 @@ class Protocol:
 
     def needed(self, finished: Sequence[Finished]) -> Iterator[Run]:
         """The searches, each from where the one below it ended, and the seeds of their best."""
-        for place in range(len(self.models)):
-            start = self._adamw_start(finished, place)
-            yield from _runs.tuned(finished, start, self._searched(place, "adamw"))
-            if not self.best(finished, place, "adamw"):
-                return
-            yield from self._carried(finished, place).repeats
-            start = self._muon_start(finished, place)
-            yield from _runs.tuned(finished, start, self._searched(place, "muon"))
-
-    def best(self, finished: Sequence[Finished], place: int, name: str) -> list[Finished]:
-        """The runs of a size at an optimizer's best numbers, one for each seed."""
-        if name == "adamw":
-            start = self._adamw_start(finished, place)
-            return _runs.best(finished, start, self._searched(place, name))
-        if not self.best(finished, place, "adamw"):
-            return []
-        if name == "muon":
-            start = self._muon_start(finished, place)
-            return _runs.best(finished, start, self._searched(place, name))
-        return _runs.found(finished, self._carried(finished, place).repeats)
+        for size in self._sizes(finished):
+            yield from size.needed
 
     def points(self, finished: Sequence[Finished]) -> Points:
         """The best runs of each size, by optimizer."""
+        sizes = self._sizes(finished)
         return {
-            name: [rows for place in range(len(self.models)) if (rows := found(place, name))]
-            for found in [functools.partial(self.best, finished)]
-            for name in OPTIMIZERS
+            name: [size.best[name] for size in sizes if size.best.get(name)] for name in OPTIMIZERS
         }
 
-    def _searched(self, place: int, name: str) -> Sequence[str]:
-        return ALL[name] if place < SEARCHED_IN_FULL else ("lr",)
+    def _sizes(self, finished: Sequence[Finished]) -> list[Size]:
+        """The sizes up to the first one at which AdamW's search is not finished."""
+        sizes: list[Size] = []
+        below: Best = {}
+        for place, model in enumerate(self.models):
+            full = place < SEARCHED_IN_FULL
+            first = Run(model, "adamw", self.tokens_per_parameter, 8, 1.2e-2, 0.1)
+            start = _at(below["adamw"][0], model, "adamw") if below else first
+            searched = ALL["adamw"] if full else ("lr",)
+            needed = _runs.tuned(finished, start, searched)
+            best: Best = {"adamw": _runs.best(finished, start, searched)}
+            sizes.append(Size(needed, best))
+            if not best["adamw"]:
+                break
+            carried = _at(best["adamw"][0], model, "muon-carried").repeats
+            start = _at(best["adamw"][0], model, "muon")
+            if below.get("muon"):
+                muon = below["muon"][0]
+                start = dataclasses.replace(start, lr=muon.lr, weight_decay=muon.weight_decay)
+            searched = ALL["muon"] if full else ("lr",)
+            needed += carried + _runs.tuned(finished, start, searched)
+            best["muon-carried"] = _runs.found(finished, carried)
+            best["muon"] = _runs.best(finished, start, searched)
+            below = best
+        return sizes
 
-    def _adamw_start(self, finished: Sequence[Finished], place: int) -> Run:
-        """AdamW's best numbers of the size below."""
-        if not place:
-            return Run(self.models[0], "adamw", self.tokens_per_parameter, 8, 1.2e-2, 0.1)
-        return self._at(self.best(finished, place - 1, "adamw")[0], place, "adamw")
 
-    def _carried(self, finished: Sequence[Finished], place: int) -> Run:
-        """AdamW's best numbers of this size, for Muon."""
-        return self._at(self.best(finished, place, "adamw")[0], place, "muon-carried")
+Best = dict[str, list[Finished]]
+"""The runs at each optimizer's best numbers, one for each seed; none before all are finished."""
 
-    def _muon_start(self, finished: Sequence[Finished], place: int) -> Run:
-        """Muon's best rate and decay of the size below, or else AdamW's, at this size's batch."""
-        adamw = self._at(self.best(finished, place, "adamw")[0], place, "muon")
-        below = self.best(finished, place - 1, "muon") if place else []
-        if not below:
-            return adamw
-        return dataclasses.replace(adamw, lr=below[0].lr, weight_decay=below[0].weight_decay)
 
-    def _at(self, row: Finished, place: int, name: str) -> Run:
-        """The numbers of a row for another size and optimizer, with the seed of searches."""
-        model = self.models[place]
-        return dataclasses.replace(row.run, model=model, optimizer=name, seed=0)
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What the experiment needs at a size."""
+
+    needed: list[Run]
+    """The runs to do, finished ones among them."""
+    best: Best
+    """The runs that are reported, as far as they are finished."""
+
+
+def _at(row: Finished, model: str, name: str) -> Run:
+    """The numbers of a row for another size and optimizer, with the seed of searches."""
+    return dataclasses.replace(row.run, model=model, optimizer=name, seed=0)
 
 
 def experiment(options: Options) -> Experiment:
@@ -142,6 +141,7 @@ def experiment(options: Options) -> Experiment:
         protocol.needed,
         lambda results: report(points(results), results),
         lambda results: picture(points(results)),
+        lambda results: summary(points(results), results),
         lambda results: (rows[0] for sizes in points(results).values() for rows in sizes),
     )
 
@@ -160,14 +160,14 @@ def report(points: Points, results: Results) -> Iterator[str]:
         (
             _row(rows, results)
             for place in range(len(points["adamw"]))
-            for rows in _at(points, place)
+            for rows in _of_size(points, place)
         ),
     )
     yield ""
     yield from _fit_lines(points, results)
 
 
-def _at(points: Points, place: int) -> Iterator[list[Finished]]:
+def _of_size(points: Points, place: int) -> Iterator[list[Finished]]:
     return (sizes[place] for sizes in points.values() if place < len(sizes))
 
 
@@ -211,6 +211,26 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
     yield from _table.markdown(heads, ratios)
     yield ""
     yield "Ratios are medians [5%, 95%] of the resamples. The paper's ratio of 6ND is 0.52."
+
+
+def summary(points: Points, results: Results) -> str:
+    """The ratios at the largest size."""
+    done = {name: sizes for name, sizes in points.items() if len(sizes) >= 3}
+    if set(done) != set(OPTIMIZERS):
+        return ""
+    curves = {name: _curve(sizes, results) for name, sizes in done.items()}
+
+    def ratio(name: str) -> power_law.Interval:
+        return power_law.ratio(curves["adamw"], curves[name], len(done[name]) - 1, "flops")
+
+    rows = done["muon"]
+    first, last = rows[0][0], rows[-1][0]
+    return (
+        f"{ratio('muon')} of AdamW's FLOPs at {last.parameters:,} parameters with its own rate, "
+        f"{ratio('muon-carried')} with AdamW's numbers; {len(rows)} sizes from "
+        f"{first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens per "
+        "parameter, 3 seeds"
+    )
 
 
 def _curve(sizes: list[list[Finished]], results: Results) -> power_law.Curve:

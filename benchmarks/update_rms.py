@@ -65,6 +65,7 @@ def experiment(options: Options) -> Experiment:
         needed,
         lambda results: report(rows(results)),
         lambda results: picture(rows(results)),
+        lambda results: summary(rows(results)),
         kind=Weighed,
     )
 
@@ -76,6 +77,18 @@ def report(found: dict[str, list[Weighed]]) -> Iterator[str]:
         *("paper: loss", "query RMS", "MLP RMS"),
     )
     yield from _table.markdown(heads, (_row(name, found) for name in ROWS if found[name]))
+
+
+def summary(found: dict[str, list[Weighed]]) -> str:
+    """The best size, and how the others compare."""
+    if not all(found.values()):
+        return ""
+    parts = [
+        f"{ROWS[name][0]}: {difference(_losses(rows), _losses(found['muon']))}"
+        for name, rows in found.items()
+        if name != "muon"
+    ]
+    return f"loss over that of RMS 0.2: {'; '.join(parts)}"
 
 
 def _row(name: str, found: dict[str, list[Weighed]]) -> tuple[object, ...]:

@@ -105,6 +105,7 @@ def experiment(options: Options) -> Experiment:
         needed,
         lambda results: report(sections, results),
         lambda results: picture(every, results),
+        lambda results: summary(every, results),
         timed,
     )
 
@@ -129,6 +130,21 @@ def report(sections: dict[str, list[Arm]], results: Results) -> Iterator[str]:
     ]
     if missing:
         yield f"Still to come: {'; '.join(missing)}."
+
+
+def summary(every: Sequence[Arm], results: Results) -> str:
+    """Which variants differ from Muon, and how many do not."""
+    shown = [(arm.title, rows) for arm in every if (rows := arm.best(results.finished))]
+    if len(shown) < 2:
+        return ""
+    changes = {title: _difference(rows, shown[0][1]) for title, rows in shown[1:]}
+    clear = {title: change for title, change in changes.items() if change.is_clear}
+    gains = [f"{title} {change}" for title, change in clear.items() if change.mean < 0]
+    losses = [f"{title} {change}" for title, change in clear.items() if change.mean > 0]
+    return (
+        f"better: {'; '.join(gains) or 'none'}. Worse: {'; '.join(losses) or 'none'}. Within the "
+        f"interval: {len(changes) - len(clear)} of {len(changes)}"
+    )
 
 
 def _row(

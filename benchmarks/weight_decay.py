@@ -66,6 +66,7 @@ def experiment(options: Options) -> Experiment:
         needed,
         lambda results: report(rows(results)),
         lambda results: picture(rows(results)),
+        lambda results: summary(rows(results)),
         kind=Weighed,
     )
 
@@ -81,6 +82,18 @@ def report(found: Found) -> Iterator[str]:
         *("query RMS", "MLP RMS", "RMS of the last block's output"),
     )
     yield from _table.markdown(heads, (_row(key, found) for key in found))
+
+
+def summary(found: Found) -> str:
+    """What decay changes at each length."""
+    parts = [
+        f"{ratio:g}: {difference(_losses(found['muon-no-decay', ratio]), _losses(rows))}"
+        for (name, ratio), rows in found.items()
+        if name == "muon" and ("muon-no-decay", ratio) in found
+    ]
+    if not parts:
+        return ""
+    return f"loss without decay over that with it, by tokens per parameter: {'; '.join(parts)}"
 
 
 def _row(key: tuple[str, float], found: Found) -> tuple[object, ...]:

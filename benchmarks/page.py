@@ -1,0 +1,182 @@
+"""Write `benchmarks/README.md`: claim by claim, what others say and what is measured here.
+
+All numbers are read from the committed results, so the page cannot drift from them.
+
+    python benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import _bench
+import _experiment
+import _table
+import finetune_table
+import lr_transfer
+import scaling_law
+import update_rms
+import variants
+import weight_decay
+
+PAGE = _bench.HERE / "README.md"
+RESULTS = _bench.HERE / "results"
+TO_COME = "still to come"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A row of the page."""
+
+    claim: str
+    """What is claimed of Muon."""
+    paper: str
+    """What arXiv 2502.16982 has."""
+    others: str
+    """What others found, with the source."""
+    measured: str
+    """What is measured here."""
+    source: str
+    """The page of the result, from `results`."""
+    command: str
+    """What makes it."""
+
+    def cells(self) -> tuple[str, ...]:
+        """The row."""
+        link = f"[{self.source.rpartition('/')[2]}](results/{self.source})"
+        measured = f"{self.measured} ({link})" if self.measured else TO_COME
+        return self.claim, self.paper, self.others, measured, f"`{self.command}`"
+
+
+EXPERIMENTS: Sequence[tuple[ModuleType, str, str, str]] = (
+    (
+        scaling_law,
+        "Muon needs a fraction of AdamW's FLOPs for the same loss",
+        "0.52, 399M to 1.5B parameters (Fig. 1a, Table 3)",
+        "0.71 at 0.13B, 0.91 at 1.2B (arXiv 2509.02046); 0.7 up to 1.4B where rate and decay scale "
+        "with width (2512.05620); 0.85 to 0.9 of the tokens (2505.02222)",
+    ),
+    (
+        lr_transfer,
+        "One learning rate fits all shapes when the update has AdamW's RMS",
+        "Eq. 4 as good as Eq. 6, both 0.023 better than Eq. 5 (Table 1)",
+        "carried rates can be behind AdamW in short runs (Moonlight issue 36)",
+    ),
+    (
+        update_rms,
+        "An update of RMS 0.2 to 0.4 is best",
+        "0.2: 3.325, 0.4: 3.314, 0.05: 3.503, 0.8: 3.543, AdamW: 3.679 (Table 8)",
+        "-",
+    ),
+    (
+        weight_decay,
+        "Muon needs weight decay in long runs",
+        "without decay ahead early, 0.017 behind in the end (Fig. 2)",
+        "a tuned decay is worth as much as most variants (modded-nanogpt, track 3)",
+    ),
+    (
+        variants,
+        "Variants that are said to beat Muon",
+        "-",
+        "NorMuon and Polar Express tie with a tuned Muon (modded-nanogpt, track 3; nanochat); "
+        "momenta of several time scales gain 1 to 6 % of the steps",
+    ),
+)
+"""Experiments, with the claim, the paper's numbers and those of others."""
+
+
+def claims() -> Iterator[Claim]:
+    """The rows."""
+    for script, claim, paper, others in EXPERIMENTS:
+        options = script.Options()
+        experiment = script.experiment(options)
+        name = experiment.name
+        summary = experiment.summary(_experiment.load(options, experiment))
+        page, command = f"{name}/{name}.md", f"python benchmarks/{name}.py"
+        yield Claim(claim, paper, others, summary, page, command)
+    yield Claim(
+        "Muon's weights have a higher SVD entropy",
+        "in over 90 % of the matrices (Fig. 4)",
+        "-",
+        _spectra(),
+        "spectra/spectra.md",
+        "optax-muon spectra",
+    )
+    yield Claim(
+        "Pretraining and fine-tuning should use the same optimizer",
+        "Muon twice is the best of four on all benchmarks (Table 6); no gain over AdamW on a model "
+        "that AdamW pretrained (Table 7)",
+        "-",
+        _finetune(),
+        "finetune/finetune_table.md",
+        "python benchmarks/finetune_table.py",
+    )
+
+
+def _spectra() -> str:
+    with (RESULTS / "spectra" / "spectra.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["trial"] == "muon-carried"]
+    higher, every = (sum(int(row[name]) for row in rows) for name in ("higher", "matrices"))
+    return f"{higher / every:.1%} of {every} matrices of a Moonlight of 1.3M parameters, one seed"
+
+
+def _finetune() -> str:
+    table = RESULTS / "finetune" / "finetune_table.csv"
+    rows = _table.read(table, finetune_table.FinetuneResult)
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row.trial] = min(row.loss, best.get(row.trial, row.loss))
+    losses = "; ".join(f"{trial} {loss:.4f}" for trial, loss in best.items())
+    return f"AdamW ahead in fine-tuning of both, one seed: {losses}"
+
+
+OTHER = {
+    "update_speed.md": "one update of whole models, beside optax.contrib.muon and torch",
+    "share_of_step.md": "whole training steps beside optax.contrib.muon",
+    "orthogonalize_speed.md": "Newton-Schulz by form, dtype and shape",
+    "compile_time.md": "tracing and compilation",
+    "flops_and_bytes.md": "operations, bytes and collectives on a mesh",
+    "tpu_ahead_of_time.md": "the same for TPU pods, compiled ahead of time",
+    "tpu_cycles.md": "cycles of TPU programs, by the compiler's model",
+    "moonlight_step.md": "a training step of Moonlight 16B on a pod, by the compiler's model",
+    "train/summary.md": "what `make train` shows",
+    "moonlight/summary.md": "the same for a small mixture of experts",
+}
+"""Results that are about speed and size, or demonstrations."""
+
+
+def text() -> str:
+    """The page."""
+    heads = ("claim", "paper", "others", "measured here", "command")
+    rows = [claim.cells() for claim in claims()]
+    lines = [
+        "# What is claimed, and what is measured",
+        "",
+        "Evidence for the optimizer, from small models on two CPU cores: Llamas of 0.01 to 0.4M "
+        "parameters that learn Python sources byte by byte. Ratios have the range that holds nine "
+        "tenths of resampled seeds, differences a 95% interval by Student's t. Such models say "
+        "whether the implementation does what the paper describes; they do not say what happens at "
+        "billions of parameters. This page is written by `python benchmarks/page.py` from the "
+        "files in `results`.",
+        "",
+        *_left_aligned(_table.markdown(heads, rows)),
+        "",
+        "## Speed, memory, communication",
+        "",
+        *(f"- [{about}](results/{name})" for name, about in OTHER.items()),
+        "",
+        "Every script takes `--help`, and `--quick` for a check in toy sizes. Experiments are "
+        "resumed by the same command.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _left_aligned(lines: list[str]) -> list[str]:
+    return [lines[0], lines[1].replace("---:", "---"), *lines[2:]]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text())

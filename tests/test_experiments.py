@@ -1,0 +1,171 @@
+"""The experiments of benchmarks/: what they need, what they report, and their own optimizers."""
+
+import dataclasses
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_muon.training.optimizers import HyperParams
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = [
+    pytest.mark.skipif(
+        not BENCHMARKS.exists(), reason="benchmarks are not part of a source archive"
+    ),
+    pytest.mark.usefixtures("standard_promotion"),
+]
+EXPERIMENTS = ("scaling_law", "lr_transfer", "update_rms", "weight_decay", "variants")
+GAINS = {"muon": 0.0, "muon-carried": 0.0, "adamw": 0.05, "muon-no-decay": 0.03, "normuon": -0.02}
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def outcome(kind, run):
+    """A finished run: its loss is its optimizer's, valleys in the numbers, and a seed's luck."""
+    loss = 2.0 + GAINS.get(run.optimizer, 0.01)
+    for name, best in {"lr": 1.2e-2, "adamw_lr": 1.2e-2, "weight_decay": 0.1}.items():
+        if value := getattr(run, name):
+            loss += 0.01 * math.log2(value / best) ** 2
+    size = int(run.model.split()[0])
+    fields = dict.fromkeys(("query_rms", "mlp_rms", "hidden_rms"), 0.1)
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(
+        **dataclasses.asdict(run),
+        steps=100,
+        parameters=100 * size**2,
+        flops=1e6 * size**4 * (1.1 if run.optimizer.startswith("muon") else 1.0),
+        val_loss=loss + 0.1 * run.seed + 8.0 / size - (0.3 if run.seed == 0 else 0.0),
+        **{name: value for name, value in fields.items() if name in known},
+    )
+
+
+def completed(script):
+    """An experiment, and its results when all of its runs are done."""
+    experiment = script.experiment(script.Options())
+    finished = []
+    while True:
+        done = {row.run for row in finished}
+        missing = [run for run in dict.fromkeys(experiment.needed(finished)) if run not in done]
+        if not missing:
+            return experiment, importlib.import_module("_experiment").Results(finished)
+        finished += [outcome(experiment.kind, run) for run in missing]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_ends_and_reports_seeds_that_no_search_has_seen(name):
+    script = importlib.import_module(name)
+    experiment, results = completed(script)
+    page = "\n".join(experiment.report(results))
+    assert "to come" not in page and "nan" not in page.replace("nan |", "")
+    assert experiment.summary(results)
+    if name != "lr_transfer":  # has one seed
+        repeated = [row for row in results.finished if row.seed]
+        assert {row.seed for row in repeated} == {1, 2, 3}
+    experiment.picture(results).savefig(importlib.import_module("io").BytesIO())
+
+
+def test_differences_are_paired_by_seed():
+    _, results = completed(importlib.import_module("weight_decay"))
+    script = importlib.import_module("weight_decay")
+    summary = script.experiment(script.Options()).summary(results)
+    # Seeds differ by 0.1, their pairs not at all.
+    assert "20: +0.0300 ± 0.0000; 60: +0.0300 ± 0.0000; 180: +0.0300 ± 0.0000" in summary
+
+
+def test_variants_are_called_gains_and_losses_by_their_intervals():
+    script = importlib.import_module("variants")
+    experiment, results = completed(script)
+    assert "better: NorMuon -0.0200 ± 0.0000. Worse: " in experiment.summary(results)
+
+
+def test_the_page_is_made_of_the_committed_results():
+    page = importlib.import_module("page")
+    assert page.PAGE.read_text() == page.text()
+    for name in page.OTHER:
+        assert (page.RESULTS / name).exists()
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_soap_turns_with_its_gradients():
+    """In turned coordinates the eigenbasis turns as well: the steps are the same ones, turned."""
+    soap = importlib.import_module("_soap").scale_by_soap()
+    left, right = (np.linalg.qr(normal(seed, side, side))[0] for seed, side in ((8, 5), (9, 5)))
+    step = jax.jit(soap.update)
+
+    def run(turn):
+        state = soap.init(jnp.zeros([5, 5]))
+        for seed in range(12):  # past the first orthogonal iteration
+            update, state = step(jnp.asarray(turn(normal(seed, 5, 5))), state)
+        return update
+
+    plain, turned = run(lambda g: g), run(lambda g: left @ g @ right.T)
+    # Squares are averaged over 12 steps in float32, and the bases are found to about 1e-5.
+    np.testing.assert_allclose(turned, left @ plain @ right.T, atol=2e-3)
+
+
+def test_soap_is_adam_where_the_axes_are_the_eigenvectors():
+    soap = importlib.import_module("_soap")
+    grads = [jnp.diag(jnp.asarray(normal(seed, 4))) for seed in range(5)]
+    adam = optax.scale_by_adam(soap.BETA1, soap.BETA2, soap.EPSILON)
+    mine, theirs = soap.scale_by_soap(), adam
+    states = [mine.init(grads[0]), theirs.init(grads[0])]
+    for g in grads:
+        found, states[0] = mine.update(g, states[0])
+        expected, states[1] = theirs.update(g, states[1])
+    np.testing.assert_allclose(jnp.diag(found), jnp.diag(expected), rtol=1e-4)
+
+
+def test_two_momenta_are_two_averages():
+    variants = importlib.import_module("_variants")
+    link = variants.two_momenta()
+    grads = [normal(seed, 3, 2) for seed in range(6)]
+    state = link.init(jnp.zeros([3, 2]))
+    for g in grads:
+        update, state = link.update(jnp.asarray(g), state)
+    expected = np.zeros([3, 2])
+    for beta in variants.TWO_SCALES:
+        weights = [(1 - beta) * beta ** (len(grads) - 1 - i) for i in range(len(grads))]
+        average = sum(w * g for w, g in zip(weights, grads, strict=True))
+        expected += beta * average + (1 - beta) * grads[-1]
+    np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_variants_change_the_step_of_muon():
+    variants = importlib.import_module("_variants")
+    tree = jax.tree.map(jnp.asarray, {
+        "layers": {
+            "attn": {f"{n}_proj": {"kernel": normal(0, 2, 32, 32)} for n in "qkv"},
+            "mlp": {"up_proj": {"kernel": normal(1, 2, 32, 88)}},
+        }
+    })  # fmt: skip
+    numbers = HyperParams(1e-2, 0.1)
+
+    def updates(name):
+        tx = variants.optimizer(name).build(lambda count: 1e-2, numbers, None)
+
+        @jax.jit
+        def steps(tree):
+            state = tx.init(tree)
+            for factor in (1.0, -0.5, 0.3):
+                gradients = jax.tree.map(lambda p: factor * p + jnp.cos(9 * p), tree)  # noqa: B023
+                updates, state = tx.update(gradients, state, tree)
+            return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(updates)])
+
+        return np.asarray(steps(tree))
+
+    muon = updates("muon")
+    for name in ("muon-per-head", "muon-two-momenta", "muon-cautious-decay", "contrib-muon"):
+        change = np.linalg.norm(updates(name) - muon) / np.linalg.norm(muon)
+        assert change > 1e-3, name
