@@ -41,6 +41,8 @@ SEARCHED_IN_FULL = 2
 ALL = {"adamw": ("lr", "batch", "weight_decay", "lr"), "muon": ("lr", "weight_decay", "lr")}
 """What is searched there, in this order."""
 OPTIMIZERS = ("adamw", "muon-carried", "muon")
+FITTED = 3
+"""Fewest sizes of a fit: two always lie on a power law."""
 COSTS = {
     "model_flops": "6ND over AdamW's",
     "flops": "all FLOPs over AdamW's",
@@ -159,24 +161,23 @@ def report(points: Points, results: Results) -> Iterator[str]:
         ),
         (
             _row(rows, results)
-            for place in range(len(points["adamw"]))
-            for rows in _of_size(points, place)
+            for model in dict.fromkeys(rows[0].model for rows in points["adamw"])
+            for sizes in points.values()
+            for rows in sizes
+            if rows[0].model == model
         ),
     )
     yield ""
     yield from _fit_lines(points, results)
 
 
-def _of_size(points: Points, place: int) -> Iterator[list[Finished]]:
-    return (sizes[place] for sizes in points.values() if place < len(sizes))
-
-
 def _row(rows: list[Finished], results: Results) -> tuple[object, ...]:
     one, losses = rows[0], [row.val_loss for row in rows]
+    seconds = results.seconds(one)
     return (
         *(one.model, REGISTRY[one.optimizer].title, f"{one.parameters:,}", f"{one.steps:,}"),
         *(one.batch, f"{one.lr:g}", f"{one.weight_decay:g}", f"{one.flops:.3g}"),
-        f"{results.seconds(one):.0f}",
+        "-" if math.isnan(seconds) else f"{seconds:.0f}",
         f"{statistics.fmean(losses):.4f}",
         f"{max(losses) - min(losses):.4f}",
     )
@@ -184,10 +185,12 @@ def _row(rows: list[Finished], results: Results) -> tuple[object, ...]:
 
 def _fit_lines(points: Points, results: Results) -> Iterator[str]:
     """The fits beside the paper's, and the ratios, once there are three sizes."""
-    if min(map(len, points.values())) < 3:
-        yield "Fits and ratios need three sizes; the runs of the larger ones are still to come."
+    curves = {
+        name: _curve(sizes, results) for name, sizes in points.items() if len(sizes) >= FITTED
+    }
+    if len(curves) < 2:
+        yield f"Fits and ratios need {FITTED} sizes; the larger ones are still to come."
         return
-    curves = {name: _curve(sizes, results) for name, sizes in points.items()}
     rows = []
     for name, curve in curves.items():
         a, b = PAPER.get(name, (float("nan"),) * 2)
@@ -197,14 +200,18 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
     heads = ("optimizer", "L = a C^-b", "L = e + a C^-b", "paper, C in PFLOP/s-days")
     yield from _table.markdown(heads, rows)
     yield ""
-    costs = [of for of in COSTS if not any(map(math.isnan, curves["muon"].costs[of]))]
+    costs = [
+        of
+        for of in COSTS
+        if not any(math.isnan(cost) for each in curves.values() for cost in each.costs[of])
+    ]
     ratios = [
         (
             REGISTRY[name].title,
             model,
             *(power_law.ratio(curves["adamw"], curves[name], place, of) for of in costs),
         )
-        for name in OPTIMIZERS[1:]
+        for name in list(curves)[1:]
         for place, model in enumerate(row[0].model for row in points[name])
     ]
     heads = ("optimizer", "at the loss of", *(COSTS[of] for of in costs))
@@ -215,7 +222,7 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
 
 def summary(points: Points, results: Results) -> str:
     """The ratios at the largest size."""
-    done = {name: sizes for name, sizes in points.items() if len(sizes) >= 3}
+    done = {name: sizes for name, sizes in points.items() if len(sizes) >= FITTED}
     if set(done) != set(OPTIMIZERS):
         return ""
     curves = {name: _curve(sizes, results) for name, sizes in done.items()}
@@ -257,7 +264,7 @@ def picture(points: Points) -> matplotlib.figure.Figure:
             continue
         row = REGISTRY[name]
         axes.plot(*zip(*dots, strict=True), **row.style.dots, label=row.title)
-        if len(sizes) >= 3:
+        if len(sizes) >= FITTED:
             curve = _curve(sizes, Results([]))
             line = row.style.curve() | {"marker": "", "linewidth": 1}
             axes.plot(curve.costs["flops"], curve.power_law("flops")(curve.costs["flops"]), **line)
