@@ -3,13 +3,14 @@
 A Llama (preset `small` of `optax-muon train`) is pretrained on Python's standard library with
 either optimizer, Muon at AdamW's learning rate and decay. It is then fine-tuned to complete the
 head of a function with the first line of its docstring, on 1000 functions of the same library. That
-takes two epochs; the learning rate falls linearly to zero, once from the paper's 5e-5 and once from
-7e-4, the same fraction of the pretraining peak as in the paper (5e-5 of 4.2e-4). The loss is that
-of the docstrings of 950 other functions, in nats per byte. Pretraining may have seen the files of
-these functions, with either optimizer; fine-tuning has seen none of them. There is one seed, so
-differences of a hundredth mean nothing. This model has 0.6 million parameters, the paper's 16
-billion. The paper's table has four benchmarks, and pretraining and fine-tuning with Muon is the
-best on all of them (arXiv 2502.16982, section 3.5).
+takes two epochs; the learning rate falls linearly to zero. Its start is searched for each of the
+four pairs, in factors of two until the best is inside, with seed 0; the best is repeated with three
+other seeds, from models that were pretrained with those seeds. The loss is that of the docstrings
+of 950 other functions, in nats per byte. Pretraining may have seen the files of these functions,
+with either optimizer; fine-tuning has seen none of them. This model has 0.6 million parameters, the
+paper's 16 billion. The paper's table has four benchmarks, and pretraining and fine-tuning with Muon
+is the best on all of them (arXiv 2502.16982, section 3.5). Differences have their seeds paired, and
+a 95% interval by Student's t.
 
     python benchmarks/finetune_table.py
 """
@@ -18,8 +19,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +32,22 @@ import matplotlib.figure
 import tyro
 
 from optax_muon.cli.main import main as command
+from optax_muon.training import styles
 from optax_muon.training.data import prompts
 from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.finetune import evaluate
 from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.optimizers import REGISTRY
+from optax_muon.training.search import search
+from optax_muon.training.statistics import difference
 
 PRETRAINED = {"adamw": "adamw", "muon": "muon-carried"}
 """Trials of the pretraining run by optimizer."""
-TITLES = {name: REGISTRY[name].title for name in PRETRAINED}
-RATES = (5e-5, 7e-4)
+PAIRS = tuple(itertools.product(PRETRAINED, PRETRAINED))
+"""Optimizers of pretraining and of fine-tuning."""
+FIRST_RATE = 1.4e-3
+SEEDS = (1, 2, 3)
+"""Seeds of the runs that are compared; the search has seed 0."""
 BATCH = 16
 EVAL_BATCH = 50
 
@@ -56,23 +65,29 @@ FULL, TOY = Size("small", 128, 1000), Size("tiny", 64, 40)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """The learning rate at which fine-tuning starts."""
+class FinetuneRun:
+    """One model, pretrained and fine-tuned."""
 
-    rate: float
+    before: str
+    """The optimizer of pretraining."""
+    after: str
+    """The optimizer of fine-tuning."""
+    lr: float
+    """Learning rate at which fine-tuning starts."""
+    seed: int = 0
+    """Seed of pretraining and of fine-tuning."""
 
-    def __str__(self) -> str:
-        return f"lr {self.rate:g}"
+    @property
+    def repeats(self) -> list[FinetuneRun]:
+        """The run with each seed that is compared."""
+        return [dataclasses.replace(self, seed=seed) for seed in SEEDS]
 
 
-@dataclasses.dataclass(frozen=True)
-class FinetuneResult:
-    """A model after pretraining and fine-tuning."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneResult(FinetuneRun):
+    """A run and its outcome."""
 
-    case: str
-    trial: str
-    """The optimizers of pretraining and of fine-tuning."""
-    before: float
+    start: float
     """Loss before fine-tuning."""
     loss: float
     """Loss after it."""
@@ -85,30 +100,32 @@ class Runs:
     folder: Path
     size: Size
 
-    @property
-    def pretraining(self) -> Path:
-        """The pretraining run."""
-        return self.folder / "pretrained"
-
     def prepare(self) -> None:
-        """Write the examples, and pretrain."""
+        """Write the examples."""
         self.folder.mkdir(parents=True, exist_ok=True)
         pairs = functions(self.size.context)
         self._write("training", pairs[::2])
         self._write("evaluation", pairs[1::2])
-        numbers = ["--optimizers", *PRETRAINED.values()]
-        sizes = ["--preset", self.size.preset, "--context", self.size.context]
-        self._command(self.pretraining, "train", *sizes, *numbers)
 
-    def finetuned(self, case: Case, before: str, after: str) -> Path:
-        """Fine-tune a pretrained model, and return the folder of the run."""
-        run = self.folder / f"{before}-{after}-{case.rate:g}"
-        source = ["--from", self.pretraining, "--trial", PRETRAINED[before]]
-        numbers = ["--optimizers", after, "--lr", case.rate, "--batch", BATCH]
-        self._command(run, "finetune", *source, "--data", self._path("training"), *numbers)
+    def train(self, run: FinetuneRun) -> FinetuneResult:
+        """Do a run: pretrain, if that is not done yet, and fine-tune."""
+        pretrained = self._pretrained(run.seed)
+        folder = self.folder / f"{run.before}-{run.after}-{run.lr:g}-{run.seed}"
+        source = ["--from", pretrained, "--trial", PRETRAINED[run.before], "--seed", run.seed]
+        numbers = ["--optimizers", run.after, "--lr", run.lr, "--batch", BATCH]
+        self._command(folder, "finetune", *source, "--data", self._path("training"), *numbers)
+        start = self._loss(pretrained, PRETRAINED[run.before])
+        loss = self._loss(folder, run.after)
+        return FinetuneResult(**dataclasses.asdict(run), start=round(start, 4), loss=round(loss, 4))
+
+    def _pretrained(self, seed: int) -> Path:
+        """The pretraining run of a seed."""
+        run = self.folder / f"pretrained-{seed}"
+        sizes = ["--preset", self.size.preset, "--context", self.size.context, "--seed", seed]
+        self._command(run, "train", *sizes, "--optimizers", *PRETRAINED.values())
         return run
 
-    def loss(self, run: Path, trial: str) -> float:
+    def _loss(self, run: Path, trial: str) -> float:
         """The loss on the functions that were held out of fine-tuning."""
         source = PretrainedSource(run, trial)
         loaded = prompts.load_prompts(self._path("evaluation"), self.size.context).train
@@ -129,23 +146,73 @@ class Runs:
         return self.folder / f"{name}.jsonl"
 
 
-def main(options: _bench.Options) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options(_bench.Options):
+    """Options of the experiment."""
+
+    only_report: bool = False
+    """Write the report of the finished runs, and train nothing."""
+
+
+def main(options: Options) -> None:
     """Train what is not trained yet, and write the results."""
     folder, size = options.out or _bench.HERE.parent / "runs", TOY if options.quick else FULL
-    runs = Runs(folder / "finetune_table" / size.preset, size)
-    runs.prepare()
     results = dataclasses.replace(options, out=options.out or options.folder / "finetune")
-    cases = [Case(rate) for rate in RATES]
-    starts = {before: runs.loss(runs.pretraining, trial) for before, trial in PRETRAINED.items()}
+    table = results.folder / "finetune_table.csv"
+    runs, rows = Runs(folder / "finetune_table" / size.preset, size), read(table)
+    if not options.only_report:
+        runs.prepare()
+        results.folder.mkdir(parents=True, exist_ok=True)
+    while not options.only_report and (missing := needed(rows)):
+        for run in _bench.each(missing, "finetune_table"):
+            rows[run] = runs.train(run)
+            _table.write(table, FinetuneResult, rows.values())
+    finished = [*rows.values()]
+    picked = best(rows)
+    _bench.publish(
+        results, "finetune_table", FinetuneResult, finished, page(picked), picture(picked)
+    )
 
-    def measure(case: Case) -> Iterator[FinetuneResult]:
-        for before, start in starts.items():
-            for after in TITLES:
-                loss = runs.loss(runs.finetuned(case, before, after), after)
-                name = f"{TITLES[before]} / {TITLES[after]}"
-                yield FinetuneResult(str(case), name, round(start, 4), round(loss, 4))
 
-    _bench.run(results, "finetune_table", FinetuneResult, cases, measure, page, picture)
+Rows = dict[FinetuneRun, FinetuneResult]
+"""The finished runs."""
+Best = dict[tuple[str, str], list[FinetuneResult]]
+"""The best runs of each pair of optimizers, one for each seed; pairs that are not finished lack."""
+
+
+def read(table: Path) -> Rows:
+    """The finished runs."""
+    names = [field.name for field in dataclasses.fields(FinetuneRun)]
+    return {
+        FinetuneRun(*(getattr(row, name) for name in names)): row
+        for row in _table.read(table, FinetuneResult)
+    }
+
+
+def needed(rows: Rows) -> list[FinetuneRun]:
+    """The runs to do next."""
+    missing = []
+    for pair in PAIRS:
+        searched, found = _search(rows, pair)
+        missing += searched or [run for run in found.repeats if run not in rows]
+    return missing
+
+
+def best(rows: Rows) -> Best:
+    """The runs that are compared."""
+    picked = {}
+    for pair in PAIRS:
+        searched, found = _search(rows, pair)
+        if not searched and all(run in rows for run in found.repeats):
+            picked[pair] = [rows[run] for run in found.repeats]
+    return picked
+
+
+def _search(
+    rows: Mapping[FinetuneRun, FinetuneResult], pair: tuple[str, str]
+) -> tuple[list[FinetuneRun], FinetuneRun]:
+    losses = {run: row.loss for run, row in rows.items()}
+    return search(losses, FinetuneRun(*pair, FIRST_RATE), ["lr"])
 
 
 def functions(context: int) -> list[tuple[str, str]]:
@@ -173,57 +240,69 @@ def _documented(text: bytes) -> Iterator[tuple[str, str]]:
                 yield f'def {node.name}({ast.unparse(node.args)}):\n    """', first
 
 
-def page(rows: Sequence[FinetuneResult]) -> list[str]:
+def page(picked: Best) -> list[str]:
     """The Markdown page."""
-    names = list(dict.fromkeys(row.trial for row in rows))
-    cells = {(row.case, row.trial): row for row in rows}
-    lines = [
-        ("before", *(f"{next(r for r in rows if r.trial == n).before:.4f}" for n in names)),
-        *(
-            (case, *(f"{cells[case, name].loss:.4f}" for name in names))
-            for case in dict.fromkeys(row.case for row in rows)
-        ),
-    ]
-    table = _table.markdown(("pretrained / fine-tuned with", *names), lines)
+    heads = ("pretrained / fine-tuned with", "lr", "before", "after", "range of seeds")
+    table = _table.markdown(heads, (_row(pair, rows) for pair, rows in picked.items()))
     title = "Pretraining and fine-tuning, with AdamW and with Muon"
-    return [*_bench.page_head(title, __doc__), *table, "", *_gaps(rows)]
+    return [*_bench.page_head(title, __doc__), *table, "", *_gaps(picked)]
 
 
-def _gaps(rows: Sequence[FinetuneResult]) -> Iterator[str]:
+def _row(pair: tuple[str, str], rows: Sequence[FinetuneResult]) -> tuple[object, ...]:
+    losses = [row.loss for row in rows]
+    return (
+        *(title(pair), f"{rows[0].lr:g}"),
+        f"{statistics.fmean(row.start for row in rows):.4f}",
+        f"{statistics.fmean(losses):.4f}",
+        f"{max(losses) - min(losses):.4f}",
+    )
+
+
+def title(pair: tuple[str, str]) -> str:
+    """A pair of optimizers in words."""
+    return " / ".join(REGISTRY[name].title for name in pair)
+
+
+def _gaps(picked: Best) -> Iterator[str]:
     """Compare fine-tuning with Muon and with AdamW of the same model."""
-    losses = {(row.case, row.trial): row.loss for row in rows}
-    for case in dict.fromkeys(row.case for row in rows):
-        for before in TITLES.values():
-            gap = losses[case, f"{before} / Muon"] - losses[case, f"{before} / AdamW"]
-            side = "above" if gap > 0 else "below"
+    for before in PRETRAINED:
+        pairs = [(before, after) for after in ("muon", "adamw")]
+        if all(pair in picked for pair in pairs):
+            muon, adamw = ([row.loss for row in picked[pair]] for pair in pairs)
             yield (
-                f"- {case}, pretrained with {before}: fine-tuning with Muon ends {abs(gap):.3f} "
-                f"{side} fine-tuning with AdamW."
+                f"- Pretrained with {REGISTRY[before].title}: the loss of fine-tuning with Muon "
+                f"over that with AdamW is {difference(muon, adamw)}."
             )
 
 
-def picture(rows: Sequence[FinetuneResult]) -> matplotlib.figure.Figure:
-    """The loss before and after fine-tuning, a panel for each learning rate."""
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure = matplotlib.figure.Figure(figsize=(9, 3.2), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(cases), squeeze=False)[0]
-    for axes, case in zip(panels, cases, strict=True):
-        mine = [row for row in rows if row.case == case]
-        for place, row in zip(range(len(mine), 0, -1), mine, strict=True):
-            axes.plot([row.before, row.loss], [place] * 2, color="#6b7280", linewidth=1, zorder=1)
-            axes.plot(row.before, place, "o", color="#6b7280", fillstyle="none")
-            axes.plot(row.loss, place, "o", color="#2b8cbe")
-            axes.annotate(
-                f"{row.loss:.3f}", (row.loss, place), (0, 6), textcoords="offset points", fontsize=8
-            )
-        axes.set_yticks(range(len(mine), 0, -1), [row.trial for row in mine])
-        axes.set_ylim(0.5, len(mine) + 0.6)
-        axes.set(title=case, xlabel="loss before (open) and after, nats per byte")
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
+def summary(picked: Best) -> str:
+    """The outcome in a sentence; empty before there is one."""
+    if len(picked) < len(PAIRS):
+        return ""
+    losses = "; ".join(
+        f"{title(pair)} {statistics.fmean(row.loss for row in rows):.4f}"
+        for pair, rows in picked.items()
+    )
+    gaps = " ".join(gap.removeprefix("- ") for gap in _gaps(picked))
+    return f"{losses}. {gaps}"
+
+
+def picture(picked: Best) -> matplotlib.figure.Figure:
+    """The loss before and after fine-tuning: a dot for each seed."""
+    figure = matplotlib.figure.Figure(figsize=(7, 3), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="loss before (open) and after, nats per byte")
+    for place, rows in zip(range(len(picked), 0, -1), picked.values(), strict=True):
+        for row in rows:
+            axes.plot([row.start, row.loss], [place] * 2, color="#6b7280", linewidth=1, zorder=1)
+        axes.plot([row.start for row in rows], [place] * len(rows), "ko", fillstyle="none")
+        after = styles.nth(1).dots
+        axes.plot([row.loss for row in rows], [place] * len(rows), **after)
+    axes.set_yticks(range(len(picked), 0, -1), [title(pair) for pair in picked])
+    axes.set_ylim(0.5, len(picked) + 0.5)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel("pretrained / fine-tuned with", fontsize=9)
     return figure
 
 
 if __name__ == "__main__":
-    main(tyro.cli(_bench.Options))
+    main(tyro.cli(Options))

@@ -124,13 +124,8 @@ def _spectra() -> str:
 
 
 def _finetune() -> str:
-    table = RESULTS / "finetune" / "finetune_table.csv"
-    rows = _table.read(table, finetune_table.FinetuneResult)
-    best: dict[str, float] = {}
-    for row in rows:
-        best[row.trial] = min(row.loss, best.get(row.trial, row.loss))
-    losses = "; ".join(f"{trial} {loss:.4f}" for trial, loss in best.items())
-    return f"AdamW ahead in fine-tuning of both, one seed: {losses}"
+    rows = finetune_table.read(RESULTS / "finetune" / "finetune_table.csv")
+    return finetune_table.summary(finetune_table.best(rows))
 
 
 OTHER = {

@@ -1,9 +1,9 @@
 """`optax-muon finetune`: what counts in the loss, what is seen when, going on after a stop."""
 
-import csv
 import dataclasses
 import importlib
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -367,22 +367,49 @@ def test_an_exported_run_keeps_the_tokens_of_the_import_it_descends_from(key, tm
 # The table of pretraining and fine-tuning
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks are not part of a source archive")
-def test_the_table_judges_all_four_by_functions_that_nobody_was_trained_on(tmp_path, monkeypatch):
+@pytest.fixture
+def table(monkeypatch):
+    if not BENCHMARKS.exists():
+        pytest.skip("benchmarks are not part of a source archive")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    bench, script = map(importlib.import_module, ("_bench", "finetune_table"))
-    script.main(bench.Options(quick=True, out=tmp_path))
-    work = tmp_path / "finetune_table" / "tiny"
+    return importlib.import_module("finetune_table")
+
+
+@pytest.mark.slow
+def test_the_table_judges_by_functions_that_nobody_was_fine_tuned_on(tmp_path, table):
+    runs = table.Runs(tmp_path, table.TOY)
+    runs.prepare()
     training, evaluation = (
-        {json.loads(line)["prompt"] for line in (work / f"{name}.jsonl").read_text().splitlines()}
+        {
+            json.loads(line)["prompt"]
+            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        }
         for name in ("training", "evaluation")
     )
-    assert len(training) == len(evaluation) == script.TOY.examples
+    assert len(training) == len(evaluation) == table.TOY.examples
     assert not training & evaluation
-    with (tmp_path / "finetune_table.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 4
-    assert all(float(row["loss"]) < float(row["before"]) for row in rows)
-    page = (tmp_path / "finetune_table.md").read_text()
-    assert all(f"{float(row['loss']):.4f}" in page for row in rows)
+    result = runs.train(table.FinetuneRun("adamw", "muon", 1e-2, seed=1))
+    assert result.loss < result.start
+
+
+def test_the_table_searches_a_rate_for_each_pair_and_compares_other_seeds(table):
+    def outcome(run):
+        gap = 0.02 if run.after == "muon" else 0.0
+        valley = 0.1 * math.log2(run.lr / {"adamw": 3e-3, "muon": 2e-4}[run.after]) ** 2
+        loss = 1.5 + gap + valley + 0.1 * run.seed - (0.5 if run.seed == 0 else 0.0)
+        return table.FinetuneResult(**dataclasses.asdict(run), start=3.0, loss=loss)
+
+    rows = {}
+    while missing := table.needed(rows):
+        rows |= {run: outcome(run) for run in missing}
+    picked = table.best(rows)
+    assert list(picked) == list(table.PAIRS)
+    for (_, after), best in picked.items():
+        assert best[0].lr == {"adamw": 2.8e-3, "muon": 1.75e-4}[after]
+        assert [row.seed for row in best] == [1, 2, 3]
+    # Valleys: 0.1 log2(2.8 / 3)^2 = 0.0010, 0.1 log2(1.75 / 2)^2 = 0.0037.
+    text = "\n".join(table.page(picked))
+    assert (
+        "Pretrained with AdamW: the loss of fine-tuning with Muon over that with AdamW is " in text
+    )
+    assert text.count("is +0.0227 ± 0.0000") == 2
