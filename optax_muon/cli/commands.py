@@ -15,6 +15,7 @@ from optax_muon.cli.sample import Sample
 from optax_muon.cli.scaling import Scaling
 from optax_muon.cli.spectra import Spectra
 from optax_muon.cli.sweep import Sweep
+from optax_muon.cli.tokenize import Tokenize
 from optax_muon.cli.train import Train
 
 COMMANDS = (
@@ -22,6 +23,7 @@ COMMANDS = (
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Scaling, tyro.conf.subcommand("scaling")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Spectra, tyro.conf.subcommand("spectra")]

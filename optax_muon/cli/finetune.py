@@ -17,8 +17,9 @@ from optax_muon.cli.options import RunOptions, at_least, single_values
 from optax_muon.cli.reports.tables import terminal_table
 from optax_muon.training import distributed
 from optax_muon.training.config import RunConfig
+from optax_muon.training.data import tokenizer
 from optax_muon.training.data.prompts import PromptDataset, load_prompts
-from optax_muon.training.finetune import EvalResult, Finetuning, byte_model, finetune_config
+from optax_muon.training.finetune import EvalResult, Finetuning, finetune_config
 from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.optimizers import HyperParams, comparison
 from optax_muon.training.run_folder import RunFolder
@@ -38,7 +39,11 @@ class Finetune(RunOptions):
     source: Annotated[Path, tyro.conf.arg(name="from")]
     """Folder of the run to start from, made by train, finetune or import-hf."""
     data: Path
-    """Prompt-completion pairs, UTF-8: one line {"prompt": "...", "completion": "..."} each."""
+    """Prompt-completion pairs, UTF-8: one line {"prompt": "...", "completion": "..."} each, in the
+    tokens of the run: those of its tokenizer, or bytes."""
+    raw: bool = False
+    """Leave out the chat template of the tokenizer. With it a prompt is the turn of a user, and a
+    completion that of the assistant."""
     trial: str | None = None
     """Optimizer of that run whose parameters to start from; by default the last one that has a
     checkpoint."""
@@ -93,8 +98,9 @@ class Finetune(RunOptions):
         self.check_run()
 
     def _task(self) -> Finetuning:
-        model = byte_model(PretrainedSource(self.source, self.trial))
-        dataset = load_prompts(self.data, model.config.context)
+        source = PretrainedSource(self.source, self.trial)
+        model = source.model
+        dataset = load_prompts(self.data, model.config.context, source.tokenizer, raw=self.raw)
         numbers = {"batch": self.batch, "epochs": self.epochs, "seed": self.seed}
         config = finetune_config(model, dataset, **numbers, eval_every=self.eval_every)
         return Finetuning(config, dataset, self.devices(model, self.batch))
@@ -116,6 +122,8 @@ class Finetune(RunOptions):
         """Create the folder or resume in it, and print what is to be trained."""
         PretrainedSource(self.source, self.trial).check()
         folder.create_or_resume(run.to_json(), resume=self.resume, overwrite=self.overwrite)
+        if (start := RunFolder(self.source)).has_tokenizer:
+            tokenizer.copy(start.tokenizer, folder.tokenizer)
         heading = f"{self.source}: {_describe(task.dataset)}, {task.config.steps} steps of"
         where = f"on {task.devices}{self.looks(folder)}"
         Console(stderr=True).out(f"{heading} {self.batch}\n{where}", highlight=False)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from optax_muon.cli.progress import tracked
 from optax_muon.errors import UsageError
+from optax_muon.extras import MissingExtraError
 from optax_muon.models.huggingface import (
     Tensor,
     export_checkpoint,
@@ -21,8 +22,9 @@ from optax_muon.models.huggingface import (
     read_config,
 )
 from optax_muon.models.moonlight import MoonlightConfig, count
+from optax_muon.training.data import tokenizer
 from optax_muon.training.export import as_imported
-from optax_muon.training.run_folder import usage_errors
+from optax_muon.training.run_folder import RunFolder, usage_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class ImportHF:
     """Convert a Hugging Face checkpoint in the DeepSeek-V3 layout, such as Moonlight's, to a run.
 
     Reads config.json and the safetensors files, one tensor at a time; nothing is written unless all
-    tensors are present and fit.
+    tensors are present and fit. The tokenizer, if there is one, becomes part of the run; that needs
+    the extra tokenize.
     """
 
     directory: tyro.conf.Positional[Path]
@@ -42,15 +45,25 @@ class ImportHF:
         """Copy, then say what it is."""
         with usage_errors():
             config = import_checkpoint(self.directory, self.out, _shown, _note)
+        self._take_tokenizer()
         Console(stderr=True).out(f"{self.out}: {_describe(config)}", highlight=False)
+
+    def _take_tokenizer(self) -> None:
+        """Put the tokenizer into the run, converted if it is a `tiktoken.model`."""
+        if not tokenizer.is_in(self.directory):
+            return
+        try:
+            tokenizer.load(self.directory).save(RunFolder(self.out).tokenizer)
+        except (MissingExtraError, UsageError) as error:
+            _note(f"the tokenizer is left out: {error}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportHF:
     """Convert a run to a Hugging Face checkpoint that transformers loads as DeepseekV3ForCausalLM.
 
-    Dtypes stay as they are. The tokenizer's files are not part of a run; copy them into the folder.
-    The parameters of a training run are first written to a temporary folder beside the new one.
+    Dtypes stay as they are. The tokenizer is written along if the run has one. The parameters of a
+    training run are first written to a temporary folder beside the new one.
     """
 
     run: tyro.conf.Positional[Path]
@@ -70,6 +83,8 @@ class ExportHF:
         with usage_errors(), as_imported(self.run, self.out, self.trial, self.step) as run:
             export_checkpoint(run, self.out, _shown)
             config, _ = read_config(run)
+        if (folder := RunFolder(self.run)).has_tokenizer:
+            tokenizer.copy(folder.tokenizer, self.out)
         Console(stderr=True).out(f"{self.out}: {_describe(config)}", highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""How far a command has come in a list: a bar on a terminal, elsewhere a line every few seconds."""
+"""How far a command has come: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from optax_muon.training.progress import SECONDS
 
@@ -48,3 +48,34 @@ def with_lines(
         if now - written >= SECONDS:
             written = now
             console.out(f"{number + 1}/{len(items)} {unit}", highlight=False)
+
+
+def shown_progress(
+    updates: Iterable[Item],
+    line: Callable[[Item], str],
+    done: Callable[[Item], float],
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """Work of unknown length that says how far it has come.
+
+    Args:
+        updates: Yields where it is.
+        line: What is shown of that.
+        done: Which fraction of the work is done.
+        clock: Seconds since any moment.
+    """
+    console = Console(stderr=True)
+    if console.is_interactive or console.is_jupyter:
+        columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=1.0)
+            for update in updates:
+                bar.update(task, completed=done(update), description=line(update))
+                yield update
+        return
+    written = clock()
+    for update in updates:
+        if clock() - written >= SECONDS:
+            written = clock()
+            console.out(line(update), highlight=False)
+        yield update

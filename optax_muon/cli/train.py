@@ -24,7 +24,8 @@ from optax_muon.models.spec import Config
 from optax_muon.platforms import slow_bfloat16
 from optax_muon.training import distributed
 from optax_muon.training.config import RunConfig, TrainConfig
-from optax_muon.training.data.corpus import Corpus, load_corpus
+from optax_muon.training.data import tokenizer
+from optax_muon.training.data.corpus import Corpus, load_corpus, vocabulary
 from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.optimizers import DEFAULT, comparison, views
 from optax_muon.training.presets import PRESETS, Preset, preset
@@ -46,8 +47,9 @@ class Experiment(DeviceOptions):
     small, medium, base or large. A mixture of experts as in the paper: moonlight-tiny,
     moonlight-small or moonlight-16b-a3b. All of them recompute layers in the backward pass."""
     data: str | None = None
-    """Text to learn, as bytes: a file, a folder or a quoted glob; or a .npy file of integer tokens,
-    which stays on disk. Python's own standard library by default."""
+    """Text to learn, as bytes: a file, a folder or a quoted glob; or in tokens, which stay on disk:
+    the folder that tokenize has made, whose vocabulary becomes the model's, or a .npy file of
+    integers. Python's own standard library by default."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the data."""
     steps: int | None = None
@@ -132,7 +134,8 @@ class Experiment(DeviceOptions):
 
     def sizes(self, row: Preset) -> Config:
         """The sizes of the model, before `--context` and `--dtype`."""
-        return row.model
+        vocab = vocabulary(self.data)
+        return row.model if vocab is None else dataclasses.replace(row.model, vocab_size=vocab)
 
     @property
     def config(self) -> TrainConfig:
@@ -234,7 +237,7 @@ class Train(Experiment, RunOptions):
     def sizes(self, row: Preset) -> Config:
         """Those of the run that this one starts from, if any."""
         if self.source is None:
-            return row.model
+            return super().sizes(row)
         given, own = PretrainedSource(self.source).model, spec.model(row.model)
         if given.kind != own.kind:
             fitting = [
@@ -246,12 +249,35 @@ class Train(Experiment, RunOptions):
             )
         return given.config
 
+    def _tokenizer(self, corpus: Corpus) -> Path | None:
+        """The folder of the tokenizer of the data and of the run that this one starts from.
+
+        Raises:
+            UsageError: They are two.
+        """
+        if self.source is None or not (start := RunFolder(self.source)).has_tokenizer:
+            return corpus.tokenizer
+        if corpus.tokenizer is None and (self.data is None or not self.data.endswith(".npy")):
+            raise UsageError(
+                f"--from {self.source} has a tokenizer and --data is bytes; make tokens of it: "
+                f"optax-muon tokenize FILES --tokenizer {start.tokenizer} --out TOKENS"
+            )
+        if corpus.tokenizer and not tokenizer.is_same(corpus.tokenizer, start.tokenizer):
+            raise UsageError(
+                f"--from {self.source} and --data {self.data} have different tokenizers; make the "
+                f"tokens with tokenize --tokenizer {start.tokenizer}"
+            )
+        return start.tokenizer
+
     def _create(self, folder: RunFolder, run: RunConfig, task: Pretraining) -> None:
         """Create the folder or resume in it, and print what is to be trained."""
+        tokens = self._tokenizer(task.corpus)
         folder.create_or_resume(run.to_json(), resume=self.resume, overwrite=self.overwrite)
         params = shapes(spec.model(task.config.model), optax.identity()).params
         labels = optax_muon.label(params, views(task.config))
         (folder.path / "routing.txt").write_text(f"{labels}\n")
+        if tokens is not None:
+            tokenizer.copy(tokens, folder.tokenizer)
         description = report.describe(self.model, task.config)
         heading = f"{description}\n{task.corpus.origin}\non {task.devices}"
         if remark := slow_bfloat16(jax.default_backend(), task.config.model.dtype):

@@ -19,13 +19,11 @@ import jax
 import numpy as np
 import optax
 
-from optax_muon.errors import UsageError
 from optax_muon.models import spec
 from optax_muon.models.spec import Model
 from optax_muon.training.config import LINEAR, TrainConfig
-from optax_muon.training.data.prompts import VOCAB, PromptDataset, TokenBatch, rows, steps
+from optax_muon.training.data.prompts import PromptDataset, TokenBatch, rows, steps
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
-from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.loop import Batch
 from optax_muon.training.state import State
 
@@ -38,21 +36,6 @@ class EvalResult(NamedTuple):
     exact: float
     """Fraction of the completions of which every token, the end included, is the likeliest one:
     greedy decoding writes them without a mistake."""
-
-
-def byte_model(source: PretrainedSource) -> Model:
-    """The model of a run that can be fine-tuned.
-
-    Raises:
-        UsageError: When there is no run, or its tokens are not bytes.
-    """
-    model = source.model
-    if model.config.vocab_size != VOCAB:
-        raise UsageError(
-            f"{source.path} has a vocabulary of {model.config.vocab_size}; finetune reads bytes, "
-            f"so it must be {VOCAB}"
-        )
-    return model
 
 
 def finetune_config(

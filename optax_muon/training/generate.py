@@ -1,8 +1,9 @@
-"""Text generation: bytes drawn one by one from a trained model."""
+"""Text generation: tokens drawn one by one from a trained model."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,39 +12,40 @@ import optax
 from optax_muon.models.spec import Model
 
 Carry = tuple[jax.Array, jax.Array]
-"""The window of tokens, `[context]`, and how many of them are filled."""
+"""The window of tokens, at most `context` of them, and how many are filled."""
 
 
 def generate(
     model: Model,
     params: optax.Params,
     bias: jax.Array | None,
-    prompt: bytes,
+    prompt: Sequence[int],
     length: int,
     temperature: float,
     seed: int,
-) -> bytes:
-    """Draw `length` bytes that continue the prompt.
+) -> list[int]:
+    """Draw `length` tokens that continue the prompt.
 
     Args:
         model: The model.
         params: The parameters.
         bias: The router biases; None if the model has no router.
-        prompt: The text to continue; the model sees its last `context` bytes. An empty one stands
-            for the beginning of a file.
-        length: Bytes to generate.
-        temperature: Divides the logits; 0 takes the likeliest byte.
+        prompt: The tokens to continue, at least one; the model sees the last `context` of them.
+        length: Tokens to generate.
+        temperature: Divides the logits; 0 takes the likeliest token.
         seed: Seed of the draws.
 
     Returns:
-        The new bytes, without the prompt.
+        The new tokens, without the prompt.
     """
-    context = model.config.context
-    seen = prompt[-context:] or b"\0"
-    window = jnp.zeros([context], jnp.int32).at[: len(seen)].set(jnp.array(list(seen), jnp.int32))
+    seen = prompt[-model.config.context :]
+    # No longer than it can become: every token costs a pass over the whole window.
+    size = min(model.config.context, len(seen) + length)
+    window = jnp.zeros([size], jnp.int32).at[: len(seen)].set(jnp.array(seen, jnp.int32))
     count = jnp.asarray(len(seen), jnp.int32)
     keys = jax.random.split(jax.random.key(seed), length)
-    return bytes(_draw(model, params, bias, window, count, keys, temperature).tolist())
+    tokens: list[int] = _draw(model, params, bias, window, count, keys, temperature).tolist()
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6))

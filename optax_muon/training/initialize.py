@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from optax_muon.errors import UsageError
 from optax_muon.models import huggingface, spec
 from optax_muon.models.spec import Model
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.config import TrainConfig
+from optax_muon.training.data import tokenizer as tokenizers
+from optax_muon.training.data.tokenizer import Bytes, Tokenizer
 from optax_muon.training.run_folder import RunFolder, usage_errors
 from optax_muon.training.state import State, abstract, random_state, shardings
 
@@ -38,6 +41,30 @@ class PretrainedSource:
         """
         with usage_errors():
             return spec.model_of(RunFolder(self.path).sizes())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer; bytes for a model of bytes that has none.
+
+        Raises:
+            UsageError: It has none, and its tokens are not bytes; or its model has fewer tokens.
+            MissingExtraError: The package that reads it is not installed.
+        """
+        folder, vocab = RunFolder(self.path), self.model.config.vocab_size
+        if folder.has_tokenizer:
+            found = tokenizers.load(folder.tokenizer)
+            if found.vocab_size > vocab:
+                raise UsageError(
+                    f"the tokenizer in {folder.tokenizer} has {found.vocab_size} tokens and the "
+                    f"model {vocab}; it is another model's"
+                )
+            return found
+        if vocab != Bytes.vocab_size:
+            raise UsageError(
+                f"{self.path} has a vocabulary of {vocab} and no tokenizer; put the tokenizer.json "
+                f"that made its tokens into {folder.tokenizer}"
+            )
+        return Bytes()
 
     def check(self) -> None:
         """Check, without reading them, that there are parameters.

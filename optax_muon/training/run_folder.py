@@ -3,6 +3,7 @@
 runs/NAME/config.json      the `RunConfig`; a resumed run must have the same
 runs/NAME/metrics.jsonl    a line per trial and step
 runs/NAME/checkpoints/     per trial: parameters and optimizer state, by orbax
+runs/NAME/tokenizer/       the tokenizer of its tokens, if they are not bytes
 runs/NAME/profile/         per trial: the steps that --profile has traced
 runs/NAME/tensorboard/     per trial: the metrics, for TensorBoard (`trackers.py`)
 runs/NAME/tracking/        per trial: its name on the services that --track reports to
@@ -25,6 +26,7 @@ from optax_muon.errors import UsageError
 from optax_muon.models import huggingface
 from optax_muon.models.safetensors_io import folder_at_once
 from optax_muon.training.checkpoints import Checkpoints
+from optax_muon.training.data import tokenizer as tokenizers
 from optax_muon.training.loop import StepMetrics
 
 
@@ -43,6 +45,16 @@ class RunFolder:
     def journal(self) -> Journal:
         """The metrics, a line per trial and step."""
         return Journal(self.path / "metrics.jsonl")
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer, if it has one."""
+        return self.path / "tokenizer"
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether its tokens are those of a tokenizer in its folder."""
+        return tokenizers.is_in(self.tokenizer)
 
     def checkpoints(self, trial: str) -> Path:
         """The folder of one trial's checkpoints."""

@@ -147,7 +147,7 @@ def test_every_example_is_seen_as_often_as_there_are_epochs():
         ('{"prompt": "a", "completion": ""}', "has an empty completion"),
         (
             '{"prompt": "aaaaaaa", "completion": "bb"}',
-            "too long: 10 tokens (1 + 7 of the prompt + 2 of the completion); the model's context",
+            "too long: 10 tokens (8 of the prompt + 2 of the completion); the model's context",
         ),
     ],
 )

@@ -3,8 +3,8 @@
 The default is the source of Python's own standard library, which every machine has (about 9 MB). A
 hash of a file's path inside the corpus decides whether it is held out, so every machine holds out
 the same files. Tokens are bytes, with a zero byte, which no text contains, before each file. A
-corpus in tokens of another vocabulary is a `.npy` file of integers (`numpy.save`), which stays on
-disk.
+corpus in other tokens is the folder that `optax-muon tokenize` writes (`tokens.py`), or a `.npy`
+file of integers (`numpy.save`); both stay on disk.
 
 A batch is a function of `(seed, step)` alone, so every optimizer sees the same data in the same
 order, and a run resumes where it stopped without any saved state.
@@ -15,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import json
 import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,8 @@ NOT_TEXT = frozenset(
 )
 HELD_OUT = 1 / 20
 FEWEST_FILES = 20
+DESCRIPTION, PARTS = "tokens.json", ("train", "held_out")
+"""The files of a folder of tokens: its description, and the names of its arrays."""
 CHUNK = 2**24
 """Tokens scanned per chunk."""
 
@@ -46,6 +50,8 @@ class Corpus:
     """Integers, `[held-out tokens]`, never trained on."""
     origin: str
     """Where the text is from and how it was split, as reports print it."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer that made the tokens, if it is known."""
 
     @property
     def fingerprint(self) -> str:
@@ -60,8 +66,8 @@ def load_corpus(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
     """Read the corpus.
 
     Args:
-        pattern: A file, a folder, or a glob (`**` matches subfolders), or a `.npy` file of tokens;
-            None is the standard library.
+        pattern: A file, a folder, or a glob (`**` matches subfolders); or a folder of tokens, or a
+            `.npy` file of them. None is the standard library.
         context: Tokens of one sequence; each part must hold at least one, and the token after it.
         vocab: Size of the model's vocabulary.
 
@@ -76,10 +82,12 @@ def load_corpus(pattern: str | None, context: int, vocab: int = 256) -> Corpus:
     >>> corpus.train.dtype, len(corpus.train) > 10 * len(corpus.held_out) > 0
     (dtype('uint8'), True)
     """
-    if pattern is not None and pattern.endswith(".npy"):
+    if pattern is not None and is_token_folder(pattern):
+        corpus = _token_folder(Path(pattern).expanduser())
+    elif pattern is not None and pattern.endswith(".npy"):
         corpus = _tokens(Path(pattern).expanduser())
     else:
-        root, files = _standard_library() if pattern is None else _matches(pattern)
+        root, files = matching_files(pattern)
         texts = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
         train, held_out, how = _split(texts)
         corpus = Corpus(train, held_out, f"{_title(pattern)}: {len(files)} files, {how}")
@@ -120,14 +128,70 @@ def windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
     return tokens[starts[..., None] + np.arange(context + 1)].astype(np.int32)
 
 
+def matching_files(pattern: str | None) -> tuple[Path, list[Path]]:
+    """The files of a file, a folder or a glob, and the folder that they are in.
+
+    Raises:
+        UsageError: There is none.
+    """
+    return _standard_library() if pattern is None else _matches(pattern)
+
+
 def is_held_out(name: str) -> bool:
-    """Whether the file of this path inside the corpus is held out, by a hash of the path."""
-    digest = hashlib.sha256(name.encode()).digest()
+    """Whether a file, or a document, is held out: by a hash of its path in the corpus, or text."""
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+
+
+def is_token_folder(pattern: str) -> bool:
+    """Whether a folder was written by `optax-muon tokenize`."""
+    return (Path(pattern).expanduser() / DESCRIPTION).is_file()
+
+
+def vocabulary(pattern: str | None) -> int | None:
+    """Number of tokens of the tokenizer that made a folder of tokens; None of anything else."""
+    if pattern is None or not is_token_folder(pattern):
+        return None
+    size: int = describe_tokens(Path(pattern).expanduser())["vocab_size"]
+    return size
+
+
+def describe_tokens(folder: Path) -> dict[str, Any]:
+    """What `tokens.json` says: the files, documents, tokens of both parts, and `vocab_size`.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+    try:
+        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+    except ValueError as error:
+        raise UsageError(f"cannot read {folder / DESCRIPTION}: {error}") from error
+    return description
+
+
+def how_held_out(few: bool) -> str:
+    """How documents are split, as reports print it: the ends of few, or whole ones of many."""
+    return f"the last {HELD_OUT:.0%} of each held out" if few else f"{HELD_OUT:.0%} held out"
+
+
+def _token_folder(folder: Path) -> Corpus:
+    """The two arrays of a folder, memory-mapped."""
+    said = describe_tokens(folder)
+    train, held_out = (_array(folder / f"{part}.npy") for part in PARTS)
+    how = f"{said['documents']:,} documents, {len(train):,} tokens and {len(held_out):,} held out"
+    return Corpus(train, held_out, f"{folder}: {how}, {said['how']}", folder)
 
 
 def _tokens(path: Path) -> Corpus:
     """The tokens of a file, memory-mapped."""
+    tokens = _array(path)
+    cut = round(len(tokens) * (1 - HELD_OUT))
+    how = f"{len(tokens):,} tokens, the last {HELD_OUT:.0%} held out"
+    return Corpus(tokens[:cut], tokens[cut:], f"{path}: {how}")
+
+
+def _array(path: Path) -> np.ndarray:
+    """Integers of a file, memory-mapped."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -136,9 +200,7 @@ def _tokens(path: Path) -> Corpus:
         raise UsageError(
             f"{path} is {tokens.dtype} {list(tokens.shape)}; tokens are integers along one axis"
         )
-    cut = round(len(tokens) * (1 - HELD_OUT))
-    how = f"{len(tokens):,} tokens, the last {HELD_OUT:.0%} held out"
-    return Corpus(tokens[:cut], tokens[cut:], f"{path}: {how}")
+    return tokens
 
 
 def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,12 +1,15 @@
 r"""Prompt-completion pairs: lines of JSON to tokens, and weights that count completions alone.
 
-A line is `{"prompt": "reverse abc =", "completion": " cba"}`. It becomes one sequence of bytes,
+A line is `{"prompt": "reverse abc =", "completion": " cba"}`. It becomes one sequence of tokens; of
+bytes,
 
     \0 prompt completion \0     weights 0 for \0 and the prompt, 1 for the completion and its end
 
 padded with zeros of weight 0. Pretraining puts the same zero byte between texts (`corpus.py`), so a
-model knows where a text begins and learns to mark where a completion ends. Some of the lines are
-held out, by a hash of their prompts: no prompt is in both parts.
+model knows where a text begins and learns to mark where a completion ends. Other tokenizers have
+other tokens there; those with a chat template write prompt and completion as the turns of a user
+and an assistant, and all of the assistant's turn has weight 1. Some of the lines are held out, by a
+hash of their prompts: no prompt is in both parts.
 """
 
 from __future__ import annotations
@@ -22,10 +25,9 @@ import numpy as np
 
 from optax_muon.errors import UsageError
 from optax_muon.training.data.corpus import HELD_OUT
+from optax_muon.training.data.tokenizer import Bytes, Subwords, Tokenizer
 
 KEYS = ("prompt", "completion")
-END = b"\0"
-VOCAB = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +66,28 @@ class PromptDataset:
         return hashlib.sha256(b"|".join(array.tobytes() for array in arrays)).hexdigest()
 
 
-def load_prompts(path: Path, context: int) -> PromptDataset:
+def load_prompts(
+    path: Path, context: int, tokenizer: Tokenizer | None = None, *, raw: bool = False
+) -> PromptDataset:
     """Read a file of prompt-completion pairs.
 
     Args:
         path: A line of JSON per example, UTF-8; empty lines are skipped.
-        context: Tokens of one sequence; prompt, completion and one zero byte must fit.
+        context: Tokens of one sequence; all but the last token must fit.
+        tokenizer: Makes the tokens; None is bytes.
+        raw: Whether to leave out the tokenizer's chat template.
 
     Raises:
         UsageError: When the file cannot be read or has fewer than two prompts; or when a line is
             not JSON, lacks a key, has an empty completion or is too long. The message gives its
-            number.
+            number. Or when the chat template cannot be applied.
     """
     pairs = [_pair(path, number, line) for number, line in _lines(path)]
-    sequences = [_sequence(path, number, context, *pair) for number, *pair in pairs]
+    encode = _Encoder(tokenizer or Bytes(), raw)
+    sequences = [
+        _sequence(path, number, context, *encode(prompt, completion))
+        for number, prompt, completion in pairs
+    ]
     held_out = _held_out([prompt for _, prompt, _ in pairs])
     if all(held_out):
         raise UsageError(
@@ -131,7 +141,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in numbered if line.strip()]
 
 
-def _pair(path: Path, number: int, line: str) -> tuple[int, bytes, bytes]:
+def _pair(path: Path, number: int, line: str) -> tuple[int, str, str]:
     """Number, prompt and completion of a line."""
     where = f"{path}, line {number}"
     try:
@@ -145,30 +155,46 @@ def _pair(path: Path, number: int, line: str) -> tuple[int, bytes, bytes]:
             )
     if not row["completion"]:
         raise UsageError(f"{where} has an empty completion")
-    return number, row["prompt"].encode(), row["completion"].encode()
+    return number, row["prompt"], row["completion"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """Makes the tokens of a pair: what stands before the completion, and the rest."""
+
+    tokenizer: Tokenizer
+    raw: bool
+
+    def __call__(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, Subwords) and tokenizer.has_chat_template and not self.raw:
+            before, turn = tokenizer.conversation(prompt, completion)
+            return tokenizer.encode(before, special=True), tokenizer.encode(turn, special=True)
+        start = [*tokenizer.begin, *tokenizer.encode(prompt)]
+        return start, [*tokenizer.encode(completion), *tokenizer.end]
 
 
 def _sequence(
-    path: Path, number: int, context: int, prompt: bytes, completion: bytes
+    path: Path, number: int, context: int, before: Sequence[int], completion: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens `[context + 1]` and weights `[context]` of a line."""
-    used = len(END) + len(prompt) + len(completion)
+    text = [*before, *completion]
+    used = len(text) - 1  # the last token is only predicted
     if used > context:
         raise UsageError(
-            f"{path}, line {number} is too long: {used} tokens (1 + {len(prompt)} of the prompt + "
-            f"{len(completion)} of the completion); the model's context is {context}"
+            f"{path}, line {number} is too long: {used} tokens ({len(before)} of the prompt + "
+            f"{len(completion) - 1} of the completion); the model's context is {context}"
         )
-    text = END + prompt + completion + END
     tokens = np.zeros([context + 1], np.int32)
-    tokens[: len(text)] = np.frombuffer(text, np.uint8)
+    tokens[: len(text)] = text
     weights = np.zeros([context], np.float32)
-    weights[len(prompt) : used] = 1  # it begins at len(prompt) + 1, predicted one before
+    weights[len(before) - 1 : used] = 1  # a token is predicted one place before it
     return tokens, weights
 
 
-def _held_out(prompts: Sequence[bytes]) -> list[bool]:
+def _held_out(prompts: Sequence[str]) -> list[bool]:
     """The twentieth with the smallest hashes, at least one; equal prompts are in the same part."""
-    hashes = [hashlib.sha256(prompt).digest() for prompt in prompts]
+    hashes = [hashlib.sha256(prompt.encode()).digest() for prompt in prompts]
     last = sorted(hashes)[: max(1, round(HELD_OUT * len(hashes)))][-1:]
     return [each <= last[0] for each in hashes]
 
