@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import refused
 
+from optax_muon.cli.huggingface import ImportHF
 from optax_muon.cli.main import main
 from optax_muon.errors import UsageError
 from optax_muon.training.data import prompts, tokens
@@ -139,6 +140,13 @@ def test_a_saved_tokenizer_is_the_same(checkpoint, tmp_path):
     assert again.prompt("x") == found.prompt("x")
 
 
+def test_an_import_takes_the_tokenizer_over_converted(checkpoint, tmp_path):
+    ImportHF(checkpoint[0], tmp_path)._take_tokenizer()
+    found = tokenizer.load(RunFolder(tmp_path).tokenizer)
+    assert found.encode("abcd the") == tokenizer.load(checkpoint[0]).encode("abcd the")
+    assert found.turn_end and not (tmp_path / "tokenizer" / "tiktoken.model").exists()
+
+
 def test_a_template_that_refuses_is_one_sentence(trained, tmp_path):
     trained.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system') }}")
@@ -167,10 +175,9 @@ def test_every_document_is_in_exactly_one_part_and_comes_back(folder):
 def test_the_kind_of_file_does_not_matter(inputs, folder, tmp_path, source):
     if source.endswith("parquet"):
         pyarrow = pytest.importorskip("pyarrow", reason="pip install optax-muon[parquet]")
-        import pyarrow.parquet
-
+        parquet = pytest.importorskip("pyarrow.parquet")
         table = pyarrow.table({"text": TEXTS, "n": list(range(len(TEXTS)))})
-        pyarrow.parquet.write_table(table, inputs / source, row_group_size=7)
+        parquet.write_table(table, inputs / source, row_group_size=7)
     out = made(inputs, tmp_path / "tokens", source)
     for name in ("train.npy", "held_out.npy", "tokenizer.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -239,7 +246,7 @@ def test_what_is_no_text_is_refused_with_its_line(tmp_path, capsys):
 def run(folder, tmp_path_factory):
     """A model of these tokens."""
     runs = tmp_path_factory.mktemp("runs")
-    options = ["--steps", "12", "--eval-every", "6", "--save-every", "6", "--optimizers", "muon"]
+    options = ["--steps", "12", "--eval-every", "6", "--save-every", "6", "--optimizers", "adamw"]
     where = ["--data", str(folder), "--runs", str(runs), "--name", "own"]
     main(["train", "--model", "tiny", *options, *where])
     return runs / "own"
@@ -292,5 +299,5 @@ def test_a_fine_tuned_run_keeps_the_tokenizer(run, tmp_path):
     rows = [{"prompt": f"{i} +", "completion": f" {i}"} for i in range(8)]
     path.write_text("\n".join(map(json.dumps, rows)))
     where = ["--from", str(run), "--data", str(path), "--runs", str(tmp_path), "--name", "tuned"]
-    main(["finetune", *where, "--epochs", "1", "--batch", "4"])
+    main(["finetune", *where, "--epochs", "1", "--batch", "4", "--optimizers", "adamw"])
     assert tokenizer.is_same(RunFolder(tmp_path / "tuned").tokenizer, RunFolder(run).tokenizer)
