@@ -1,14 +1,12 @@
 """The pictures of the documentation, computed by the library: `python docs/figures.py`.
 
-Curves differ in line style as well as in color, bars in hatching; the colors are those of Okabe and
-Ito, which differ for all eyes and in grey. Texts stay texts in the SVG files.
+Curves have the styles of `optax_muon.training.styles`, which can be told apart in black and white.
+Texts stay texts in the SVG files.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,18 +19,14 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon import polar
-from optax_muon.cli.reports.plan import draw
+from optax_muon.cli.reports import pictures
+from optax_muon.drawing import Drawing
+from optax_muon.training.styles import STYLES, Style
 
 FOLDER = Path(__file__).parent / "pages" / "figures"
-STYLES = {
-    "keller": ("#0072b2", "-"),
-    "you": ("#e69f00", "--"),
-    "polar_express": ("#009e73", "-."),
-    "polar_express_8": ("#000000", ":"),
-}
+NAMED = dict(zip(("polar_express_8", "keller", "you", "polar_express"), STYLES, strict=False))
+"""The styles of the tables of coefficients."""
 SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "optax-muon",
     "font.family": "sans-serif",
     "font.size": 11,
     "axes.spines.top": False,
@@ -53,10 +47,10 @@ def singular_values() -> matplotlib.figure.Figure:
     figure = _figure()
     axis = figure.subplots()
     sigma = np.geomspace(1e-4, 3e-2, 1000)
-    for name, (color, line) in STYLES.items():
+    for name, style in NAMED.items():
         table = polar.COEFFICIENTS[name]
         label = f"{name}, {len(table.rows)} steps"
-        axis.semilogx(sigma, table(sigma), color=color, linestyle=line, label=label)
+        axis.semilogx(sigma, table(sigma), **style.curve(len(sigma)), label=label)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set(xlabel="singular value / Frobenius norm, before", ylabel="singular value, after")
     axis.set(ylim=(0, 1.3))
@@ -74,16 +68,15 @@ def spectrum() -> matplotlib.figure.Figure:
     figure = _figure()
     axis = figure.subplots()
 
-    def draw_spectrum(x: jax.typing.ArrayLike, label: str, color: str, line: str) -> None:
+    def draw_spectrum(x: jax.typing.ArrayLike, label: str, style: Style) -> None:
         values = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
         places = np.arange(1, rows + 1)
-        axis.semilogy(places, values, color=color, linestyle=line, label=label)
+        axis.semilogy(places, values, **style.curve(rows), label=label)
 
-    draw_spectrum(gradient / np.linalg.norm(gradient), "gradient, norm 1", "#000000", ":")
+    draw_spectrum(gradient / np.linalg.norm(gradient), "gradient, norm 1", STYLES[0])
     for name in ("keller", "polar_express"):
-        color, line = STYLES[name]
         update = polar.newton_schulz(jnp.asarray(gradient, jnp.float32), polar.COEFFICIENTS[name])
-        draw_spectrum(update, f"update, {name}", color, line)
+        draw_spectrum(update, f"update, {name}", NAMED[name])
     axis.set(xlabel="singular value, largest first", ylabel="size", ylim=(3e-3, 2))
     axis.legend(loc="lower left")
     return figure
@@ -95,35 +88,26 @@ def forms() -> matplotlib.figure.Figure:
     axis = figure.subplots()
     ratios = np.array([1, 2, 3, 4, 6, 8, 12, 16])
     side = 512
-    curves: dict[str, tuple[Callable[[str], polar.NewtonSchulz], str, str]] = {
-        "plain form": (lambda _: polar.NewtonSchulz(form=polar.Plain()), "#000000", "-"),
-        "Gram form, bfloat16 (2 restarts)": (
-            lambda _: polar.NewtonSchulz(
-                form=polar.Gram(polar.default_restarts(5, jnp.bfloat16)), dtype=jnp.bfloat16
-            ),
-            "#d55e00",
-            "--",
+    curves = {
+        "plain form": polar.NewtonSchulz(form=polar.Plain()),
+        "Gram form, bfloat16 (2 restarts)": polar.NewtonSchulz(
+            form=polar.Gram(polar.default_restarts(5, jnp.bfloat16)), dtype=jnp.bfloat16
         ),
-        "Gram form, float32 (1 restart)": (
-            lambda _: polar.NewtonSchulz(
-                form=polar.Gram(polar.default_restarts(5, jnp.float32)), dtype=jnp.float32
-            ),
-            "#0072b2",
-            "-.",
+        "Gram form, float32 (1 restart)": polar.NewtonSchulz(
+            form=polar.Gram(polar.default_restarts(5, jnp.float32)), dtype=jnp.float32
         ),
     }
-    for label, (make, color, line) in curves.items():
-        orthogonalizer = make(label)
+    for (label, orthogonalizer), style in zip(curves.items(), STYLES, strict=False):
         flops = [
             orthogonalizer.count(side, side * int(ratio), platform="tpu").flops for ratio in ratios
         ]
-        axis.plot(ratios, np.array(flops) / 1e9, color=color, linestyle=line, label=label)
+        axis.plot(ratios, np.array(flops) / 1e9, **style.curve(len(ratios)), label=label)
     axis.set(xlabel=f"columns / rows, {side} rows", ylabel="GFLOP for five steps", ylim=(0, None))
     axis.legend(loc="upper left")
     return figure
 
 
-def plan() -> matplotlib.figure.Figure:
+def plan() -> Drawing:
     """A plan: which devices own which matrices."""
     mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
 
@@ -136,17 +120,15 @@ def plan() -> matplotlib.figure.Figure:
         "down_proj": leaf((9, 4096, 1024), None, "tensor", "fsdp"),
         "norm": leaf((9, 1024)),
     }
-    return draw(optax_muon.plan({"layers": layers}, platform="tpu"), "Nine layers")
+    return optax_muon.plan({"layers": layers}, platform="tpu").picture("Nine layers")
 
 
 FIGURES = {each.__name__: each for each in (singular_values, spectrum, forms, plan)}
 
 
-def svg(figure: matplotlib.figure.Figure) -> str:
+def svg(figure: matplotlib.figure.Figure | Drawing) -> str:
     """The figure as an SVG that is the same in every run."""
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n"
+    return figure.svg() + "\n" if isinstance(figure, Drawing) else pictures.svg(figure)
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "optax_muon"
 
 # Each room, and the rooms of the house that it may look into. `optax_muon` alone is the face.
-GROUND = {"compilers", "errors", "extras", "hlo", "platforms"}
+GROUND = {"compilers", "drawing", "errors", "extras", "hlo", "notebook", "platforms"}
 BELOW = {
     **{room: set() for room in GROUND},
     "polar": {"platforms"},
-    "matrices": set(),
-    "sharding": {"errors", "matrices", "platforms"},
+    "matrices": {"notebook"},
+    "sharding": {"drawing", "errors", "matrices", "notebook", "platforms"},
 }
 BELOW["planning"] = {"sharding", "matrices", "polar", "platforms"}
 BELOW["transforms"] = {"planning", *BELOW["planning"]}

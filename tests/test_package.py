@@ -104,6 +104,8 @@ updates, state = tx.update(params, tx.init(params), params)
 for name in optax_muon.__all__:
     getattr(optax_muon, name)
 print(optax_muon.label(params), optax_muon.plan(params))
+assert "<table" in optax_muon.label(params)._repr_html_()
+assert "<svg" in optax_muon.plan(params)._repr_html_()
 """)
     assert done.returncode == 0, done.stderr
 

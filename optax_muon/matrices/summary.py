@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from optax_muon.matrices.rules import Decision, Interpretation
 from optax_muon.matrices.views import Block, View
+from optax_muon.notebook import html_table
 
 _HEADINGS = ("path", "shape", "matrices", "optimizer", "reason")
 _TOTALS = ("optimizer", "leaves", "parameters", "share")
@@ -74,9 +75,18 @@ class Labels:
     def __str__(self) -> str:
         """The table and its totals."""
         table = _align([_HEADINGS, *(row.cells for row in self.rows)])
-        groups = ("muon", "adamw", *(("open",) if self.total("open")[0] else ()))
-        totals = _align([_TOTALS, *map(self._summary, groups)])
+        totals = _align([_TOTALS, *map(self._summary, self._groups)])
         return "\n".join([*table, "", *totals])
+
+    def _repr_html_(self) -> str:
+        """The table and its totals, for notebooks."""
+        return html_table([_HEADINGS, *(row.cells for row in self.rows)]) + html_table(
+            [_TOTALS, *map(self._summary, self._groups)]
+        )
+
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        return ("muon", "adamw", *(("open",) if self.total("open")[0] else ()))
 
     def _summary(self, optimizer: str) -> tuple[str, ...]:
         leaves, size = self.total(optimizer)

@@ -7,14 +7,17 @@ to the bytes and operations of the plan.
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from optax_muon.drawing import Drawing
 from optax_muon.matrices.views import BoundView
-from optax_muon.sharding import report
+from optax_muon.notebook import html_table
+from optax_muon.sharding import plan_picture, report
 from optax_muon.sharding.assignment import Assignment
 from optax_muon.sharding.buckets import Bucket
 from optax_muon.sharding.cost import Cost, CostModel, Traffic, WorkModel
@@ -156,6 +159,21 @@ class Plan:
         """Devices that share the work: those of the mesh, or of one of its slices."""
         slow = slow_axes(self.mesh)
         return math.prod(n for axis, n in self.mesh_axes.items() if axis not in slow)
+
+    def picture(self, title: str = "") -> Drawing:
+        """A drawing of the plan: who owns which matrices, what moves, and who waits.
+
+        Args:
+            title: Name of the model that the plan is made for.
+        """
+        return plan_picture.draw(self, title)
+
+    def _repr_html_(self) -> str:
+        """The table and the picture, for notebooks."""
+        title, *totals = report.summary(self)
+        words = "".join(f"<p>{html.escape(line)}</p>" for line in totals)
+        drawn = self.picture().svg() if self.buckets else ""
+        return f"{html_table(report.rows(self), title)}{words}{drawn}"
 
     def __str__(self) -> str:
         return report.table(self)

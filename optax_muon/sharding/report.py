@@ -23,8 +23,19 @@ def table(plan: Plan) -> str:
     `GFLOP`, `MiB of results` (of collectives) and `MiB held` (temporary arrays) are per device and
     update.
     """
-    rows = [_row(bucket, each) for bucket in plan.buckets for each in bucket.assignments]
-    return "\n".join((_title(plan), "", *_aligned([HEADERS, *rows]), "", *_totals(plan)))
+    title, *totals = summary(plan)
+    return "\n".join((title, "", *_aligned(rows(plan)), "", *totals))
+
+
+def rows(plan: Plan) -> list[tuple[str, ...]]:
+    """The table's cells, the heading first."""
+    assigned = [(bucket, each) for bucket in plan.buckets for each in bucket.assignments]
+    return [HEADERS, *(_row(bucket, each) for bucket, each in assigned)]
+
+
+def summary(plan: Plan) -> list[str]:
+    """The title, and the lines of the totals."""
+    return [_title(plan), *_totals(plan)]
 
 
 def _title(plan: Plan) -> str:

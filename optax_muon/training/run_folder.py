@@ -25,6 +25,7 @@ from optax_muon import checkpoint
 from optax_muon.errors import UsageError
 from optax_muon.models import huggingface
 from optax_muon.models.safetensors_io import folder_at_once
+from optax_muon.notebook import html_table
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.data import tokenizer as tokenizers
 from optax_muon.training.loop import StepMetrics
@@ -129,6 +130,18 @@ class RunFolder:
             raise UsageError(f"{self.config} has no sizes of a model under training")
         return sizes
 
+    def _repr_html_(self) -> str:
+        """Its trials and how far they have come, for notebooks."""
+        rows = [["optimizer", "lr", "decay", "step", "loss", "held-out loss"]]
+        for trial in self.trials:
+            steps, numbers = self.journal.read(trial["name"]), trial.get("hyper_params", {})
+            losses = [each.val_loss for each in steps if each.val_loss is not None]
+            shown = (trial.get("title", trial["name"]), *(numbers.get(k) for k in _TUNED))
+            last = (steps[-1].step, f"{steps[-1].loss:.4f}") if steps else (0, "-")
+            held_out = f"{losses[-1]:.4f}" if losses else "-"
+            rows.append([*map(str, (*shown, *last)), held_out])
+        return html_table(rows, str(self.path))
+
     def trained(self, trials: Sequence[str]) -> Path:
         """The checkpoints of the last of these trials that has any.
 
@@ -222,6 +235,10 @@ _COLUMNS = {"trial", *(field.name for field in dataclasses.fields(StepMetrics))}
 """The keys of a line of `metrics.jsonl`."""
 _NEEDED = _COLUMNS - {"val_loss", "model"}
 """Those that every line has."""
+
+
+_TUNED = ("lr", "weight_decay")
+"""The hyperparameters that are shown."""
 
 
 def _is_trial(entry: Any) -> bool:

@@ -9,7 +9,6 @@ import sys
 
 import jax
 import matplotlib.image
-import matplotlib.text
 import pytest
 from commands import refused
 from jax.sharding import AbstractMesh
@@ -19,9 +18,10 @@ import optax_muon
 from optax_muon import View
 from optax_muon.cli import main
 from optax_muon.cli.plan import MODELS, PlanModel, tree
-from optax_muon.cli.reports.plan import draw, png
-from optax_muon.cli.reports.plan_devices import bands
+from optax_muon.cli.reports.plan import png
+from optax_muon.drawing import Words
 from optax_muon.models import abstract
+from optax_muon.sharding.plan_devices import bands
 
 # A Llama's tree is traced through jax.nn.dot_product_attention.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -231,13 +231,13 @@ def test_idle_devices_have_no_work():
     assert (band.busy > 0).tolist() == [True] * 3 + [False] * 5
 
 
-def texts(figure):
+def texts(picture):
     """All words of a picture."""
-    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+    return [shape.text for shape in picture.shapes if isinstance(shape, Words) and shape.text]
 
 
 def test_the_picture_names_owners_and_idle_devices():
-    found = texts(draw(three_matrices_on_eight_devices(), "a title"))
+    found = texts(three_matrices_on_eight_devices().picture("a title"))
     assert "a title on 8 devices: fsdp 8" in found
     assert "3 x (64 x 64)" in found
     assert "home: 8 homes, 1 each, 5 idle" in found
@@ -248,7 +248,7 @@ def test_the_picture_names_owners_and_idle_devices():
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_the_picture_has_a_band_for_every_assignment(sizes):
     plan = planned("llama3-1b", **sizes)
-    found = texts(draw(plan))
+    found = texts(plan.picture())
     for bucket in plan.buckets:
         heading = f"({bucket.bucket.rows} x {bucket.bucket.cols})"
         assert sum(text.endswith(heading) for text in found) >= len(bucket.assignments)

@@ -10,10 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_muon import Assignment, BucketPlan, Plan
+from optax_muon.sharding.assignment import Assignment
+
+if TYPE_CHECKING:
+    from optax_muon.sharding.plan import BucketPlan, Plan
 
 Digit = tuple[str, int, int]
 """A digit of a device's index along a mesh axis: (axis, stride, size)."""
