@@ -26,6 +26,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
 from rich.progress import track
 
+from optax_muon.cli.reports import pictures
+from optax_muon.training import styles
+
 HERE = Path(__file__).parent
 MIN_SECONDS = 0.02
 """The shortest measurement; shorter calls are repeated within it."""
@@ -195,16 +198,16 @@ def publish(
     page: Sequence[str],
     figure: matplotlib.figure.Figure,
 ) -> None:
-    """Write `name`.csv, .md and .png; the page ends with the figure and the machine."""
+    """Write `name`.csv, .md, .png and .svg; the page ends with the figure and the machine."""
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     _table.write(folder / f"{name}.csv", kind, rows)
-    figure.savefig(folder / f"{name}.png")
-    lines = [*page, "", f"![{name}]({name}.png)", "", machine()]
+    pictures.save(figure, folder / f"{name}.png")
+    lines = [*page, "", f"![{pictures.alt(figure)}]({name}.png)", "", machine()]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print("\n".join(lines))
-    console.print(f"Written to {folder / name}.csv, .md and .png")
+    console.print(f"Written to {folder / name}.csv, .md, .png and .svg")
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
@@ -256,10 +259,10 @@ def ratios(
     )
     axes = figure.add_subplot(title=title, xlabel=label, xscale="log")
     places = {case: len(cases) - 1 - index for index, case in enumerate(cases)}
-    for name, values in series.items():
+    for number, (name, values) in enumerate(series.items()):
         shown = [(value, places[case]) for case, value in values.items() if case in places]
         if shown:
-            axes.plot(*zip(*shown, strict=True), "o", label=name, alpha=0.8)
+            axes.plot(*zip(*shown, strict=True), **styles.nth(number).dots, label=name, alpha=0.8)
     axes.axvline(1, color="#6b7280", linewidth=1)
     axes.set_yticks(list(places.values()), list(places), fontsize=8)
     low, high = axes.get_xlim()

@@ -26,6 +26,7 @@ import optax
 import tyro
 
 import optax_muon
+from optax_muon.training.styles import STYLES
 
 OURS, OPTAX = "ours", "optax"
 LAYERS = (4, 16, 64)
@@ -136,13 +137,13 @@ def picture(rows: Sequence[CompileTime]) -> matplotlib.figure.Figure:
     axes = figure.add_subplot(
         title="Compiling an update", xlabel="matrices", ylabel="seconds", xscale="log", yscale="log"
     )
-    for kind, line in (("unrolled", "-"), ("scanned", "--")):
-        for name, color in ((OURS, "#d95f0e"), (OPTAX, "#2b8cbe")):
+    for kind, filled in (("unrolled", "full"), ("scanned", "none")):
+        for name, style in zip((OPTAX, OURS), STYLES, strict=False):
             mine = [row for row in rows if row.implementation == name and row.case.endswith(kind)]
             points = [(int(row.case.split()[0]), row.median_ms / 1e3) for row in mine]
             if points:
-                style = {"linestyle": line, "color": color, "marker": "o"}
-                axes.plot(*zip(*points, strict=True), **style, label=f"{name}, {kind}")
+                curve = {**style.curve(), "fillstyle": filled, "label": f"{name}, {kind}"}
+                axes.plot(*zip(*points, strict=True), **curve)
     depths = sorted({int(row.case.split()[0]) for row in rows})
     axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
