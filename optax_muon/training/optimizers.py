@@ -125,11 +125,6 @@ class OptimizerSpec:
     """Ratio of its learning rate to that of `like`. Weight decay is divided by it, so that the
     decay in a step stays the same."""
 
-    @property
-    def color(self) -> str:
-        """Color of its curves."""
-        return self.style.color
-
     def derive(self, other: HyperParams) -> HyperParams:
         """Its hyperparameters, from those of `like`."""
         return dataclasses.replace(

@@ -7,13 +7,18 @@ import types
 
 import pytest
 
-from optax_muon.cli.main import main
 from optax_muon.errors import Interrupted
 from optax_muon.extras import EXTRAS, MissingExtraError
 from optax_muon.training import trackers
+from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.loop import StepMetrics
+from optax_muon.training.optimizers import comparison
+from optax_muon.training.presets import PRESETS
+from optax_muon.training.pretrain import Pretraining
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.trackers import TRACKERS, TrackedTrial, scalars, tracking
+from optax_muon.training.trainer import train_all
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -78,9 +83,12 @@ def events(folder):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_reads_the_journal_of_a_run_that_was_stopped(text, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="pip install optax-muon[tensorboard]")
-    command = ["train", "--model", "tiny", "--data", text, "--runs", str(tmp_path), "--name", "a"]
-    command += ["--steps", "12", "--eval-every", "5", "--save-every", "5"]
-    command += ["--optimizers", "adamw", "--track", "tensorboard"]
+    tiny, folder = PRESETS["tiny"], RunFolder(tmp_path / "a")
+    config = TrainConfig(tiny.model, tiny.batch, 12, seed=0, eval_every=5, eval_sequences=8)
+    corpus = load_corpus(text, config.model.context)
+    trials = comparison(["adamw"], tiny.hyper_params)
+    run = RunConfig("tiny", text, corpus.fingerprint, config, trials, save_every=5)
+    folder.create_or_resume(run.to_json(), resume=False, overwrite=False)
     log = trackers.TensorBoard.log
 
     def stopped(self, step, values):
@@ -89,15 +97,14 @@ def test_tensorboard_reads_the_journal_of_a_run_that_was_stopped(text, tmp_path,
             raise Interrupted("after step 7")
 
     monkeypatch.setattr(trackers.TensorBoard, "log", stopped)
-    with pytest.raises(SystemExit):
-        main(command)
+    with pytest.raises(Interrupted):
+        train_all(run, Pretraining(config, corpus), folder, trackers=["tensorboard"])
     monkeypatch.setattr(trackers.TensorBoard, "log", log)
-    main([*command, "--resume"])
-    folder = RunFolder(tmp_path / "a")
+    train_all(run, Pretraining(config, corpus), folder, trackers=["tensorboard"])
     journal = folder.journal.read("adamw")
     found = events(tmp_path / "a" / "tensorboard" / "adamw")
     assert found["loss"] == {r.step: pytest.approx(r.loss, rel=1e-6) for r in journal}
-    assert list(found["val_loss"]) == [5, 10, 12]
+    assert list(found["loss"]) == list(range(1, 13)) and list(found["val_loss"]) == [5, 10, 12]
     assert "track" not in json.loads(folder.config.read_text())
 
 

@@ -293,14 +293,14 @@ def _draw_curve(axes: Axes, each: Comparison) -> None:
 
 def _draw_level(axes: Axes, baseline: Outcome) -> None:
     left, spec = axes.get_yaxis_transform(), baseline.trial.spec
-    axes.axhline(baseline.val_loss, color=spec.color, linestyle=":", linewidth=1)
+    axes.axhline(baseline.val_loss, color=spec.style.color, linestyle=":", linewidth=1)
     text = f"final loss of {spec.title}"
-    axes.text(0.01, baseline.val_loss, text, color=spec.color, va="bottom", transform=left)
+    axes.text(0.01, baseline.val_loss, text, color=spec.style.color, va="bottom", transform=left)
 
 
 def _mark_crossing(axes: Axes, each: Comparison, place: tuple[float, float], drop: float) -> None:
     """A ring where a curve meets the final loss; `drop` points below it, the fraction of steps."""
-    color = each.outcome.trial.spec.color
+    color = each.outcome.trial.spec.style.color
     axes.plot(*place, "o", color=color, fillstyle="none", markersize=10)
     axes.annotate(
         f"{_percent(each.steps)} of the steps",
