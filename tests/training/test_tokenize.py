@@ -129,6 +129,12 @@ def test_a_conversation_is_that_of_the_template_and_ends_with_its_token(checkpoi
     assert (found.begin, found.end, found.turn_end) == ((bos,), (eos,), (im_end,))
 
 
+def test_a_turn_does_not_end_with_a_token_of_ordinary_text(trained, tmp_path):
+    trained.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert tokenizer.load(tmp_path).turn_end == ()  # here <|im_end|> is text
+
+
 def test_a_saved_tokenizer_is_the_same(checkpoint, tmp_path):
     found = tokenizer.load(checkpoint[0])
     found.save(tmp_path / "a")

@@ -20,6 +20,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -174,11 +175,13 @@ class Subwords:
 
     @functools.cached_property
     def turn_end(self) -> tuple[int, ...]:
-        """The first token after what the assistant says; none without a chat template."""
+        """The special token after what the assistant says; none without one."""
         if not self.has_chat_template:
             return ()
         _, turn = self.conversation("?", "!")
-        return tuple(self.encode(turn.partition("!")[2].strip(), special=True)[:1])
+        after = self.encode(turn.partition("!")[2].strip(), special=True)[:1]
+        special = self._rules.get_added_tokens_decoder()
+        return tuple(token for token in after if token in special)
 
     def save(self, folder: Path) -> None:
         """Write the files that `load` reads."""
@@ -204,8 +207,12 @@ class Subwords:
             raise jinja2.TemplateError(message)
 
         # The environment in which transformers renders templates.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         names = {
             name: (value.get("content") if isinstance(value, dict) else value)
             for name, value in self._settings.items()
