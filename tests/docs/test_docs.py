@@ -106,6 +106,17 @@ def test_every_picture_says_what_it_shows():
     assert {file for _, file in shown} == {path.stem for path in PAGES.glob("figures/*.svg")}
 
 
+def test_every_picture_of_a_result_says_what_it_shows():
+    files = [ROOT / "README.md", *sorted((ROOT / "benchmarks/results").rglob("*.md"))]
+    shown = [
+        (file.name, alt)
+        for file in files
+        for alt in re.findall(r"!\[([^\]]*)\]\([^)]*\.png\)", file.read_text())
+    ]
+    assert shown
+    assert [each for each in shown if len(each[1]) < 40] == []
+
+
 def quotations():
     """Every paragraph or row of a table with decimals that links to results, and their texts."""
     for path in SOURCES:
