@@ -167,10 +167,8 @@ def main(options: Options) -> None:
         for run in _bench.each(missing, "finetune_table"):
             rows[run] = runs.train(run)
             _table.write(table, FinetuneResult, rows.values())
-    finished = [*rows.values()]
-    picked = best(rows)
     _bench.publish(
-        results, "finetune_table", FinetuneResult, finished, page(picked), picture(picked)
+        results, "finetune_table", FinetuneResult, [*rows.values()], page(rows), picture(rows)
     )
 
 
@@ -240,12 +238,27 @@ def _documented(text: bytes) -> Iterator[tuple[str, str]]:
                 yield f'def {node.name}({ast.unparse(node.args)}):\n    """', first
 
 
-def page(picked: Best) -> list[str]:
-    """The Markdown page."""
-    heads = ("pretrained / fine-tuned with", "lr", "before", "after", "range of seeds")
-    table = _table.markdown(heads, (_row(pair, rows) for pair, rows in picked.items()))
-    title = "Pretraining and fine-tuning, with AdamW and with Muon"
-    return [*_bench.page_head(title, __doc__), *table, "", *_gaps(picked)]
+def page(rows: Rows) -> list[str]:
+    """The Markdown page: what is compared, and the search."""
+    picked, lines = best(rows), []
+    if picked:
+        heads = ("pretrained / fine-tuned with", "lr", "before", "after", "range of seeds")
+        table = _table.markdown(heads, (_row(pair, found) for pair, found in picked.items()))
+        lines = [*table, "", *_gaps(picked), ""]
+    if len(picked) < len(PAIRS):
+        lines += ["The seeds of some pairs are still to come.", ""]
+    rates = sorted({run.lr for run in rows if run.seed == 0})
+    cells = (
+        (title(pair), *(_loss(rows.get(FinetuneRun(*pair, rate))) for rate in rates))
+        for pair in PAIRS
+    )
+    heads = ("search, seed 0: loss after", *(f"lr {rate:g}" for rate in rates))
+    heading = "Pretraining and fine-tuning, with AdamW and with Muon"
+    return [*_bench.page_head(heading, __doc__), *lines, *_table.markdown(heads, cells)]
+
+
+def _loss(row: FinetuneResult | None) -> str:
+    return "" if row is None else f"{row.loss:.4f}"
 
 
 def _row(pair: tuple[str, str], rows: Sequence[FinetuneResult]) -> tuple[object, ...]:
@@ -287,20 +300,23 @@ def summary(picked: Best) -> str:
     return f"{losses}. {gaps}"
 
 
-def picture(picked: Best) -> matplotlib.figure.Figure:
-    """The loss before and after fine-tuning: a dot for each seed."""
-    figure = matplotlib.figure.Figure(figsize=(7, 3), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="loss before (open) and after, nats per byte")
-    for place, rows in zip(range(len(picked), 0, -1), picked.values(), strict=True):
-        for row in rows:
-            axes.plot([row.start, row.loss], [place] * 2, color="#6b7280", linewidth=1, zorder=1)
-        axes.plot([row.start for row in rows], [place] * len(rows), "ko", fillstyle="none")
-        after = styles.nth(1).dots
-        axes.plot([row.loss for row in rows], [place] * len(rows), **after)
-    axes.set_yticks(range(len(picked), 0, -1), [title(pair) for pair in picked])
-    axes.set_ylim(0.5, len(picked) + 0.5)
+def picture(rows: Rows) -> matplotlib.figure.Figure:
+    """The loss after fine-tuning over the rate: lines of the search, dots of the other seeds."""
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log", xlabel="learning rate at the start", ylabel="loss after, nats per byte"
+    )
+    for place, pair in enumerate(PAIRS):
+        mine = {run: row.loss for run, row in rows.items() if (run.before, run.after) == pair}
+        searched = sorted((run.lr, loss) for run, loss in mine.items() if run.seed == 0)
+        others = [(run.lr, loss) for run, loss in mine.items() if run.seed]
+        style = styles.nth(place)
+        if searched:
+            axes.plot(*zip(*searched, strict=True), **style.curve(), label=title(pair))
+        if others:
+            axes.plot(*zip(*others, strict=True), **style.dots)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.supylabel("pretrained / fine-tuned with", fontsize=9)
+    axes.legend(frameon=False, title="pretrained / fine-tuned with")
     return figure
 
 

@@ -408,7 +408,7 @@ def test_the_table_searches_a_rate_for_each_pair_and_compares_other_seeds(table)
         assert best[0].lr == {"adamw": 2.8e-3, "muon": 1.75e-4}[after]
         assert [row.seed for row in best] == [1, 2, 3]
     # Valleys: 0.1 log2(2.8 / 3)^2 = 0.0010, 0.1 log2(1.75 / 2)^2 = 0.0037.
-    text = "\n".join(table.page(picked))
+    text = "\n".join(table.page(rows))
     assert (
         "Pretrained with AdamW: the loss of fine-tuning with Muon over that with AdamW is " in text
     )
