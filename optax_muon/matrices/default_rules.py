@@ -24,7 +24,7 @@ from optax_muon.matrices.views import View
 
 _BIAS = r"(\w+_)?bias(_\w+)?"
 _SCALE = (
-    r"(\w+_)?scales?|scale_\w+|(\w+_)?gamma(_\w+)?|beta|offset|shift|alpha|temperature|gain"
+    r"(\w+_)?scales?|scale_\w+|(\w+_)?gamma(_\w+)?|((pre|post|res)_)?beta|offset|shift|alpha|temperature|gain"
     r"|(\w+_)?layer_?scale\w*(/\w+)?|ls\d*(/\w+)?|lambda\d*"
 )
 _HEAD = (
@@ -176,6 +176,10 @@ TABLE: tuple[RuleRow, ...] = (
     ),
     RuleRow(
         Rule(r"(\w*router\w*|(moe\w*/)?\w*expert_gate)(/\w+)?", None, "router"), readers.router
+    ),
+    # DeepSeek-V4's output projections, as MaxText names them.
+    RuleRow(
+        Rule(_kernel("o_a_proj"), None, "projection of a group", when=_is_higher), readers.grouped
     ),
     RuleRow(Rule(r".*", None, "attention", when=_is_higher), readers.attention),
     RuleRow(Rule(r".*", None, "parts of a fused kernel", when=_is_higher), readers.fused_parts),

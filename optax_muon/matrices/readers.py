@@ -241,6 +241,13 @@ def experts(info: ParamInfo, tree: Tree) -> Found:
     return Found(tuple(view for found in views for view in found or ()), "expert")
 
 
+def grouped(info: ParamInfo, tree: Tree) -> Found:
+    """A grouped projection `[groups, in, out]`: every group has a matrix of its own."""
+    if len(info.long_axes) != 3:
+        return NOTHING
+    return Found((View(*info.long_axes[1:]),))
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 

@@ -58,6 +58,8 @@ decoder/layers_0/MoeBlock_0/gate/kernel                4096,8         1 x (4096 
 decoder/layers_0/MoeBlock_0/wi_0                       8,4096,14336   8 x (4096 x 14336)
 decoder/layers_0/MoeBlock_0/wo                         8,14336,4096   8 x (14336 x 4096)
 decoder/layers_0/pre_self_attention_layer_norm/scale   4096           adamw
+decoder/layers_0/self_attention/o_a_proj/kernel        8,4096,1024    8 x (4096 x 1024)
+decoder/layers_0/mhc_attention/res_beta                4,4            adamw
 decoder/logits_dense/kernel                            4096,32000     adamw
 # MaxText, layers stacked along axis 1: what needs no stack axis to be known
 decoder/layers/MoeBlock_0/wi_0                         8,32,4096,14336  256 x (4096 x 14336)
