@@ -12,6 +12,7 @@ __all__ = ["MissingExtraError", "require_extra"]
 
 EXTRAS = {
     "checkpoint": ("orbax.checkpoint",),
+    "keras": ("keras",),
     "models": ("flax", "safetensors"),
     "parquet": ("pyarrow",),
     "tensorboard": ("tensorboard",),

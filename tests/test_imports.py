@@ -23,7 +23,7 @@ BELOW["planning"] = {"sharding", "matrices", "polar", "platforms"}
 BELOW["transforms"] = {"planning", *BELOW["planning"]}
 BELOW["muon"] = {"transforms", *BELOW["transforms"]}
 BELOW["checkpoint"] = {"errors", "extras", "muon", *BELOW["muon"]}
-BELOW["compat"] = {"muon", *BELOW["muon"]}
+BELOW["compat"] = {"extras", "muon", *BELOW["muon"]}
 BELOW["__init__"] = {"checkpoint", "compat", *BELOW["compat"], *GROUND}
 
 # The three upper wings see the public face of the library and each what is below it.

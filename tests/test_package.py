@@ -76,7 +76,7 @@ def test_the_core_needs_jax_numpy_and_optax_only(wheel):
 WITHOUT_EXTRAS = """
 import sys
 
-HIDDEN = {"flax", "matplotlib", "orbax", "rich", "safetensors", "tyro"}
+HIDDEN = {"flax", "keras", "matplotlib", "orbax", "rich", "safetensors", "tyro"}
 
 class Hide:
     def find_spec(self, name, path=None, target=None):
@@ -121,6 +121,7 @@ assert "<svg" in optax_muon.plan(params)._repr_html_()
             "orbax.checkpoint",
             "checkpoint",
         ),
+        ("import optax_muon.compat.keras", "optax_muon.compat.keras", "keras", "keras"),
         ("from optax_muon.cli.main import main; main(['train'])", "The command", "flax", "train"),
     ],
 )

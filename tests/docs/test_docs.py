@@ -153,7 +153,11 @@ def test_every_example_is_run():
     assert kinds <= {"pycon", "python", "console", "bash", "yaml"}
 
 
-@pytest.mark.parametrize("program", list(blocks("python")))
+# The recipes for other frameworks are run by `test_frameworks.py`, where those are installed.
+PROGRAMS = [block for block in blocks("python") if not block.id.startswith("frameworks")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_runs(program):
     """As the only task of SLURM, with 64 devices."""
     with socket.socket() as free:
