@@ -1,7 +1,6 @@
 """Reinforcement learning: PPO learns to catch a falling ball, in one compiled program.
 
-A ball falls through a board of 8 x 5; the paddle below moves left, right or stays. Catching gives
-1, missing -1: at random the mean return is about -0.5, and the best is 1.
+A paddle of a board of 8 x 5 catches the ball (1) or misses it (-1); at random the mean is -0.5.
 """
 
 import argparse
