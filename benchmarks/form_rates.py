@@ -3,7 +3,7 @@
 The time of a form is modelled as a sum of four: operations, numbers that products read and write,
 numbers that everything else writes, and numbers that are transposed, each over a rate. Least
 squares of relative errors give the rates in `optax_muon/platforms.py`: for CPUs from
-`results/orthogonalize_speed.csv`, for TPUs from the v5p of `results/tpu_cycles.csv`.
+`results/orthogonalize_speed.csv`, for each kind of TPU from `results/tpu_cycles.csv`.
 
     python benchmarks/form_rates.py
 """
@@ -22,7 +22,8 @@ from optax_muon.polar import KELLER, Form, Gram, Panels, Plain, default_restarts
 from optax_muon.polar.selection import full_products
 
 RESULTS = Path(__file__).parent / "results"
-V5P_HERTZ = 1.75e9
+HERTZ = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9}
+"""Cycles per second of each chip in the table."""
 Timed = tuple[tuple[int, ...], Form, float]
 """Shape, form, and seconds."""
 
@@ -31,7 +32,8 @@ def main() -> None:
     """Print the rates of each platform and dtype."""
     for dtype in ("float32", "bfloat16"):
         print("cpu", dtype, fitted([*on_cpu(dtype)]))
-    print("tpu bfloat16", fitted([*on_tpu()]))
+    for chip in HERTZ:
+        print("tpu", chip, "bfloat16", fitted([*on_tpu(chip)]))
 
 
 def on_cpu(dtype: str) -> Iterator[Timed]:
@@ -46,14 +48,14 @@ def on_cpu(dtype: str) -> Iterator[Timed]:
             )
 
 
-def on_tpu() -> Iterator[Timed]:
-    """All forms that were compiled for a v5p, without options."""
+def on_tpu(chip: str) -> Iterator[Timed]:
+    """All forms that were compiled for a chip, without options."""
     for row in table("tpu_cycles"):
         ours = row["implementation"] in ("plain", "Gram 3")
-        if row["chip"] == "v5p" and ours and not row["options"] and row["outcome"] == "compiled":
+        if row["chip"] == chip and ours and not row["options"] and row["outcome"] == "compiled":
             shape = tuple(map(int, row["shape"].split(" x ")))
             form = form_of(row["implementation"], "bfloat16", "tpu")
-            yield shape, form, (int(row["products"]) + int(row["rest"])) / V5P_HERTZ
+            yield shape, form, (int(row["products"]) + int(row["rest"])) / HERTZ[chip]
 
 
 def table(name: str) -> list[dict[str, str]]:

@@ -133,6 +133,8 @@ class CompiledUpdate:
     """Time of the products as the plan models it."""
     planned_exposed_ms: float = 0.0
     """The same of the messages that nothing hides."""
+    planned_passes_ms: float = 0.0
+    """The same of passes over whole arrays."""
 
     @property
     def over_limit(self) -> float:
@@ -140,6 +142,17 @@ class CompiledUpdate:
         clock = MACHINES[self.machine].clock
         cycles = self.products_mcycles + self.rest_mcycles + self.exposed_ms * clock / 1e9
         return cycles / self.limit_mcycles
+
+    @property
+    def compiled_ms(self) -> float:
+        """Time of all cycles and the exposed messages."""
+        cycles = self.products_mcycles + self.rest_mcycles
+        return cycles * 1e9 / MACHINES[self.machine].clock + self.exposed_ms
+
+    @property
+    def planned_ms(self) -> float:
+        """The same as the plan models it."""
+        return self.planned_products_ms + self.planned_passes_ms + self.planned_exposed_ms
 
 
 def fill_table() -> None:
@@ -205,18 +218,19 @@ def compile_row(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
         limit_mcycles=round((plan.cost.flops if ours else 0) / chips.flops_per_cycle / 1e6, 2),
         blocked=sum(each.times for each in blocked),
         blocked_mib=round(sum(each.bytes * each.times for each in blocked) / 2**20, 1),
-        exposed_ms=round(sum(exposed_ms(each, chips) for each in collectives(text)), 3),
+        exposed_ms=round(sum(exposed_ms(each, chips, plan.model) for each in collectives(text)), 3),
         planned_products_ms=round(plan.product_seconds * 1e3, 3) if ours else 0,
         planned_exposed_ms=round(plan.exposed_seconds * 1e3, 3) if ours else 0,
+        planned_passes_ms=round(plan.pass_seconds * 1e3, 3) if ours else 0,
     )
 
 
-def exposed_ms(each: Collective, chips: Machine) -> float:
+def exposed_ms(each: Collective, chips: Machine, model: CostModel) -> float:
     """Milliseconds of a collective that the work under it does not cover."""
     size = len(each.groups[0]) if each.groups else chips.chips
     share = 1.0 if each.kind == "collective-permute" else (size - 1) / size
     received = each.bytes * share * (2 if each.kind == "all-reduce" else 1)
-    seconds = received / CostModel.for_platform("tpu").bandwidth
+    seconds = received / model.bandwidth
     return each.times * max(0.0, seconds - each.overlapped_cycles / chips.clock) * 1e3
 
 
@@ -250,7 +264,7 @@ HEADS = (
     *("chips", "optimizer", "all-to-all", "all-gather", "all-reduce", "other", "MiB", "planned"),
     *("moved in", "between slices", "temporary GiB", "work", "compiled in", "HLO"),
     *("Mcycles of products", "rest", "limit", "blocked", "MiB blocked", "exposed ms"),
-    "over the limit",
+    *("over the limit", "planned ms", "planned over compiled"),
 )
 
 INTRODUCTION = """\
@@ -263,9 +277,11 @@ planned; for optax.contrib.muon as XLA counts them, with loops counted once); pr
 compilation; size of the program's text; million cycles of products and of everything else by the
 compiler's model, and at the peak of the matrix units; collectives under which nothing is computed
 and their MiB; milliseconds of messages that no cycles cover, at the planner's link rate; all cycles
-and the exposed messages over the limit. Rows without cycles are of an earlier version, compiled
-without `compiler_options`. Where there are fewer matrices than chips, optax-muon sums Gram matrices
-and gathers rows of Gram matrices that several chips compute together."""
+and the exposed messages over the limit; milliseconds of an update in optax-muon's plan, and over
+those of the cycles and the exposed messages. Rows without cycles are of an earlier version, with
+the layouts that it chose, compiled without `compiler_options`. Where there are fewer matrices than
+chips, optax-muon sums Gram matrices and gathers rows of Gram matrices that several chips compute
+together."""
 
 
 def page(rows: Sequence[CompiledUpdate]) -> str:
@@ -314,7 +330,7 @@ def cells(row: CompiledUpdate) -> tuple[str, ...]:
 def estimates(row: CompiledUpdate) -> tuple[str, ...]:
     """The cells of what the compiler estimates; empty in rows of before."""
     if not row.products_mcycles:
-        return ("",) * 7
+        return ("",) * 9
     return (
         *(f"{n:.1f}" for n in (row.products_mcycles, row.rest_mcycles)),
         f"{row.limit_mcycles:.1f}" if row.limit_mcycles else "",
@@ -322,6 +338,8 @@ def estimates(row: CompiledUpdate) -> tuple[str, ...]:
         f"{row.blocked_mib:.0f}",
         f"{row.exposed_ms:.2f}",
         f"{row.over_limit:.2f}" if row.limit_mcycles else "",
+        f"{row.planned_ms:.1f}" if row.planned_passes_ms else "",
+        f"{row.planned_ms / row.compiled_ms:.2f}" if row.planned_passes_ms else "",
     )
 
 

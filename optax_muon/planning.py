@@ -19,7 +19,7 @@ import numpy as np
 from optax_muon.matrices import assign, paths
 from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import BoundView, View, Views
-from optax_muon.platforms import get_platform
+from optax_muon.platforms import get_device
 from optax_muon.polar import (
     GramNewtonSchulz,
     NewtonSchulz,
@@ -63,8 +63,9 @@ def plan(
             or a callable that returns one. None takes those of dimension numbers in `views`, or
             reads the arrays' types.
         mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh.
-        platform: `tpu`, `gpu` or `cpu`; None is the mesh's, or without a mesh this machine's. An
-            `AbstractMesh` has none and counts as CPUs.
+        platform: `tpu`, `gpu`, `cpu`, or JAX's `device_kind`, such as `TPU v5 lite`, whose rates
+            are taken. None is the mesh's, or without a mesh this machine's. An `AbstractMesh` has
+            none and counts as CPUs.
         layout: `home` or `gather` for all matrices; None takes the cheapest for each
             bucket.
         model: The rates that decide between layouts; None takes those of the platform.
@@ -86,7 +87,7 @@ def plan(
     [('home', 8, 'Gram 2, 2 panels'), ('split', 1, 'plain')]
     """
     if platform is not None:
-        get_platform(platform)
+        get_device(platform)
     leaves = paths.named_leaves(params)
     bounds = bind_views(params, views)
     shardings = given_shardings(shardings, views)

@@ -84,7 +84,7 @@ def choose_form(
         count = form.count(m, n, rows, devices)
         # A ring sum carries a matrix twice, a gather once.
         sent = m * m * (8 * count.sums + dtype.itemsize * count.gathers) * (devices - 1) / devices
-        return rates.seconds(count) + sent / target.bandwidth
+        return rates.product_seconds(count) + sent / target.bandwidth
 
     plain = min(
         (Plain(each, looped=platform == "cpu") for each in _products(m, platform, dtype, (4,))),

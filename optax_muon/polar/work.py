@@ -21,8 +21,6 @@ class Work:
     """Matrices [m, m] that the devices compute by rows each, gathered in the compute dtype."""
     form: str = ""
     """Name of the form, as plans print it."""
-    seconds: float = 0.0
-    """Modelled time of products and passes, messages excluded; 0 where no platform is known."""
 
     def __add__(self, other: "Work") -> "Work":
         """Add the operations and numbers of two parts of an evaluation; messages are not theirs."""

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import jax
 
-from optax_muon.sharding.cost import Cost
+from optax_muon.platforms import Platform
+from optax_muon.sharding.cost import Cost, Traffic
 from optax_muon.sharding.device_groups import Message, Piece
 
 ROWS, COLS, COPIES = "rows", "cols", "copies"
@@ -129,6 +130,22 @@ class Assignment:
     def owned(self) -> int:
         """Matrices that a device works on, padding included."""
         return (self.count + self.padding) // self.homes
+
+    def can_hide(self, device: Platform) -> Traffic:
+        """The part of its traffic that this device can hide behind the work on other matrices.
+
+        What is done in chunks waits for its own messages. Two devices swap Gram matrices by
+        permutations, which every device hides that hides anything.
+        """
+        traffic = self.cost.traffic
+        if self.chunks > 1 or not device.hides_permutations:
+            return Traffic()
+        sums = device.hides_sums or self.sharing == 2
+        return Traffic(
+            inward=traffic.inward * device.hides_trips,
+            working=traffic.working * sums,
+            outward=traffic.outward * device.hides_trips,
+        )
 
     def describe(self, copies: int = 1) -> str:
         """Which devices work on the matrices, for a table; `copies` is `BucketPlan.copies`."""

@@ -1,17 +1,20 @@
 """What a layout costs: operations, bytes and collectives, and the time that they take.
 
-Only ratios decide between layouts: in the time that it takes to receive one byte, a TPU or a GPU
-performs about a thousand operations, a simulated device of a CPU about forty (`platforms.py`).
+The time of products is that of the form: operations, and numbers that are read and written, at the
+rates of the kind of device (`platforms.py`). In the time that it takes to receive one byte, a TPU
+or a GPU performs one to three thousand operations, a simulated device of a CPU about forty.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Protocol
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from optax_muon.platforms import get_platform
+from optax_muon.platforms import Rates, get_device, get_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Traffic:
             self.outward + other.outward,
         )
 
+    def __mul__(self, times: int) -> Traffic:
+        """Multiply part by part."""
+        return Traffic(self.inward * times, self.working * times, self.outward * times)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -55,6 +62,14 @@ class Cost:
     """Number of collectives."""
     memory: int = 0
     """Bytes of temporary arrays at the peak."""
+    operands: int = 0
+    """Numbers that products read and write."""
+    passes: int = 0
+    """Numbers that everything between products writes."""
+    transposed: int = 0
+    """Numbers of operands that are transposed before a product."""
+    passed_bytes: int = 0
+    """Bytes that everything outside the orthogonalizer reads and writes: casts, packing, sums."""
 
     @property
     def received_bytes(self) -> int:
@@ -70,6 +85,25 @@ class Cost:
             self.min_received_bytes + other.min_received_bytes,
             self.collectives + other.collectives,
             max(self.memory, other.memory),
+            self.operands + other.operands,
+            self.passes + other.passes,
+            self.transposed + other.transposed,
+            self.passed_bytes + other.passed_bytes,
+        )
+
+    def __mul__(self, times: int) -> Cost:
+        """The cost of as many, one after the other."""
+        return Cost(
+            self.flops * times,
+            self.collective_bytes * times,
+            self.traffic * times,
+            self.min_received_bytes * times,
+            self.collectives * times,
+            self.memory,
+            self.operands * times,
+            self.passes * times,
+            self.transposed * times,
+            self.passed_bytes * times,
         )
 
     def to_dict(self) -> dict[str, int]:
@@ -84,37 +118,66 @@ class Cost:
             "min_received_bytes": self.min_received_bytes,
             "collectives": self.collectives,
             "memory": self.memory,
+            "passed_bytes": self.passed_bytes,
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class CostModel:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostModel(Rates):
     """Rates that turn a `Cost` into seconds.
 
-    >>> CostModel.for_platform("tpu").seconds(Cost(flops=2 * 10**14))
+    >>> model = CostModel(flops=2e14, bandwidth=2e11, latency=2e-6)
+    >>> model.seconds(Cost(flops=2 * 10**14))
     1.0
+    >>> CostModel.for_platform("TPU v5 lite").bandwidth < CostModel.for_platform("TPU v5").bandwidth
+    True
     """
 
-    flops: float
-    """Operations per second of a device on large products."""
     bandwidth: float
     """Bytes per second that arrive at a device."""
     latency: float
     """Seconds per collective, whatever its size."""
+    memory: float = math.inf
+    """Bytes per second that passes over whole arrays read and write."""
 
     @classmethod
-    def for_platform(cls, name: str) -> CostModel:
-        """The rates of a platform.
+    def for_platform(
+        cls, name: str, dtype: DTypeLike | None = None, *, on_mesh: bool = True
+    ) -> CostModel:
+        """The rates of a platform, or of a kind of its devices.
+
+        Args:
+            name: `tpu`, `gpu`, `cpu`, or JAX's `device_kind`.
+            dtype: What the operands of products are rounded to; None is the platform's.
+            on_mesh: Whether the device is one of several, as the simulated devices of a CPU are.
 
         Raises:
             ValueError: The platform is unknown.
         """
-        platform = get_platform(name)
-        return cls(platform.flops, platform.bandwidth, platform.latency)
+        device = get_device(name)
+        rates = device.rates_for(dtype or device.compute_dtype)
+        share = device.mesh_share if on_mesh else 1.0
+        return cls(
+            flops=rates.flops * share,
+            operands=rates.operands * share,
+            passes=rates.passes * share,
+            transposed=rates.transposed * share,
+            bandwidth=device.bandwidth,
+            latency=device.latency,
+            memory=device.memory * share,
+        )
 
     def seconds(self, cost: Cost) -> float:
         """Modelled time of a cost, with no communication hidden behind products."""
-        return cost.flops / self.flops + self.message_seconds(cost)
+        return self.work_seconds(cost) + self.message_seconds(cost)
+
+    def work_seconds(self, cost: Cost) -> float:
+        """Modelled time of what a device computes."""
+        return self.product_seconds(cost) + self.pass_seconds(cost)
+
+    def pass_seconds(self, cost: Cost) -> float:
+        """Modelled time of what it does outside the orthogonalizer."""
+        return cost.passed_bytes / self.memory
 
     def message_seconds(self, cost: Cost) -> float:
         """Modelled time of its messages."""
@@ -181,20 +244,41 @@ class WorkModel:
         """Cost per device of one matrix `[rows, cols]` whose columns are split over `devices`."""
         return self.cost(self.work_of(rows, cols, devices), rows, cols, devices)
 
+    def cost_around(self, entries: int, stored: int, packed: bool) -> Cost:
+        """Cost of what an update does to stored entries, apart from moves and products.
+
+        The momentum reads gradient and momentum and writes the momentum; both are read again and
+        cast. The result is cast back and read, with the parameter, which is written.
+
+        Args:
+            entries: Entries on a device.
+            stored: Bytes of a stored entry.
+            packed: Whether they are joined with others, or transposed, and taken apart afterwards.
+        """
+        return Cost(passed_bytes=entries * (9 * stored + (2 + 4 * packed) * self.itemsize))
+
     def cost(self, work: MatrixWork, rows: int, cols: int, devices: int = 1) -> Cost:
         """Cost of this work on a matrix `[rows, cols]`, per device that shares it."""
         gram = rows * rows
         memory = rows * cols // devices * (2 * self.itemsize + 4) + gram * (2 * self.itemsize + 8)
+        # Orthogonalizers of users may count operations only.
+        products = Cost(
+            work.flops,
+            operands=getattr(work, "operands", 0),
+            passes=getattr(work, "passes", 0),
+            transposed=getattr(work, "transposed", 0),
+            memory=memory,
+        )
         if devices == 1:
-            return Cost(work.flops, memory=memory)
+            return products
         summed, gathered = 4 * gram * work.sums, self.itemsize * gram * work.gathers
         # Two devices swap halves, and join them without a collective.
         gather_results = gathered // 2 if devices == 2 else gathered
-        return Cost(
-            work.flops,
+        return products + Cost(
             # 8 bytes: two scalars, the largest entry and the norm, are reduced in float32.
             collective_bytes=summed + gather_results + 8,
             traffic=Traffic(working=(2 * summed + gathered) * (devices - 1) // devices),
             collectives=work.sums + work.gathers + 2,
-            memory=memory,
+            # A sum adds what arrives and rounds it, a gather puts what arrives in its place.
+            passed_bytes=2 * summed + 3 * gathered,
         )

@@ -144,23 +144,27 @@ class Owned:
         chunks = search.chunks(owned, one.memory)
         moved, needed = (n * math.prod(geometry.tile) * itemsize for n in (count + padding, count))
         trips, shared = 2 * (self.exchange.size > 1), self.replicas.size > 1
-        cost = Cost(
-            flops=owned * one.flops,
-            collective_bytes=owned * one.collective_bytes
-            + trips * moved // self.replicas.size
-            + shared * moved,
-            traffic=self._traffic(moved, owned * one.traffic.working),
+        sent = trips * moved // self.replicas.size
+        cost = one * owned + Cost(
+            collective_bytes=sent + shared * moved,
+            traffic=self._traffic(moved),
             min_received_bytes=self._traffic(needed).total,
+            # Tiles are sorted and joined at both ends of a trip, and chunks cut and written back.
+            passed_bytes=4 * sent + 2 * shared * moved + 4 * moved * (chunks > 1),
+        )
+        # The matrices of a chunk share their messages.
+        cost = dataclasses.replace(
+            cost,
             collectives=chunks * (one.collectives + trips + shared),
             memory=owned // chunks * one.memory + 2 * moved // chunks,
         )
         return Assignment(self, count, cost, padding=padding, chunks=chunks, form=work.form)
 
-    def _traffic(self, tiles: int, working: int = 0) -> Traffic:
+    def _traffic(self, tiles: int) -> Traffic:
         """What a device receives if it has this many bytes of tiles."""
         both_ways = missing(2 * tiles // self.replicas.size, self.exchange)
         inward = both_ways // 2
-        return Traffic(inward, working, both_ways - inward + missing(tiles, self.replicas))
+        return Traffic(inward, 0, both_ways - inward + missing(tiles, self.replicas))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,14 +79,15 @@ class Gathered:
         gathered = count * rows * cols * search.work.itemsize if self.roles else 0
         chunks = search.chunks(count, one.memory)
         received = missing(gathered, self._group)
-        cost = Cost(
-            flops=count * one.flops,
+        cost = one * count + Cost(
             collective_bytes=gathered,
             traffic=Traffic(inward=received),
             min_received_bytes=received,
             collectives=chunks * bool(self.roles),
-            memory=count // chunks * (one.memory + rows * cols * 4),
+            passed_bytes=4 * gathered,
         )
+        memory = count // chunks * (one.memory + rows * cols * 4)
+        cost = dataclasses.replace(cost, memory=memory)
         return Assignment(self, count, cost, chunks=chunks, form=work.form)
 
 

@@ -23,6 +23,7 @@ from jax.sharding import (
 )
 
 from optax_muon.matrices import entries, paths
+from optax_muon.platforms import is_known
 
 AnyMesh = Mesh | AbstractMesh
 Spec = tuple[tuple[str, ...], ...]
@@ -118,12 +119,18 @@ def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
     )
 
 
-def mesh_platform(mesh: AnyMesh) -> str | None:
-    """Platform of the mesh's devices: `cpu`, `tpu` or `gpu`; None if an abstract mesh has none."""
-    if isinstance(mesh, Mesh):
-        return str(mesh.devices.flat[0].platform)
-    name = getattr(getattr(mesh, "abstract_device", None), "platform", None)
-    return None if name is None else str(name)
+def mesh_device(mesh: AnyMesh) -> str | None:
+    """The `device_kind` of the mesh's devices if it is known, or else `cpu`, `tpu` or `gpu`.
+
+    None if an abstract mesh has neither.
+    """
+    abstract = getattr(mesh, "abstract_device", None)
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else abstract
+    for attribute in ("device_kind", "platform"):
+        name = getattr(device, attribute, None)
+        if name is not None and is_known(name):
+            return str(name)
+    return None
 
 
 def _own_sharding(leaf: Any) -> NamedSharding | None:

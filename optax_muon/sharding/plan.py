@@ -38,13 +38,15 @@ class BucketPlan:
     """Number of equal buckets of other matrices on other devices, such as other experts."""
     matrix_cost: Cost
     """Cost of one matrix on one device."""
+    around: Cost
+    """Cost of what an update does to the stored entries: momentum, casts, packing, the sum."""
     seconds: Mapping[str, float] = dataclasses.field(hash=False)
     """Modelled time of this choice (`chosen`), and of `home` and `gather` for all matrices."""
 
     @property
     def cost(self) -> Cost:
         """Cost of one update, per device."""
-        return sum((assignment.cost for assignment in self.assignments), Cost())
+        return sum((assignment.cost for assignment in self.assignments), self.around)
 
     @property
     def only_transposed(self) -> bool:
@@ -86,6 +88,8 @@ class Plan:
     """How the orthogonalizer was counted."""
     model: CostModel
     """The rates behind modelled times."""
+    device: str
+    """What it runs on: `tpu`, `gpu`, `cpu`, or JAX's `device_kind`."""
     unknown_shardings: bool = False
     """True if the shardings are unknown (Auto axes under trace): the compiler then moves tiles."""
 
@@ -112,9 +116,19 @@ class Plan:
         )
 
     @property
+    def seconds(self) -> float:
+        """Modelled time of an update: what a device computes, and the messages it waits for."""
+        return self.product_seconds + self.pass_seconds + self.exposed_seconds
+
+    @property
     def product_seconds(self) -> float:
-        """Modelled time of an update's products."""
-        return self.cost.flops / self.model.flops
+        """Modelled time of an update's products, at the rate of their form."""
+        return self.model.product_seconds(self.cost)
+
+    @property
+    def pass_seconds(self) -> float:
+        """Modelled time of an update's passes over whole arrays: momentum, packing, casts, sums."""
+        return self.model.pass_seconds(self.cost)
 
     @property
     def message_seconds(self) -> float:
@@ -125,7 +139,7 @@ class Plan:
     def exposed_seconds(self) -> float:
         """The part of `message_seconds` in which a device has nothing to compute."""
         resharding = self.model.message_seconds(self._resharding)
-        return resharding + exposed_seconds(self.in_order, self.model, self.work.platform)
+        return resharding + exposed_seconds(self.in_order, self.model, self.device)
 
     @property
     def balanced_flops(self) -> float:
@@ -187,7 +201,9 @@ class Plan:
             "steps": self.work.steps,
             "balanced_flops": self.balanced_flops,
             "comm_vs_adamw": self.comm_vs_adamw,
+            "seconds": self.seconds,
             "product_seconds": self.product_seconds,
+            "pass_seconds": self.pass_seconds,
             "message_seconds": self.message_seconds,
             "exposed_seconds": self.exposed_seconds,
             **self.cost.to_dict(),

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_muon.matrices.views import Block, BoundView
+from optax_muon.platforms import get_device
 from optax_muon.sharding.buckets import Bucket, Member
 from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.exchange import Owned
 from optax_muon.sharding.gather import Gathered
-from optax_muon.sharding.mesh import LeafShardings, axis_sizes, mesh_platform, slow_axes
+from optax_muon.sharding.mesh import LeafShardings, axis_sizes, mesh_device, slow_axes
 from optax_muon.sharding.plan import BucketPlan, Plan
 from optax_muon.sharding.search import BucketGeometry, LayoutClass, LayoutSearch
 from optax_muon.sharding.shards import LeafShard, shard_leaf
@@ -47,7 +48,8 @@ def make_plan(
         dtypes: Path to the dtype of the leaf.
         shardings: The mesh, and how the leaves are sharded on it.
         work: Counts the orthogonalizer.
-        platform: `tpu`, `gpu` or `cpu`; None is the mesh's, and CPU where that is unknown.
+        platform: `tpu`, `gpu`, `cpu`, or JAX's `device_kind`; None is the mesh's, and CPU where
+            that is unknown.
         layout: `home` or `gather` for all matrices, or a layout class of your own; None takes the
             cheapest for each bucket.
         model: Rates that decide between layouts; None takes those of the platform.
@@ -58,15 +60,16 @@ def make_plan(
             parts and that cannot be made whole.
     """
     options = _search_options(layout)
-    kind = platform or (shardings.mesh and mesh_platform(shardings.mesh)) or "cpu"
-    work = work.with_platform(kind)
+    kind = platform or (shardings.mesh and mesh_device(shardings.mesh)) or "cpu"
+    device = get_device(kind)
+    work = work.with_platform(device.name)
     sizes = axis_sizes(shardings.mesh)
     leaves = tuple(
         shard_leaf(path, bound, shardings.specs.get(path, ((),) * len(bound.shape)), sizes)
         for path, bound in bounds.items()
     )
-    model = model or CostModel.for_platform(kind)
-    search = functools.partial(LayoutSearch, work=work, model=model, memory=memory)
+    model = model or CostModel.for_platform(kind, work.dtype, on_mesh=shardings.mesh is not None)
+    search = functools.partial(LayoutSearch, work=work, model=model, memory=memory, device=device)
     # Four copies are held: in, out, and out in float32 where it is transposed back.
     buckets = make_buckets(leaves, dtypes, sizes, memory // (4 * work.itemsize))
     usable = {axis: n for axis, n in sizes.items() if axis not in slow_axes(shardings.mesh)}
@@ -76,6 +79,7 @@ def make_plan(
         tuple(plan_bucket(bucket, sizes, usable, search, options) for bucket in buckets),
         work,
         model,
+        kind,
         unknown_shardings=shardings.mesh is None and shardings.unknown_shardings,
     )
 
@@ -119,15 +123,15 @@ def plan_bucket(
     }
     found = {name: way.assignments(bucket.size) for name, way in ways.items()}
     chosen = ways["chosen"]
+    entries = bucket.size * math.prod(geometry.tile)
+    packed = len(bucket.members) > 1 or any(member.tall for member in bucket.members)
     return BucketPlan(
         bucket,
         assignments=found["chosen"],
         copies=math.prod(sizes[axis] for axis in bucket.batch_over),
         matrix_cost=chosen.work.cost_of(bucket.rows, bucket.cols),
-        seconds={
-            name: sum(chosen.model.seconds(each.cost) for each in assignments)
-            for name, assignments in found.items()
-        },
+        around=chosen.work.cost_around(entries, bucket.dtype.itemsize, packed),
+        seconds={name: chosen.seconds(assignments) for name, assignments in found.items()},
     )
 
 

@@ -81,7 +81,9 @@ def _totals(plan: Plan) -> Iterator[str]:
     )
     yield f"           {cost.memory / 2**20:.0f} MiB of temporary arrays at the peak"
     yield (
-        f"modelled time {plan.product_seconds * 1e3:.2g} ms of products"
+        f"modelled time {plan.seconds * 1e3:.3g} ms:"
+        f" {plan.product_seconds * 1e3:.2g} ms of products"
+        f" + {plan.pass_seconds * 1e3:.2g} ms of passes over the arrays"
         f" + {plan.exposed_seconds * 1e3:.2g} ms of messages that nothing hides"
         f" (of {plan.message_seconds * 1e3:.2g} ms)"
     )

@@ -9,11 +9,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from optax_muon.platforms import Platform
 from optax_muon.sharding.assignment import COLS, COPIES, ROWS, Assignment, Role
 from optax_muon.sharding.cost import CostModel, WorkModel
+
+TIES = 0.01
+"""Weight of hidden messages: of two layouts with equal work, the one that moves less is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,8 @@ class LayoutSearch:
     """Counts the orthogonalizer."""
     model: CostModel
     """Turns costs into seconds."""
+    device: Platform
+    """Says which messages can be hidden."""
     layouts: tuple[LayoutClass, ...]
     """The layouts to choose from; the first wins a tie."""
     may_split: bool = True
@@ -79,7 +85,22 @@ class LayoutSearch:
 
     def _cheapest(self, count: int) -> tuple[Assignment, ...]:
         ways = (way for layout in self.layouts for way in layout.assign(self, count))
-        return min(ways, key=lambda way: sum(self.model.seconds(each.cost) for each in way))
+        return min(ways, key=self.seconds)
+
+    def seconds(self, assignments: Sequence[Assignment]) -> float:
+        """Modelled time of some assignments of a bucket.
+
+        Messages that the device can hide count as far as they take longer than the work.
+        """
+        work, messages, hidden = (
+            sum(map(seconds, assignments))
+            for seconds in (
+                lambda each: self.model.work_seconds(each.cost),
+                lambda each: self.model.message_seconds(each.cost),
+                lambda each: each.can_hide(self.device).total / self.model.bandwidth,
+            )
+        )
+        return max(work, hidden) + messages - hidden + TIES * hidden
 
     def role_choices(self) -> tuple[tuple[Role, ...], ...]:
         """Every combination of roles that the mesh axes of the bucket can take."""

@@ -1,0 +1,44 @@
+"""The time that a plan models, held to what the compiler for TPUs estimates of the program.
+
+An update takes the cycles of its products and of everything else, and the exposed time of messages
+at the plan's rate of the links: rows of a committed table.
+"""
+
+import csv
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+import optax_muon
+from optax_muon.models import abstract, spec
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "tpu_ahead_of_time.csv"
+CLOCK = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9}
+KIND = {"v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
+MODELS = {"Llama 3 8B, scanned": "llama3-8b", "Moonlight 16B": "moonlight-16b-a3b"}
+
+
+def committed():
+    """The rows with cycles, by tree and machine."""
+    with TABLE.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["optimizer"] == "optax-muon"]
+    return {f"{r['tree']}, {r['machine']}": r for r in rows if float(r["products_mcycles"] or 0)}
+
+
+@pytest.mark.parametrize("case", committed())
+def test_a_plan_is_within_15_percent_of_a_compiled_pod(case):
+    row = committed()[case]
+    chip = row["machine"].split()[0]
+    axes, extents = zip(*(axis.split() for axis in row["mesh"].split(" x ")), strict=True)
+    mesh = AbstractMesh(tuple(map(int, extents)), axes)
+    model = spec.model(spec.named_configs()[MODELS[row["tree"]]])
+    with jax.numpy_dtype_promotion("standard"):  # Flax's initializers promote.
+        params = abstract.on_mesh(model.abstract_params, mesh)
+    found = optax_muon.plan(params, platform=KIND[chip])
+    # Of another plan the row would have to be compiled again.
+    assert found.cost.collective_bytes / 2**20 == pytest.approx(float(row["planned_mib"]), abs=0.1)
+    cycles = 1e6 * (float(row["products_mcycles"]) + float(row["rest_mcycles"]))
+    compiled = cycles / CLOCK[chip] + 1e-3 * float(row["exposed_ms"])
+    assert found.seconds == pytest.approx(compiled, rel=0.15)
