@@ -263,7 +263,7 @@ and one restart only for the least limit. The chosen form of ours is in bold."""
 
 ALT = (
     "Bars of the cycles over the limit, a panel for each chip and a group for each shape: ours, "
-    "ours with 48 MiB of VMEM, a plain loop, and optax.contrib.muon."
+    "ours with more VMEM, a plain loop, and optax.contrib.muon."
 )
 """What the picture shows, for those who do not see it."""
 
