@@ -227,14 +227,16 @@ def summary(points: Points, results: Results) -> str:
         return ""
     curves = {name: _curve(sizes, results) for name, sizes in done.items()}
 
-    def ratio(name: str) -> power_law.Interval:
-        return power_law.ratio(curves["adamw"], curves[name], len(done[name]) - 1, "flops")
+    def ratio(name: str, of: str) -> power_law.Interval:
+        return power_law.ratio(curves["adamw"], curves[name], len(done[name]) - 1, of)
 
     rows = done["muon"]
     first, last = rows[0][0], rows[-1][0]
     return (
-        f"{ratio('muon')} of AdamW's FLOPs at {last.parameters:,} parameters with its own rate, "
-        f"{ratio('muon-carried')} with AdamW's numbers; {len(rows)} sizes from "
+        f"at {last.parameters:,} parameters {ratio('muon', 'model_flops')} of AdamW's 6ND, the "
+        f"paper's measure, with its own rate, {ratio('muon-carried', 'model_flops')} with AdamW's "
+        f"numbers; {ratio('muon', 'flops')} and {ratio('muon-carried', 'flops')} of all FLOPs, "
+        f"Newton-Schulz included; {len(rows)} sizes from "
         f"{first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens per "
         "parameter, 3 seeds"
     )
