@@ -45,6 +45,7 @@ class Sample:
         at_least(0, "temperature", self.temperature)
         at_least(0, "seed", self.seed)
         source = PretrainedSource(self.runs / self.run, self.trial)
+        source.check()
         tokenizer = source.tokenizer
         prompt, stops = self._prompt(tokenizer)
         params, bias = source.weights()

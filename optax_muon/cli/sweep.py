@@ -80,7 +80,7 @@ class Sweep(Experiment):
             raise UsageError("there is nothing to run; give --optimizers and --weight-decay values")
         for point in points:
             if points.count(point) > 1:
-                raise UsageError(f"{point.title} is asked for twice; give each value once")
+                raise UsageError(f"{point.setting} is asked for twice; give each value once")
             _ = point.trial  # refuses numbers that it cannot run at
         return points
 

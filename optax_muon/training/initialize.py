@@ -75,6 +75,9 @@ class PretrainedSource:
         folder = RunFolder(self.path)
         if folder.is_training_run:
             folder.trained_by(self.trial)
+            return
+        with usage_errors():
+            huggingface.read_config(self.path)
 
     def weights(self, mesh: Mesh | None = None) -> tuple[optax.Params, jax.Array | None]:
         """Its newest parameters, and router biases if the model has any, in float32.

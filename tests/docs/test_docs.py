@@ -153,7 +153,7 @@ def test_every_example_is_run():
     assert kinds <= {"pycon", "python", "console", "bash", "yaml"}
 
 
-# The recipes for other frameworks are run by `test_frameworks.py`, where those are installed.
+# `test_framework_recipes.py` runs the recipes for other frameworks, where those are installed.
 PROGRAMS = [block for block in blocks("python") if not block.id.startswith("frameworks")]
 
 

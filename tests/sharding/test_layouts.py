@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from optax_muon.cli.reports import plan as picture
 from optax_muon.hlo import collective_bytes, collective_counts
+from optax_muon.sharding import plan_picture
 from optax_muon.sharding.assignment import Assignment, Role
 from optax_muon.sharding.cost import Cost, Traffic
 from optax_muon.sharding.device_groups import Group, Message
@@ -78,7 +79,7 @@ def test_it_is_printed_and_written():
 
 
 def test_it_is_drawn_in_its_color(monkeypatch):
-    monkeypatch.setitem(picture.TINTS, "summed", ("#ff00ff",))
+    monkeypatch.setitem(plan_picture.TINTS, "summed", ("#ff00ff",))
     image = matplotlib.image.imread(io.BytesIO(picture.png(CASE.plan(), dpi=40)))
     assert (np.abs(image[..., :3] - (1, 0, 1)).max(axis=-1) < 0.05).any()
 
