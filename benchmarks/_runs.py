@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import _corpus
 import _table
@@ -30,15 +30,14 @@ from rich.console import Console
 
 from optax_muon.models import spec
 from optax_muon.models.llama import LlamaConfig
-from optax_muon.training import ensemble
+from optax_muon.training import ensemble, search
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.optimizers import HyperParams
-from optax_muon.training.search import search
+from optax_muon.training.statistics import Difference, difference
 
 EVAL_SEQUENCES = 1024
 SEEDS = (1, 2, 3)
-"""Seeds of the runs that are reported. Searches have seed 0, so that no run that was chosen for its
-luck is among those that are compared."""
+"""Seeds of the runs that are reported; searches have seed 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +104,7 @@ class Finished(Run):
         return Run(*(getattr(self, field.name) for field in dataclasses.fields(Run)))
 
 
+Row = TypeVar("Row", bound=Finished)
 Needed = Callable[[Sequence[Finished]], Iterable[Run]]
 """Tells which runs an experiment needs, finished ones among them, given the finished ones."""
 
@@ -214,27 +214,27 @@ def train(ladder: Ladder, runs: Sequence[Run]) -> list[Finished]:
     ]
 
 
-def tuned(finished: Sequence[Finished], start: Run, names: Sequence[str] = ("lr",)) -> list[Run]:
-    """The runs of a search that are to be done next, or at its end the best one with each seed."""
-    missing, best = _search(finished, start, names)
-    return missing or best.repeats
+def tuned(
+    finished: Sequence[Row], start: Run, names: Sequence[str] = ("lr",)
+) -> tuple[list[Run], list[Row]]:
+    """The runs of a search to do next, and the rows of its best run once all seeds are done."""
+    rows = {row.run: row for row in finished}
+    losses = {run: row.val_loss for run, row in rows.items()}
+    missing, repeats = search.tune(losses, start, names, SEEDS)
+    return missing, [rows[run] for run in repeats]
 
 
-def best(
-    finished: Sequence[Finished], start: Run, names: Sequence[str] = ("lr",)
-) -> list[Finished]:
-    """The rows of a search's best run, one for each seed; none before all are finished."""
-    missing, chosen = _search(finished, start, names)
-    return [] if missing else found(finished, chosen.repeats)
-
-
-def found(finished: Sequence[Finished], runs: Sequence[Run]) -> list[Finished]:
+def found(finished: Sequence[Row], runs: Sequence[Run]) -> list[Row]:
     """The rows of these runs; none before all are finished."""
     rows = {row.run: row for row in finished}
     return [rows[run] for run in runs] if all(run in rows for run in runs) else []
 
 
-def _search(
-    finished: Sequence[Finished], start: Run, names: Sequence[str]
-) -> tuple[list[Run], Run]:
-    return search({row.run: row.val_loss for row in finished}, start, names)
+def losses(rows: Iterable[Finished]) -> list[float]:
+    """The losses of rows."""
+    return [row.val_loss for row in rows]
+
+
+def paired(rows: Iterable[Finished], others: Iterable[Finished]) -> Difference:
+    """How far the losses of rows are above those of others with the same seeds."""
+    return difference(losses(rows), losses(others))

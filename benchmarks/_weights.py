@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _experiment import Results
 from _runs import Finished
 
 from optax_muon.models import spec
@@ -38,6 +39,11 @@ class Weighed(Finished):
             "hidden_rms": hidden_rms(model, params, tokens),
         }
         return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def weighed(results: Results) -> list[Weighed]:
+    """The runs of an experiment whose rows are of this kind."""
+    return [row for row in results.finished if isinstance(row, Weighed)]
 
 
 def rms(tree: Any) -> float:

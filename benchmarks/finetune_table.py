@@ -22,7 +22,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.finetune import evaluate
 from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.optimizers import REGISTRY
-from optax_muon.training.search import search
+from optax_muon.training.search import tune
 from optax_muon.training.statistics import difference
 
 PRETRAINED = {"adamw": "adamw", "muon": "muon-carried"}
@@ -76,11 +76,6 @@ class FinetuneRun:
     """Learning rate at which fine-tuning starts."""
     seed: int = 0
     """Seed of pretraining and of fine-tuning."""
-
-    @property
-    def repeats(self) -> list[FinetuneRun]:
-        """The run with each seed that is compared."""
-        return [dataclasses.replace(self, seed=seed) for seed in SEEDS]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,28 +184,18 @@ def read(table: Path) -> Rows:
 
 def needed(rows: Rows) -> list[FinetuneRun]:
     """The runs to do next."""
-    missing = []
-    for pair in PAIRS:
-        searched, found = _search(rows, pair)
-        missing += searched or [run for run in found.repeats if run not in rows]
-    return missing
+    return [run for pair in PAIRS for run in _tune(rows, pair)[0]]
 
 
 def best(rows: Rows) -> Best:
     """The runs that are compared."""
-    picked = {}
-    for pair in PAIRS:
-        searched, found = _search(rows, pair)
-        if not searched and all(run in rows for run in found.repeats):
-            picked[pair] = [rows[run] for run in found.repeats]
-    return picked
+    found = {pair: [rows[run] for run in _tune(rows, pair)[1]] for pair in PAIRS}
+    return {pair: each for pair, each in found.items() if each}
 
 
-def _search(
-    rows: Mapping[FinetuneRun, FinetuneResult], pair: tuple[str, str]
-) -> tuple[list[FinetuneRun], FinetuneRun]:
+def _tune(rows: Rows, pair: tuple[str, str]) -> tuple[list[FinetuneRun], list[FinetuneRun]]:
     losses = {run: row.loss for run, row in rows.items()}
-    return search(losses, FinetuneRun(*pair, FIRST_RATE), ["lr"])
+    return tune(losses, FinetuneRun(*pair, FIRST_RATE), ["lr"], SEEDS)
 
 
 def functions(context: int) -> list[tuple[str, str]]:

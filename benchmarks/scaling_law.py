@@ -90,20 +90,20 @@ class Protocol:
             first = Run(model, "adamw", self.tokens_per_parameter, 8, 1.2e-2, 0.1)
             start = _at(below["adamw"][0], model, "adamw") if below else first
             searched = ALL["adamw"] if full else ("lr",)
-            needed = _runs.tuned(finished, start, searched)
-            best: Best = {"adamw": _runs.best(finished, start, searched)}
+            needed, adamw = _runs.tuned(finished, start, searched)
+            best: Best = {"adamw": adamw}
             sizes.append(Size(needed, best))
-            if not best["adamw"]:
+            if not adamw:
                 break
-            carried = _at(best["adamw"][0], model, "muon-carried").repeats
-            start = _at(best["adamw"][0], model, "muon")
+            carried = _at(adamw[0], model, "muon-carried").repeats
+            start = _at(adamw[0], model, "muon")
             if below.get("muon"):
                 muon = below["muon"][0]
                 start = dataclasses.replace(start, lr=muon.lr, weight_decay=muon.weight_decay)
             searched = ALL["muon"] if full else ("lr",)
-            needed += carried + _runs.tuned(finished, start, searched)
+            missing, best["muon"] = _runs.tuned(finished, start, searched)
+            needed += carried + missing
             best["muon-carried"] = _runs.found(finished, carried)
-            best["muon"] = _runs.best(finished, start, searched)
             below = best
         return sizes
 
@@ -172,7 +172,7 @@ def report(points: Points, results: Results) -> Iterator[str]:
 
 
 def _row(rows: list[Finished], results: Results) -> tuple[object, ...]:
-    one, losses = rows[0], [row.val_loss for row in rows]
+    one, losses = rows[0], _runs.losses(rows)
     seconds = results.seconds(one)
     return (
         *(one.model, REGISTRY[one.optimizer].title, f"{one.parameters:,}", f"{one.steps:,}"),
@@ -250,7 +250,7 @@ def _curve(sizes: list[list[Finished]], results: Results) -> power_law.Curve:
             "flops": tuple(row.flops for row in firsts),
             "seconds": tuple(map(results.seconds, firsts)),
         },
-        losses=tuple(tuple(row.val_loss for row in rows) for rows in sizes),
+        losses=tuple(tuple(_runs.losses(rows)) for rows in sizes),
     )
 
 

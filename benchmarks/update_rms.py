@@ -21,9 +21,9 @@ import matplotlib.figure
 import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
-from _weights import Weighed
+from _weights import Weighed, weighed
 
-from optax_muon.training.statistics import difference
+from optax_muon.training.optimizers import REGISTRY
 
 BASE = Run("48 x 2", "adamw", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
 """AdamW at the numbers of the scaling law."""
@@ -52,10 +52,7 @@ def experiment(options: Options) -> Experiment:
             yield from repeats
 
     def rows(results: Results) -> dict[str, list[Weighed]]:
-        found = {name: _runs.found(results.finished, each) for name, each in runs.items()}
-        return {
-            name: [row for row in each if isinstance(row, Weighed)] for name, each in found.items()
-        }
+        return {name: _runs.found(weighed(results), each) for name, each in runs.items()}
 
     return Experiment(
         "update_rms",
@@ -84,7 +81,7 @@ def summary(found: dict[str, list[Weighed]]) -> str:
     if not all(found.values()):
         return ""
     parts = [
-        f"{ROWS[name][0]}: {difference(_losses(rows), _losses(found['muon']))}"
+        f"{ROWS[name][0]}: {_runs.paired(rows, found['muon'])}"
         for name, rows in found.items()
         if name != "muon"
     ]
@@ -93,18 +90,14 @@ def summary(found: dict[str, list[Weighed]]) -> str:
 
 def _row(name: str, found: dict[str, list[Weighed]]) -> tuple[object, ...]:
     title, loss, query, mlp = ROWS[name]
-    rows, losses = found[name], _losses(found[name])
-    change = "" if name == "muon" else difference(losses, _losses(found["muon"]))
+    rows, losses = found[name], _runs.losses(found[name])
+    change = "" if name == "muon" else _runs.paired(rows, found["muon"])
     measured = (statistics.fmean([getattr(row, field) for row in rows]) for field in FIELDS)
     numbers = (f"{value:.3g}" for value in (*measured, loss, query, mlp))
     return title, f"{statistics.fmean(losses):.4f}", change, *numbers
 
 
 FIELDS = ("query_rms", "mlp_rms")
-
-
-def _losses(rows: Sequence[Finished]) -> list[float]:
-    return [row.val_loss for row in rows]
 
 
 def picture(found: dict[str, list[Weighed]]) -> matplotlib.figure.Figure:
@@ -115,15 +108,15 @@ def picture(found: dict[str, list[Weighed]]) -> matplotlib.figure.Figure:
     )
     sizes = {float(ROWS[name][0]): rows for name, rows in found.items() if name != "adamw" and rows}
     for size, rows in sizes.items():
-        axes.plot([size] * len(rows), _losses(rows), "o", color="#d95f0e", markersize=4)
-    means = [(size, statistics.fmean(_losses(rows))) for size, rows in sizes.items()]
+        axes.plot([size] * len(rows), _runs.losses(rows), **REGISTRY["muon"].style.dots)
+    means = [(size, statistics.fmean(_runs.losses(rows))) for size, rows in sizes.items()]
     if means:
-        axes.plot(*zip(*means, strict=True), color="#d95f0e", label="Muon")
+        axes.plot(*zip(*means, strict=True), color=REGISTRY["muon"].style.color, label="Muon")
         axes.set_xticks([*sizes], [f"{size:g}" for size in sizes])
         axes.minorticks_off()
     if found["adamw"]:
-        level = statistics.fmean(_losses(found["adamw"]))
-        axes.axhline(level, color="#6b7280", linestyle="--", label="AdamW")
+        level = statistics.fmean(_runs.losses(found["adamw"]))
+        axes.axhline(level, color=REGISTRY["adamw"].style.color, linestyle="--", label="AdamW")
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

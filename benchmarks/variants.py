@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import _experiment
 import _runs
@@ -27,7 +27,6 @@ from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
 
 from optax_muon.training.optimizers import REGISTRY
-from optax_muon.training.statistics import Difference, difference
 
 BASE = Run("48 x 2", "muon", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
@@ -44,9 +43,13 @@ class Arm:
     searched: Sequence[str] = ("lr",)
     """The numbers that are searched."""
 
+    def needed(self, finished: Sequence[Finished]) -> list[Run]:
+        """The runs to do next."""
+        return _runs.tuned(finished, self.start, self.searched)[0]
+
     def best(self, finished: Sequence[Finished]) -> list[Finished]:
         """Its best runs, one for each seed."""
-        return _runs.best(finished, self.start, self.searched)
+        return _runs.tuned(finished, self.start, self.searched)[1]
 
 
 SECTIONS = {
@@ -91,7 +94,7 @@ def experiment(options: Options) -> Experiment:
 
     def needed(finished: Sequence[Finished]) -> Iterator[Run]:
         for arm in every:
-            yield from _runs.tuned(finished, arm.start, arm.searched)
+            yield from arm.needed(finished)
 
     def timed(results: Results) -> Iterator[Finished]:
         for arm in every:
@@ -137,7 +140,7 @@ def summary(every: Sequence[Arm], results: Results) -> str:
     shown = [(arm.title, rows) for arm in every if (rows := arm.best(results.finished))]
     if len(shown) < 2:
         return ""
-    changes = {title: _difference(rows, shown[0][1]) for title, rows in shown[1:]}
+    changes = {title: _runs.paired(rows, shown[0][1]) for title, rows in shown[1:]}
     clear = {title: change for title, change in changes.items() if change.is_clear}
     gains = [f"{title} {change}" for title, change in clear.items() if change.mean < 0]
     losses = [f"{title} {change}" for title, change in clear.items() if change.mean > 0]
@@ -152,22 +155,14 @@ def _row(
 ) -> tuple[object, ...]:
     one, first = rows[0], baseline[0]
     numbers = f"{one.lr:g}" + (f", AdamW's {one.adamw_lr:g}" if one.adamw_lr else "")
-    change = _difference(rows, baseline)
+    change = _runs.paired(rows, baseline)
     verdict = ("loss" if change.mean > 0 else "gain") if change.is_clear else "within the interval"
     seconds = results.seconds(one) / results.seconds(first)
     return (
-        *(arm.title, numbers, f"{statistics.fmean(_losses(rows)):.4f}"),
+        *(arm.title, numbers, f"{statistics.fmean(_runs.losses(rows)):.4f}"),
         *(("", "") if rows == baseline else (change, verdict)),
         *(f"{one.flops / first.flops:.3f}", f"{seconds:.2f}"),
     )
-
-
-def _losses(rows: Iterable[Finished]) -> list[float]:
-    return [row.val_loss for row in rows]
-
-
-def _difference(rows: list[Finished], baseline: list[Finished]) -> Difference:
-    return difference(_losses(rows), _losses(baseline))
 
 
 def picture(every: Sequence[Arm], results: Results) -> matplotlib.figure.Figure:
@@ -179,10 +174,15 @@ def picture(every: Sequence[Arm], results: Results) -> matplotlib.figure.Figure:
     axes = figure.add_subplot(xlabel="held-out loss over Muon's, nats per byte")
     places = range(len(shown) - 1, -1, -1)
     for place, (_, rows) in zip(places, shown[1:], strict=False):
-        change = _difference(rows, shown[0][1])
+        change = _runs.paired(rows, shown[0][1])
         filled = "full" if change.is_clear else "none"
         axes.errorbar(
-            change.mean, place - 1, xerr=change.half, fmt="o", color="#d95f0e", fillstyle=filled
+            change.mean,
+            place - 1,
+            xerr=change.half,
+            fmt="o",
+            color=REGISTRY["muon"].style.color,
+            fillstyle=filled,
         )
     axes.axvline(0, color="#6b7280", linewidth=1)
     axes.set_yticks(range(len(shown) - 2, -1, -1), [title for title, _ in shown[1:]], fontsize=8)

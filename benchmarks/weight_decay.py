@@ -23,10 +23,9 @@ import matplotlib.figure
 import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
-from _weights import Weighed
+from _weights import Weighed, weighed
 
 from optax_muon.training.optimizers import REGISTRY
-from optax_muon.training.statistics import difference
 
 BASE = Run("32 x 2", "muon", 20.0, batch=4, lr=1.2e-2, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
@@ -48,15 +47,11 @@ def experiment(options: Options) -> Experiment:
 
     def needed(finished: Sequence[Finished]) -> Iterator[Run]:
         for start in starts.values():
-            yield from _runs.tuned(finished, start)
+            yield from _runs.tuned(finished, start)[0]
 
     def rows(results: Results) -> Found:
-        found = {key: _runs.best(results.finished, start) for key, start in starts.items()}
-        return {
-            key: [row for row in each if isinstance(row, Weighed)]
-            for key, each in found.items()
-            if each
-        }
+        found = {key: _runs.tuned(weighed(results), start)[1] for key, start in starts.items()}
+        return {key: each for key, each in found.items() if each}
 
     return Experiment(
         "weight_decay",
@@ -87,7 +82,7 @@ def report(found: Found) -> Iterator[str]:
 def summary(found: Found) -> str:
     """What decay changes at each length."""
     parts = [
-        f"{ratio:g}: {difference(_losses(found['muon-no-decay', ratio]), _losses(rows))}"
+        f"{ratio:g}: {_runs.paired(found['muon-no-decay', ratio], rows)}"
         for (name, ratio), rows in found.items()
         if name == "muon" and ("muon-no-decay", ratio) in found
     ]
@@ -100,17 +95,13 @@ def _row(key: tuple[str, float], found: Found) -> tuple[object, ...]:
     name, ratio = key
     rows, muon = found[key], found.get(("muon", ratio), [])
     other = name != "muon" and muon
-    change = difference(_losses(rows), _losses(muon)) if other else ""
+    change = _runs.paired(rows, muon) if other else ""
     sizes = (
         f"{statistics.fmean([getattr(row, field) for row in rows]):.3g}"
         for field in ("query_rms", "mlp_rms", "hidden_rms")
     )
-    loss = f"{statistics.fmean(_losses(rows)):.4f}"
+    loss = f"{statistics.fmean(_runs.losses(rows)):.4f}"
     return f"{ratio:g}", REGISTRY[name].title, f"{rows[0].lr:g}", loss, change, *sizes
-
-
-def _losses(rows: Sequence[Finished]) -> list[float]:
-    return [row.val_loss for row in rows]
 
 
 def picture(found: Found) -> matplotlib.figure.Figure:

@@ -1,7 +1,7 @@
 """A scaling law: every optimizer at every size of a ladder, at its own best learning rate.
 
-The learning rate is searched in factors of two until the best is inside. The best run is repeated
-with seeds that no search has seen, so that no run that was chosen for its luck is compared.
+The learning rate is searched in factors of two until the best is inside, and the best run is
+repeated with other seeds (`search.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from optax_muon.training.ladder import Rung
 from optax_muon.training.optimizers import hyper_params
 from optax_muon.training.power_law import Curve
 from optax_muon.training.pretrain import Pretraining
-from optax_muon.training.search import search
+from optax_muon.training.search import tune
 from optax_muon.training.state import shapes
 from optax_muon.training.sweep import Point, Setting, SweepTable
 
@@ -60,11 +60,9 @@ class Study:
     def best(self, rung: Rung, name: str) -> Setting | None:
         """The best setting of an optimizer at a size; None before all of its runs are done."""
         losses = self._losses(rung)
-        missing, found = search(losses, self._start(rung, name), ["lr"])
-        repeats = self._repeats(found)
-        if missing or not losses.keys() >= set(repeats):
-            return None
-        return Setting(tuple(dataclasses.replace(p, val_loss=losses[p]) for p in repeats))
+        _, repeats = self._tune(losses, rung, name)
+        points = (dataclasses.replace(point, val_loss=losses[point]) for point in repeats)
+        return Setting(tuple(points)) if repeats else None
 
     def results(self) -> dict[str, list[tuple[Rung, Setting]]]:
         """The best settings at the sizes that are done, by optimizer."""
@@ -75,22 +73,17 @@ class Study:
 
     def _missing(self, rung: Rung) -> list[Point]:
         """The runs to do next."""
-        losses, needed = self._losses(rung), []
-        for name in self.optimizers:
-            missing, found = search(losses, self._start(rung, name), ["lr"])
-            needed += missing or [each for each in self._repeats(found) if each not in losses]
-        return needed
+        losses = self._losses(rung)
+        return [run for name in self.optimizers for run in self._tune(losses, rung, name)[0]]
 
-    def _start(self, rung: Rung, name: str) -> Point:
-        tuned = dict.fromkeys(("adamw", "muon"), rung.hyper_params)
-        numbers = hyper_params(name, tuned)
-        return Point(name, numbers.lr, numbers.weight_decay, adamw_lr=None, seed=rung.config.seed)
-
-    def _repeats(self, point: Point) -> list[Point]:
-        """The point with the seeds that are compared."""
-        return [
-            dataclasses.replace(point, seed=point.seed + 1 + number) for number in range(self.seeds)
-        ]
+    def _tune(
+        self, losses: Mapping[Point, float], rung: Rung, name: str
+    ) -> tuple[list[Point], list[Point]]:
+        """The runs to do next, and those that are compared once they are done."""
+        numbers = hyper_params(name, dict.fromkeys(("adamw", "muon"), rung.hyper_params))
+        seed = rung.config.seed
+        start = Point(name, numbers.lr, numbers.weight_decay, seed=seed)
+        return tune(losses, start, ["lr"], range(seed + 1, seed + 1 + self.seeds))
 
     def _losses(self, rung: Rung) -> dict[Point, float]:
         """The losses of the finished runs."""

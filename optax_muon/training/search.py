@@ -2,6 +2,9 @@
 
 A search is a function of the losses that are known, and names the runs that it still needs. So runs
 can be done in any order and by several processes, and a search that was stopped goes on.
+
+`tune` repeats the best run with seeds that the search has not seen, so that no run that was chosen
+for its luck is compared.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 FACTOR = 2.0
 """Ratio of neighbouring numbers."""
@@ -46,6 +49,38 @@ def search(losses: Mapping[Run, float], start: Run, names: Sequence[str]) -> tup
         if missing:
             return missing, start
     return [], start
+
+
+def tune(
+    losses: Mapping[Run, float], start: Run, names: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[Run], list[Run]]:
+    """Search, then repeat the best run with other seeds.
+
+    Args:
+        losses: As `search` takes it.
+        start: As `search` takes it; has a field `seed`.
+        names: As `search` takes it.
+        seeds: Seeds of the repetitions, without the one of the search.
+
+    Returns:
+        The runs to do next, and the repetitions once all of them are done. One of them is empty.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Rate:
+    ...     lr: float
+    ...     seed: int = 0
+    >>> losses = {Rate(1.0): 2.0, Rate(0.5): 3.0, Rate(2.0): 4.0, Rate(1.0, 1): 2.5}
+    >>> tune(losses, Rate(1.0), ["lr"], seeds=[1, 2])
+    ([Rate(lr=1.0, seed=2)], [])
+    >>> tune({**losses, Rate(1.0, 2): 2.4}, Rate(1.0), ["lr"], seeds=[1, 2])
+    ([], [Rate(lr=1.0, seed=1), Rate(lr=1.0, seed=2)])
+    """
+    missing, best = search(losses, start, names)
+    if missing:
+        return missing, []
+    repeats = [dataclasses.replace(cast(Any, best), seed=seed) for seed in seeds]
+    missing = [run for run in repeats if run not in losses]
+    return missing, [] if missing else repeats
 
 
 def _bracket(losses: Mapping[Run, float], start: Run, name: str) -> tuple[list[Run], Run]:
