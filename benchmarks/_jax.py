@@ -13,21 +13,26 @@ MUON = {"learning_rate": 1e-3, "weight_decay": 0.1}
 """Hyperparameters of every update; no time depends on them."""
 
 
-def contrib_muon(params: Any, **options: Any) -> optax.GradientTransformation:
-    """The same update by optax, which is told the stack axes and the leaves for AdamW."""
+def dimension_numbers(params: Any) -> Any:
+    """What tells optax.contrib.muon the stack axes, and the leaves for AdamW."""
     views = assign.assign(params)
 
-    def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    def numbers(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         view = views[paths.path_name(path)]
         if view is None:
             return None
         bound = view.bind(leaf.shape)
         return optax.contrib.MuonDimensionNumbers(bound.row_axes, bound.col_axes)
 
+    return jax.tree.map_with_path(numbers, params)
+
+
+def contrib_muon(params: Any, **options: Any) -> optax.GradientTransformation:
+    """The same update by optax."""
     return optax.contrib.muon(
         **MUON,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=jax.tree.map_with_path(dimensions, params),
+        muon_weight_dimension_numbers=dimension_numbers(params),
         **options,
     )
 

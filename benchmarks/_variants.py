@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import _jax
 import _models
 import _soap
 import jax
@@ -21,6 +22,7 @@ from optax_muon.matrices import assign, paths
 from optax_muon.models import spec
 from optax_muon.training import optimizers, styles
 from optax_muon.training.optimizers import Build, HyperParams, OptimizerSpec, Views
+from optax_muon.transforms import scale
 
 TWO_SCALES = (0.9, 0.98)
 """Decays of the two averages of `muon-two-momenta`."""
@@ -63,7 +65,7 @@ def per_head(params: optax.Params) -> dict[str, optax_muon.View]:
 
 def fixed_scale(fan_in: int, fan_out: int) -> float:
     """The paper's Eq. 5, `0.2 sqrt(H)`; the short side of every matrix of `_models.py` is H."""
-    return 0.2 * min(fan_in, fan_out) ** 0.5
+    return scale.fixed_scale(min(fan_in, fan_out))(fan_in, fan_out)
 
 
 class Momenta(NamedTuple):
@@ -113,19 +115,6 @@ def _contrib(
     """optax.contrib.muon with its own scale and betas, told which axes are stacks of layers."""
     del views
 
-    def dimensions(params: optax.Params) -> Any:
-        bound = {
-            name: view and view.bind(leaf.shape)
-            for (name, leaf), view in zip(
-                paths.named_leaves(params).items(), assign.assign(params).values(), strict=True
-            )
-        }
-        numbers = {
-            name: each and optax.contrib.MuonDimensionNumbers(each.row_axes, each.col_axes)
-            for name, each in bound.items()
-        }
-        return jax.tree.map_with_path(lambda path, _: numbers[paths.path_name(path)], params)
-
     rate = hyper_params.adamw_lr or hyper_params.lr
     ratio = rate / hyper_params.lr
     return optax.contrib.muon(
@@ -133,7 +122,7 @@ def _contrib(
         weight_decay=hyper_params.weight_decay,
         adam_weight_decay=hyper_params.weight_decay,
         adam_learning_rate=lambda count: ratio * schedule(count),
-        muon_weight_dimension_numbers=dimensions,
+        muon_weight_dimension_numbers=_jax.dimension_numbers,
     )
 
 

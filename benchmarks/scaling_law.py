@@ -28,11 +28,11 @@ from collections.abc import Iterator, Sequence
 import _experiment
 import _runs
 import _table
-import matplotlib.figure
 import tyro
 from _experiment import Experiment, Results
 from _runs import Finished, Run
 
+from optax_muon.cli.reports import scaling
 from optax_muon.training import power_law
 from optax_muon.training.optimizers import REGISTRY
 
@@ -41,8 +41,6 @@ SEARCHED_IN_FULL = 2
 ALL = {"adamw": ("lr", "batch", "weight_decay", "lr"), "muon": ("lr", "weight_decay", "lr")}
 """What is searched there, in this order."""
 OPTIMIZERS = ("adamw", "muon-carried", "muon")
-FITTED = 3
-"""Fewest sizes of a fit: two always lie on a power law."""
 COSTS = {
     "model_flops": "6ND over AdamW's",
     "flops": "all FLOPs over AdamW's",
@@ -135,6 +133,9 @@ def experiment(options: Options) -> Experiment:
     def points(results: Results) -> Points:
         return protocol.points(results.finished)
 
+    def curves(results: Results) -> dict[str, power_law.Curve]:
+        return {name: _curve(sizes, results) for name, sizes in points(results).items()}
+
     return Experiment(
         "scaling_law" if ratio == Options.tokens_per_parameter else f"scaling_law_{ratio:g}",
         f"Loss over FLOPs, AdamW and Muon, {ratio:g} tokens per parameter",
@@ -142,7 +143,7 @@ def experiment(options: Options) -> Experiment:
         options.models,
         protocol.needed,
         lambda results: report(points(results), results),
-        lambda results: picture(points(results)),
+        lambda results: scaling.figure(curves(results)),
         lambda results: summary(points(results), results),
         lambda results: (rows[0] for sizes in points(results).values() for rows in sizes),
     )
@@ -186,10 +187,12 @@ def _row(rows: list[Finished], results: Results) -> tuple[object, ...]:
 def _fit_lines(points: Points, results: Results) -> Iterator[str]:
     """The fits beside the paper's, and the ratios, once there are three sizes."""
     curves = {
-        name: _curve(sizes, results) for name, sizes in points.items() if len(sizes) >= FITTED
+        name: _curve(sizes, results)
+        for name, sizes in points.items()
+        if len(sizes) >= power_law.FITTED
     }
     if len(curves) < 2:
-        yield f"Fits and ratios need {FITTED} sizes; the larger ones are still to come."
+        yield f"Fits and ratios need {power_law.FITTED} sizes; the larger ones are still to come."
         return
     rows = []
     for name, curve in curves.items():
@@ -222,15 +225,14 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
 
 def summary(points: Points, results: Results) -> str:
     """The ratios at the largest size."""
-    done = {name: sizes for name, sizes in points.items() if len(sizes) >= FITTED}
-    if set(done) != set(OPTIMIZERS):
+    curves = _fitted(points, results)
+    if set(curves) != set(OPTIMIZERS):
         return ""
-    curves = {name: _curve(sizes, results) for name, sizes in done.items()}
 
     def ratio(name: str, of: str) -> power_law.Interval:
-        return power_law.ratio(curves["adamw"], curves[name], len(done[name]) - 1, of)
+        return power_law.ratio(curves["adamw"], curves[name], len(points[name]) - 1, of)
 
-    rows = done["muon"]
+    rows = points["muon"]
     first, last = rows[0][0], rows[-1][0]
     return (
         f"at {last.parameters:,} parameters {ratio('muon', 'model_flops')} of AdamW's 6ND, the "
@@ -240,6 +242,15 @@ def summary(points: Points, results: Results) -> str:
         f"{first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens per "
         "parameter, 3 seeds"
     )
+
+
+def _fitted(points: Points, results: Results) -> dict[str, power_law.Curve]:
+    """The curves that have enough sizes for a fit."""
+    return {
+        name: _curve(sizes, results)
+        for name, sizes in points.items()
+        if len(sizes) >= power_law.FITTED
+    }
 
 
 def _curve(sizes: list[list[Finished]], results: Results) -> power_law.Curve:
@@ -252,29 +263,6 @@ def _curve(sizes: list[list[Finished]], results: Results) -> power_law.Curve:
         },
         losses=tuple(tuple(_runs.losses(rows)) for rows in sizes),
     )
-
-
-def picture(points: Points) -> matplotlib.figure.Figure:
-    """Loss over FLOPs: a dot for each seed, and the fits."""
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(
-        xscale="log", yscale="log", xlabel="FLOPs", ylabel="held-out loss, nats per byte"
-    )
-    for name, sizes in points.items():
-        dots = [(row.flops, row.val_loss) for rows in sizes for row in rows]
-        if not dots:
-            continue
-        row = REGISTRY[name]
-        axes.plot(*zip(*dots, strict=True), **row.style.dots, label=row.title)
-        if len(sizes) >= FITTED:
-            curve = _curve(sizes, Results([]))
-            line = row.style.curve() | {"marker": "", "linewidth": 1}
-            axes.plot(curve.costs["flops"], curve.power_law("flops")(curve.costs["flops"]), **line)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import scipy.optimize
 
+FITTED = 3
+"""Fewest sizes of a fit: two always lie on a power law."""
 RESAMPLES = 1000
 PFLOP_DAY = 1e15 * 86400.0
 """Operations in a PFLOP/s-day, the paper's unit of compute."""

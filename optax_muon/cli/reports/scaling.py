@@ -13,14 +13,13 @@ from optax_muon.cli.reports.tables import markdown_table, terminal_table
 from optax_muon.cli.reports.training import machine
 from optax_muon.training.ladder import Rung
 from optax_muon.training.optimizers import REGISTRY
+from optax_muon.training.power_law import FITTED, Curve
 from optax_muon.training.scaling import curve, flops, ratios
 from optax_muon.training.statistics import mean_with_interval
 from optax_muon.training.sweep import Setting
 
 Results = Mapping[str, Sequence[tuple[Rung, Setting]]]
 """The best setting of each optimizer at each size."""
-FIT = 3
-"""Fewest sizes of a fit: two always lie on a power law."""
 
 
 def plan_table(rungs: Sequence[Rung]) -> Table:
@@ -39,7 +38,8 @@ def plan_table(rungs: Sequence[Rung]) -> Table:
 def publish(results: Results, kind: str, folder: Path) -> None:
     """Write both files."""
     (folder / "scaling.md").write_text(markdown(results, kind))
-    plot(results, folder / "scaling.png")
+    curves = {name: curve(sizes) for name, sizes in results.items()}
+    pictures.save(figure(curves), folder / "scaling.png")
 
 
 def markdown(results: Results, kind: str) -> str:
@@ -73,8 +73,8 @@ def _size_rows(results: Results) -> Iterator[tuple[str, ...]]:
 
 def _fits(results: Results) -> Iterator[str]:
     """The power laws, and the operations at equal loss."""
-    if min(map(len, results.values())) < FIT:
-        yield f"A fit needs {FIT} sizes."
+    if min(map(len, results.values())) < FITTED:
+        yield f"A fit needs {FITTED} sizes."
         return
     curves = {name: curve(sizes) for name, sizes in results.items()}
     laws = [(REGISTRY[name].title, str(each.power_law("flops"))) for name, each in curves.items()]
@@ -92,23 +92,23 @@ def _fits(results: Results) -> Iterator[str]:
     yield "A ratio is the median of resampled seeds, with the range that holds nine tenths of them."
 
 
-def plot(results: Results, path: Path) -> None:
-    """Loss over operations: a dot for each seed, and the fits."""
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(
+def figure(curves: Mapping[str, Curve]) -> matplotlib.figure.Figure:
+    """Loss over operations, by optimizer: a dot for each seed, and the fits."""
+    drawn = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    axes = drawn.add_subplot(
         xscale="log", yscale="log", xlabel="FLOPs", ylabel="held-out loss, nats per byte"
     )
-    for name, sizes in results.items():
-        row = REGISTRY[name]
-        dots = [(flops(*size), loss) for size in sizes for loss in size[1].losses]
-        axes.plot(*zip(*dots, strict=True), **row.style.dots, label=row.title)
-        if len(sizes) >= FIT:
-            fitted = curve(sizes)
+    for name, each in curves.items():
+        row, costs = REGISTRY[name], each.costs["flops"]
+        pairs = zip(costs, each.losses, strict=True)
+        dots = [(cost, loss) for cost, losses in pairs for loss in losses]
+        if dots:
+            axes.plot(*zip(*dots, strict=True), **row.style.dots, label=row.title)
+        if len(costs) >= FITTED:
             line = row.style.curve() | {"marker": "", "linewidth": 1}
-            costs = fitted.costs["flops"]
-            axes.plot(costs, fitted.power_law("flops")(costs), **line)
+            axes.plot(costs, each.power_law("flops")(costs), **line)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    pictures.save(figure, path)
+    return drawn
