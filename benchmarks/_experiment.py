@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import _bench
 import _models
@@ -16,9 +15,6 @@ import _table
 import matplotlib.figure
 from _runs import Finished, Ladder
 
-SCALES = {"cpu": _models.MODELS, "gpu": _models.LARGE}
-"""Ladders of models by the machine that they are for."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -26,10 +22,6 @@ class Options:
 
     workers: int = 1
     """Worker processes; on CPUs one core each."""
-    scale: Literal["cpu", "gpu"] = "cpu"
-    """Sizes for two cores of a CPU, or for an accelerator."""
-    sizes: int = 5
-    """Sizes of the ladder to train, from the smallest, where the experiment has several."""
     time: bool = False
     """Measure the time of the steps again; for a machine that does nothing else."""
     only_report: bool = False
@@ -43,14 +35,13 @@ class Options:
 
     @property
     def models(self) -> dict[str, _models.LlamaConfig]:
-        """The models of the ladder."""
-        models = _models.TOY if self.quick else SCALES[self.scale]
-        return dict([*models.items()][: self.sizes])
+        """The models by name."""
+        return _models.TOY if self.quick else _models.MODELS
 
     def folder(self, name: str) -> Path:
         """The folder of an experiment's results."""
         default = _bench.HERE.parent / "runs" / "bench" if self.quick else _bench.HERE / "results"
-        return self.out or default / (name if self.scale == "cpu" else f"{name}_{self.scale}")
+        return self.out or default / name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +113,7 @@ def run(options: Options, experiment: Experiment) -> None:
         ladder.complete(experiment.needed, options.workers)
     results = load(options, experiment)
     if options.time:
-        results = dataclasses.replace(results, times=_measured(ladder, experiment.timed(results)))
+        results = dataclasses.replace(results, times=_step_times(ladder, experiment.timed(results)))
         _table.write(folder / TIMES, StepTime, results.times)
     head = _bench.page_head(experiment.title, experiment.description)
     page, figure = [*head, *experiment.report(results)], experiment.picture(results)
@@ -136,12 +127,17 @@ def load(options: Options, experiment: Experiment) -> Results:
     return Results(_ladder(options, experiment).finished(), times)
 
 
+def measured(value: float, form: str) -> str:
+    """A number in a table; a dash where it is not measured."""
+    return "-" if math.isnan(value) else format(value, form)
+
+
 def _ladder(options: Options, experiment: Experiment) -> Ladder:
     table = options.folder(experiment.name) / f"{experiment.name}.csv"
     return Ladder(experiment.models, table, options.corpus, experiment.kind)
 
 
-def _measured(ladder: Ladder, rows: Iterable[Finished]) -> list[StepTime]:
+def _step_times(ladder: Ladder, rows: Iterable[Finished]) -> list[StepTime]:
     """The times of the steps of these runs, each in every round, on one core."""
     programs = {_program(row): row.run for row in rows}
     rounds = [

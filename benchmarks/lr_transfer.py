@@ -128,9 +128,9 @@ def _best(rows: list[Finished]) -> tuple[str, ...]:
     place = int(np.nanargmin(losses))
     sides = [losses[i] if 0 <= i < len(losses) else math.nan for i in (place - 1, place + 1)]
     return (
-        f"{vertex(rows):.2g}",
+        _experiment.measured(vertex(rows), ".2g"),
         f"{losses[place]:.4f}",
-        *(f"{side - losses[place]:+.4f}" for side in sides),
+        *(_experiment.measured(side - losses[place], "+.4f") for side in sides),
     )
 
 

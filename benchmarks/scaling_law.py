@@ -24,18 +24,23 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import _experiment
+import _models
 import _runs
 import _table
 import tyro
 from _experiment import Experiment, Results
+from _models import LlamaConfig
 from _runs import Finished, Run
 
 from optax_muon.cli.reports import scaling
 from optax_muon.training import power_law
 from optax_muon.training.optimizers import REGISTRY
 
+SCALES = {"cpu": _models.MODELS, "gpu": _models.LARGE}
+"""Ladders of models by the machine that they are for."""
 SEARCHED_IN_FULL = 2
 """Sizes, the smallest, at which all three numbers are searched."""
 ALL = {"adamw": ("lr", "batch", "weight_decay", "lr"), "muon": ("lr", "weight_decay", "lr")}
@@ -55,8 +60,25 @@ PAPER = {"adamw": (2.608, 0.054), "muon": (2.506, 0.052)}
 class Options(_experiment.Options):
     """Options of the experiment."""
 
+    scale: Literal["cpu", "gpu"] = "cpu"
+    """Sizes for two cores of a CPU, or for an accelerator."""
+    sizes: int = 5
+    """Sizes of the ladder to train, from the smallest."""
     tokens_per_parameter: float = 20.0
     """Training tokens over the parameters that multiply them."""
+
+    @property
+    def models(self) -> dict[str, LlamaConfig]:
+        """The models of the ladder."""
+        models = _models.TOY if self.quick else SCALES[self.scale]
+        return dict([*models.items()][: self.sizes])
+
+    @property
+    def name(self) -> str:
+        """Name of the folder and of the files."""
+        other = self.tokens_per_parameter != Options.tokens_per_parameter
+        parts = (f"{self.tokens_per_parameter:g}" if other else "", self.scale.removeprefix("cpu"))
+        return "_".join(("scaling_law", *filter(None, parts)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +159,7 @@ def experiment(options: Options) -> Experiment:
         return {name: _curve(sizes, results) for name, sizes in points(results).items()}
 
     return Experiment(
-        "scaling_law" if ratio == Options.tokens_per_parameter else f"scaling_law_{ratio:g}",
+        options.name,
         f"Loss over FLOPs, AdamW and Muon, {ratio:g} tokens per parameter",
         __doc__,
         options.models,
@@ -178,7 +200,7 @@ def _row(rows: list[Finished], results: Results) -> tuple[object, ...]:
     return (
         *(one.model, REGISTRY[one.optimizer].title, f"{one.parameters:,}", f"{one.steps:,}"),
         *(one.batch, f"{one.lr:g}", f"{one.weight_decay:g}", f"{one.flops:.3g}"),
-        "-" if math.isnan(seconds) else f"{seconds:.0f}",
+        _experiment.measured(seconds, ".0f"),
         f"{statistics.fmean(losses):.4f}",
         f"{max(losses) - min(losses):.4f}",
     )

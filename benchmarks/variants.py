@@ -161,7 +161,7 @@ def _row(
     return (
         *(arm.title, numbers, f"{statistics.fmean(_runs.losses(rows)):.4f}"),
         *(("", "") if rows == baseline else (change, verdict)),
-        *(f"{one.flops / first.flops:.3f}", f"{seconds:.2f}"),
+        *(f"{one.flops / first.flops:.3f}", _experiment.measured(seconds, ".2f")),
     )
 
 
