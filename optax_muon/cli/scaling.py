@@ -36,8 +36,9 @@ class Scaling(DeviceOptions):
     """
 
     budget: float = 3e13
-    """Floating-point operations of all runs together, about; a search that has to go on takes more.
-    The default is a quarter of an hour to an hour of two CPU cores."""
+    """Floating-point operations of all runs together, about: 6 for each parameter and token. A
+    search that has to go on takes more. With models this small, a CPU core does about 2e10 of them
+    in a second."""
     sizes: int = 4
     """Number of sizes; each takes four times the operations of the one below."""
     model: str = "llama"

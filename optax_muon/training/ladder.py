@@ -6,8 +6,8 @@ fixed ratio of `D` to `N`: 20 is compute-optimal for language models of many siz
 arXiv 2203.15556).
 
 Batch and learning rate only start a search. They lie on power laws through two optima: that of
-this package at 1e12 operations (`benchmarks/results/scaling_law`), and that of arXiv 2502.16982,
-table 2, at 2e19.
+this package at 6e11 operations (`benchmarks/results/scaling_law`, 48 x 2), and that of arXiv
+2502.16982, table 2, at 2e19.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ WIDTHS = range(16, 1032, 8)
 MIN_STEPS = 20
 """Fewest steps of a run: two of them warm up."""
 EVAL_SEQUENCES = 512
+"""Held-out sequences of the evaluation at the end."""
 BIAS_CHANGE = 4.0
 """How far a router bias may move in a run; scores are in [0, 1]."""
 
@@ -47,7 +48,7 @@ class Optimum:
     """Peak learning rate."""
 
 
-HERE = Optimum(1.1e12, 512, 6e-3)
+HERE = Optimum(6 * 67_824 * 1_356_288, 4 * 128, 6e-3)
 PAPER = Optimum(6 * 399e6 * 8.92e9, 96 * 8192, 9.503e-4)
 WEIGHT_DECAY = 0.1
 
@@ -120,7 +121,7 @@ def ladder(
         UsageError: The kind has no small models, or the budget is too small.
 
     >>> [(rung.name, rung.config.steps) for rung in ladder("llama", 3e13, sizes=3, runs=12)]
-    [('32x2', 2612), ('48x2', 3532), ('64x2', 3562)]
+    [('32x2', 2612), ('48x2', 2649), ('64x2', 2544)]
     """
     largest = budget / runs / sum(FACTOR**-place for place in range(sizes))
     rungs = [
