@@ -1,6 +1,6 @@
 """Write `benchmarks/README.md`: claim by claim, what others say and what is measured here.
 
-All numbers are read from the committed results, so the page cannot drift from them.
+What is measured is read from the committed results, so the page cannot drift from them.
 
     python benchmarks/page.py
 """
@@ -150,12 +150,12 @@ def text() -> str:
     lines = [
         "# What is claimed, and what is measured",
         "",
-        "Evidence for the optimizer, from small models on two CPU cores: Llamas of 0.01 to 0.4M "
+        "Evidence for the optimizer, from small models on two CPU cores: Llamas of 0.01 to 0.2M "
         "parameters that learn Python sources byte by byte. Ratios have the range that holds nine "
         "tenths of resampled seeds, differences a 95% interval by Student's t. Such models say "
         "whether the implementation does what the paper describes; they do not say what happens at "
-        "billions of parameters. This page is written by `python benchmarks/page.py` from the "
-        "files in `results`.",
+        "billions of parameters. What is measured here is read from "
+        "the files in `results` by `python benchmarks/page.py`, which writes this page.",
         "",
         *_left_aligned(_table.markdown(heads, rows)),
         "",
