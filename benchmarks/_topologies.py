@@ -38,28 +38,42 @@ ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU chip."""
+
+    flops_per_cycle: int
+    """Operations of all matrix units per cycle: 2 x units x rows x columns."""
+    clock: float
+    """Cycles per second."""
+
+
+CHIPS = {
+    "v5p": Chip(2 * 8 * 128**2, 1.75e9),
+    "v5e": Chip(2 * 4 * 128**2, 1.5e9),
+    "v6e": Chip(2 * 4 * 256**2, 1.75e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """TPU chips, as libtpu names them."""
 
     topology: str
     chips: int
     """Number of chips of a slice."""
-    flops_per_cycle: int
-    """Operations of all matrix units of a chip per cycle: 2 x units x rows x columns."""
-    clock: float
-    """Cycles per second."""
+    kind: Chip
+    """What each of them is."""
     slices: int = 1
     """Number of slices, joined by the data-center network; parameters are replicated over them."""
 
 
-_V5E, _V5P, _V6E = (2 * 4 * 128**2, 1.5e9), (2 * 8 * 128**2, 1.75e9), (2 * 4 * 256**2, 1.75e9)
 MACHINES = {
-    "v5e 4x4": Machine("v5e:4x4", 16, *_V5E),
-    "v5p 4x4x4": Machine("v5p:4x4x4", 64, *_V5P),
-    "2 slices of v5e 8x8": Machine("v5e:8x8", 64, *_V5E, slices=2),
-    "v5e 16x16": Machine("v5e:16x16", 256, *_V5E),
-    "v6e 16x16": Machine("v6e:16x16", 256, *_V6E),
-    "v5p 8x8x8": Machine("v5p:8x8x8", 512, *_V5P),
+    "v5e 4x4": Machine("v5e:4x4", 16, CHIPS["v5e"]),
+    "v5p 4x4x4": Machine("v5p:4x4x4", 64, CHIPS["v5p"]),
+    "2 slices of v5e 8x8": Machine("v5e:8x8", 64, CHIPS["v5e"], slices=2),
+    "v5e 16x16": Machine("v5e:16x16", 256, CHIPS["v5e"]),
+    "v6e 16x16": Machine("v6e:16x16", 256, CHIPS["v6e"]),
+    "v5p 8x8x8": Machine("v5p:8x8x8", 512, CHIPS["v5p"]),
 }
 
 

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import scipy.optimize
+from _topologies import CHIPS
 
 from optax_muon.polar import KELLER, Form, Gram, Panels, Plain, default_restarts
 from optax_muon.polar.selection import full_products
 
 RESULTS = Path(__file__).parent / "results"
-HERTZ = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9}
-"""Cycles per second of each chip in the table."""
 Timed = tuple[tuple[int, ...], Form, float]
 """Shape, form, and seconds."""
 
@@ -32,7 +31,7 @@ def main() -> None:
     """Print the rates of each platform and dtype."""
     for dtype in ("float32", "bfloat16"):
         print("cpu", dtype, fitted([*on_cpu(dtype)]))
-    for chip in HERTZ:
+    for chip in CHIPS:
         print("tpu", chip, "bfloat16", fitted([*on_tpu(chip)]))
 
 
@@ -55,7 +54,7 @@ def on_tpu(chip: str) -> Iterator[Timed]:
         if row["chip"] == chip and ours and not row["options"] and row["outcome"] == "compiled":
             shape = tuple(map(int, row["shape"].split(" x ")))
             form = form_of(row["implementation"], "bfloat16", "tpu")
-            yield shape, form, (int(row["products"]) + int(row["rest"])) / HERTZ[chip]
+            yield shape, form, (int(row["products"]) + int(row["rest"])) / CHIPS[chip].clock
 
 
 def table(name: str) -> list[dict[str, str]]:

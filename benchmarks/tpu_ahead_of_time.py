@@ -139,15 +139,14 @@ class CompiledUpdate:
     @property
     def over_limit(self) -> float:
         """All cycles and the exposed messages, over the limit of the products."""
-        clock = MACHINES[self.machine].clock
-        cycles = self.products_mcycles + self.rest_mcycles + self.exposed_ms * clock / 1e9
-        return cycles / self.limit_mcycles
+        limit_ms = self.limit_mcycles * 1e9 / MACHINES[self.machine].kind.clock
+        return self.compiled_ms / limit_ms
 
     @property
     def compiled_ms(self) -> float:
         """Time of all cycles and the exposed messages."""
         cycles = self.products_mcycles + self.rest_mcycles
-        return cycles * 1e9 / MACHINES[self.machine].clock + self.exposed_ms
+        return cycles * 1e9 / MACHINES[self.machine].kind.clock + self.exposed_ms
 
     @property
     def planned_ms(self) -> float:
@@ -215,7 +214,7 @@ def compile_row(tree: str, machine: str, optimizer: str) -> CompiledUpdate:
         hlo_mb=round(len(text) / 1e6, 2),
         products_mcycles=round(estimate.products / 1e6, 2),
         rest_mcycles=round(estimate.rest / 1e6, 2),
-        limit_mcycles=round((plan.cost.flops if ours else 0) / chips.flops_per_cycle / 1e6, 2),
+        limit_mcycles=round((plan.cost.flops if ours else 0) / chips.kind.flops_per_cycle / 1e6, 2),
         blocked=sum(each.times for each in blocked),
         blocked_mib=round(sum(each.bytes * each.times for each in blocked) / 2**20, 1),
         exposed_ms=round(sum(exposed_ms(each, chips, plan.model) for each in collectives(text)), 3),
@@ -231,7 +230,7 @@ def exposed_ms(each: Collective, chips: Machine, model: CostModel) -> float:
     share = 1.0 if each.kind == "collective-permute" else (size - 1) / size
     received = each.bytes * share * (2 if each.kind == "all-reduce" else 1)
     seconds = received / model.bandwidth
-    return each.times * max(0.0, seconds - each.overlapped_cycles / chips.clock) * 1e3
+    return each.times * max(0.0, seconds - each.overlapped_cycles / chips.kind.clock) * 1e3
 
 
 def compile_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:

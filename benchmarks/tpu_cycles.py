@@ -29,6 +29,7 @@ import _topologies
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+from _topologies import CHIPS, Chip
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import _muon as contrib
 
@@ -59,21 +60,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Compiler options by their name in the table."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A generation of TPUs."""
-
-    topology: str
-    """The smallest slice that libtpu knows."""
-    flops_per_cycle: int
-    """Operations of all matrix units per cycle: 2 x units x rows x columns."""
-
-
-CHIPS = {
-    "v5p": Chip("v5p:2x2x1", 2 * 8 * 128 * 128),
-    "v5e": Chip("v5e:2x2", 2 * 4 * 128 * 128),
-    "v6e": Chip("v6e:2x2", 2 * 4 * 256 * 256),
-}
+TOPOLOGIES = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+"""The smallest slice of each chip that libtpu knows."""
 
 SHAPES = {
     "Llama 8B, attention": (4096, 4096),
@@ -215,7 +203,7 @@ def compile_row(chip: str, case: str, implementation: str, options: str) -> Comp
 
     from optax_muon.hlo import cycles
 
-    mesh = chips(CHIPS[chip].topology, {"chip": 4}, AxisType.Auto)
+    mesh = chips(TOPOLOGIES[chip], {"chip": 4}, AxisType.Auto)
     shape = SHAPES[case]
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     lowered = jax.jit(IMPLEMENTATIONS[implementation], out_shardings=x.sharding).lower(x)
