@@ -102,12 +102,12 @@ class Platform:
     """Fraction of the rates that a device of a mesh has: the devices of a CPU share its cores."""
     operand_barrier: bool = False
     """Whether operands are rounded behind an optimization barrier, not as products read them."""
-    hides_trips: bool = False
-    """Whether it computes while tiles travel in an all-to-all, given `compiler_options`."""
-    hides_sums: bool = False
-    """The same of sums and gathers among more than two devices that share a matrix."""
-    hides_permutations: bool = False
-    """The same of permutations, by which two devices do so."""
+    hides: frozenset[str] = frozenset()
+    """The collectives that travel while it computes, given `compiler_options`.
+
+    `all-to-all` stands for what brings tiles home and back, `all-reduce` for the sums and gathers
+    of more than two devices that share a matrix, `collective-permute` for those of two.
+    """
     peak_flops: float | None = None
     """Operations per second of products in bfloat16 by the data sheet, None of a CPU."""
 
@@ -118,6 +118,7 @@ class Platform:
 
 
 _BFLOAT16, _FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
+_COLLECTIVES = frozenset({"all-to-all", "all-reduce", "collective-permute"})
 
 _V5P = Platform(
     "tpu",
@@ -133,9 +134,7 @@ _V5P = Platform(
     bandwidth=2e11,
     latency=2e-6,
     operand_barrier=True,
-    hides_trips=True,
-    hides_sums=True,
-    hides_permutations=True,
+    hides=_COLLECTIVES,
     peak_flops=459e12,
 )
 _H100 = Platform(
@@ -150,9 +149,7 @@ _H100 = Platform(
     # Two thirds of the 450 GB/s of NVLink.
     bandwidth=3e11,
     latency=1e-5,
-    hides_trips=True,
-    hides_sums=True,
-    hides_permutations=True,
+    hides=_COLLECTIVES,
     peak_flops=989e12,
 )
 _CPU = Platform(
@@ -220,12 +217,12 @@ def _gpu(peak: float) -> Platform:
 _V4 = _tpu(2.8e14, 6e11, 6e11, memory=1.2e12, links=3e11, peak=275e12)
 # The compiler has no asynchronous all-to-all over the links of these two.
 _V5E = dataclasses.replace(
-    _tpu(1.9e14, math.inf, 3.9e11, memory=8.2e11, links=2e11, peak=197e12), hides_trips=False
+    _tpu(1.9e14, math.inf, 3.9e11, memory=8.2e11, links=2e11, peak=197e12),
+    hides=_COLLECTIVES - {"all-to-all"},
 )
 _V6E = dataclasses.replace(
     _tpu(6.8e14, math.inf, 2.9e13, memory=1.6e12, links=4e11, peak=918e12),
-    hides_trips=False,
-    hides_sums=False,
+    hides=frozenset({"collective-permute"}),
 )
 
 KINDS: Mapping[str, Platform] = MappingProxyType(

@@ -135,17 +135,14 @@ class Assignment:
         """The part of its traffic that this device can hide behind the work on other matrices.
 
         What is done in chunks waits for its own messages. Two devices swap Gram matrices by
-        permutations, which every device hides that hides anything.
+        permutations.
         """
-        traffic = self.cost.traffic
-        if self.chunks > 1 or not device.hides_permutations:
+        if self.chunks > 1:
             return Traffic()
-        sums = device.hides_sums or self.sharing == 2
-        return Traffic(
-            inward=traffic.inward * device.hides_trips,
-            working=traffic.working * sums,
-            outward=traffic.outward * device.hides_trips,
-        )
+        traffic = self.cost.traffic
+        trips = "all-to-all" in device.hides
+        sums = ("collective-permute" if self.sharing == 2 else "all-reduce") in device.hides
+        return Traffic(traffic.inward * trips, traffic.working * sums, traffic.outward * trips)
 
     def describe(self, copies: int = 1) -> str:
         """Which devices work on the matrices, for a table; `copies` is `BucketPlan.copies`."""
