@@ -22,7 +22,6 @@ from jax.typing import DTypeLike
 
 __all__ = [
     "KINDS",
-    "PEAK_FLOPS",
     "PLATFORMS",
     "Platform",
     "Rates",
@@ -247,11 +246,6 @@ KINDS: Mapping[str, Platform] = MappingProxyType(
 )
 """Kinds of devices, by the beginning of JAX's `device_kind`."""
 
-PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
-    {name: kind.peak_flops for name, kind in KINDS.items() if kind.peak_flops}
-)
-"""Peak operations per second of products in bfloat16, by the beginning of JAX's `device_kind`."""
-
 
 def is_known(kind: str) -> bool:
     """Whether `get_device` has a row of this platform or kind of device."""
@@ -274,7 +268,7 @@ def get_device(kind: str) -> Platform:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return the peak of one device in bfloat16; None of a kind that is not in `PEAK_FLOPS`.
+    """Return the peak of one device in bfloat16; None of a kind that is not in `KINDS`.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("TPU v5 lite"), peak_flops("cpu")
     (989000000000000.0, 197000000000000.0, None)

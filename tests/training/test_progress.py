@@ -10,7 +10,7 @@ from rich.console import Console
 
 from optax_muon.cli.main import main
 from optax_muon.cli.progress import tracked, with_lines
-from optax_muon.platforms import PEAK_FLOPS, peak_flops
+from optax_muon.platforms import KINDS, peak_flops
 from optax_muon.training import flops
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
@@ -197,4 +197,4 @@ def test_the_peak_of_a_cpu_is_unknown():
 )
 def test_the_peak_is_that_of_the_longest_name_that_fits(kind, peak):
     assert peak_flops(kind) == peak
-    assert all(peak_flops(name) == value for name, value in PEAK_FLOPS.items())
+    assert all(peak_flops(name) == row.peak_flops for name, row in KINDS.items())
