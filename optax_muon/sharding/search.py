@@ -92,14 +92,10 @@ class LayoutSearch:
 
         Messages that the device can hide count as far as they take longer than the work.
         """
-        work, messages, hidden = (
-            sum(map(seconds, assignments))
-            for seconds in (
-                lambda each: self.model.work_seconds(each.cost),
-                lambda each: self.model.message_seconds(each.cost),
-                lambda each: each.can_hide(self.device).total / self.model.bandwidth,
-            )
-        )
+        model = self.model
+        work = sum(model.work_seconds(each.cost) for each in assignments)
+        messages = sum(model.message_seconds(each.cost) for each in assignments)
+        hidden = sum(each.can_hide(self.device).total / model.bandwidth for each in assignments)
         return max(work, hidden) + messages - hidden + TIES * hidden
 
     def role_choices(self) -> tuple[tuple[Role, ...], ...]:
