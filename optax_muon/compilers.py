@@ -1,4 +1,4 @@
-"""Options of XLA under which messages travel while the devices compute, and large products fit.
+"""Options of XLA that overlap messages with products, and give large products enough VMEM.
 
 One row per kind of device, because some compilers refuse what others need: libtpu 0.0.52 rejects
 continuation fusion on all TPUs but v5e, and asynchronous all-to-alls over the limited interconnect
@@ -18,7 +18,7 @@ __all__ = ["COMPILER_OPTIONS", "compiler_options"]
 _SCHEDULER = {"xla_tpu_enable_all_experimental_scheduler_features": "true"}
 _ALL_TO_ALL = {**_SCHEDULER, "xla_tpu_enable_async_all_to_all": "true"}
 # A fusion may use 16 MiB of VMEM by default, and large products read their operands too often: by
-# the compiler's estimate a v5p takes 9 percent more for a product of 4096 x 4096.
+# the compiler's estimate a v5p takes 10 percent more for the products of one 4096 x 4096.
 _VMEM = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
 _CONTINUATION_FUSION = {
     name: "true"
@@ -54,7 +54,7 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 def compiler_options(platform: str | jax.Device) -> dict[str, str]:
-    """Options under which the compiler hides an update's messages, and makes its products well.
+    """Options that hide an update's messages and, on v5p, give its products enough VMEM.
 
     For `jax.jit(step, compiler_options=...)`; `optax-muon train` uses them. On TPUs they can also
     be set for all programs, as `LIBTPU_INIT_ARGS="--name=value ..."` before JAX is imported.

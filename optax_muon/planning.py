@@ -64,8 +64,8 @@ def plan(
             reads the arrays' types.
         mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh.
         platform: `tpu`, `gpu`, `cpu`, or JAX's `device_kind`, such as `TPU v5 lite`, whose rates
-            are taken. None is the mesh's, or without a mesh this machine's. An `AbstractMesh` has
-            none and counts as CPUs.
+            are taken. None is the mesh's, or without a mesh this machine's. An `AbstractMesh`
+            without an `abstract_device` counts as CPUs.
         layout: `home` or `gather` for all matrices; None takes the cheapest for each
             bucket.
         model: The rates that decide between layouts; None takes those of the platform.

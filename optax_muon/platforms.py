@@ -47,7 +47,7 @@ class Countable(Protocol):
 
     @property
     def passes(self) -> int:
-        """Numbers that everything else writes."""
+        """Numbers that everything between products writes."""
 
     @property
     def transposed(self) -> int:
@@ -206,13 +206,13 @@ def _tpu(
 
 
 def _gpu(peak: float) -> Platform:
-    """A kind of GPU, of which no more is known than its peak."""
+    """A kind of GPU with an H100's rates: of its own only the peak is known."""
     return dataclasses.replace(_H100, peak_flops=peak)
 
 
 # Google Cloud's pages of each TPU have the peaks, and the rates of memory and links. The other
 # rates are fitted to the compiler's cycles by benchmarks/form_rates.py, but those of a v4, which
-# are those of a v5p in proportion to the peaks.
+# are those of a v5p in proportion to the peaks, and which a v2 and a v3 have as well.
 _V4 = _tpu(2.8e14, 6e11, 6e11, memory=1.2e12, links=3e11, peak=275e12)
 # The compiler has no asynchronous all-to-all over the links of these two.
 _V5E = dataclasses.replace(

@@ -2,7 +2,7 @@
 
 The time of products is that of the form: operations, and numbers that are read and written, at the
 rates of the kind of device (`platforms.py`). In the time that it takes to receive one byte, a TPU
-or a GPU performs one to three thousand operations, a simulated device of a CPU about forty.
+or a GPU performs one to five thousand operations, a simulated device of a CPU about forty.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
 def mesh_device(mesh: AnyMesh) -> str | None:
     """The `device_kind` of the mesh's devices if it is known, or else `cpu`, `tpu` or `gpu`.
 
-    None if an abstract mesh has neither.
+    None where neither is known, as of an abstract mesh without an `abstract_device`.
     """
     abstract = getattr(mesh, "abstract_device", None)
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else abstract

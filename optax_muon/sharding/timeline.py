@@ -3,7 +3,7 @@
 The order is that of `execute.py`. The first bucket's tiles travel before any work, the others'
 under the work on the bucket before. Finished tiles travel back under the work on the bucket after,
 and those of the last bucket after all work. While devices share a matrix, their messages can hide
-behind the products of all other buckets. What is done in chunks waits for its own messages.
+behind the work on all other buckets. What is done in chunks waits for its own messages.
 """
 
 from __future__ import annotations
