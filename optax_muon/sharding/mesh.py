@@ -120,17 +120,15 @@ def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
 
 
 def mesh_device(mesh: AnyMesh) -> str | None:
-    """The `device_kind` of the mesh's devices if it is known, or else `cpu`, `tpu` or `gpu`.
+    """The `device_kind` of the mesh's devices if its rates are known, or else their platform.
 
-    None where neither is known, as of an abstract mesh without an `abstract_device`.
+    None of an abstract mesh without an `abstract_device`.
     """
     abstract = getattr(mesh, "abstract_device", None)
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else abstract
-    for attribute in ("device_kind", "platform"):
-        name = getattr(device, attribute, None)
-        if name is not None and is_known(name):
-            return str(name)
-    return None
+    kind, platform = (getattr(device, name, None) for name in ("device_kind", "platform"))
+    name = kind if kind is not None and is_known(kind) else platform
+    return None if name is None else str(name)
 
 
 def _own_sharding(leaf: Any) -> NamedSharding | None:

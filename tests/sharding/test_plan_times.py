@@ -5,11 +5,13 @@ at the plan's rate of the links: rows of a committed table.
 """
 
 import csv
+import inspect
 from pathlib import Path
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.models import abstract, spec
@@ -42,3 +44,17 @@ def test_a_plan_is_within_15_percent_of_a_compiled_pod(case):
     cycles = 1e6 * (float(row["products_mcycles"]) + float(row["rest_mcycles"]))
     compiled = cycles / CLOCK[chip] + 1e-3 * float(row["exposed_ms"])
     assert found.seconds == pytest.approx(compiled, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["Trainium 2", "NVIDIA L4"])
+def test_devices_without_rates_are_refused_by_their_platform(kind):
+    if "platform" not in inspect.signature(AbstractDevice).parameters:
+        pytest.skip("abstract devices of this jax have no platform")
+    device = AbstractDevice(kind, None, kind.split()[0].lower())
+    mesh = AbstractMesh((2,), ("fsdp",), abstract_device=device)
+    kernel = jax.ShapeDtypeStruct((8, 4), "float32")
+    shardings = {"kernel": NamedSharding(mesh, P("fsdp"))}
+    name = device.platform
+    with pytest.raises(ValueError, match=f"platform '{name}' is unknown; use one of tpu, gpu, cpu"):
+        optax_muon.plan({"kernel": kernel}, shardings=shardings)
+    assert optax_muon.plan({"kernel": kernel}, shardings=shardings, platform="gpu")
