@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import scipy.optimize
 
 FITTED = 3
 """Fewest sizes of a fit: two always lie on a power law."""
@@ -70,6 +69,7 @@ def fit(flops: Sequence[float], losses: Sequence[float], *, irreducible: bool = 
     slope, intercept = np.polyfit(c, log_losses, 1)
     if not irreducible:
         return PowerLaw(float(np.exp(intercept)), float(-slope))
+    import scipy.optimize  # here, as every command imports this module
 
     def residuals(x: np.ndarray) -> np.ndarray:
         e, log_a, b = x

@@ -7,8 +7,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-import scipy.stats
-
 CONFIDENCE = 0.95
 """Share of the intervals that hold the true mean."""
 
@@ -21,7 +19,9 @@ def half_width(values: Sequence[float]) -> float | None:
     """
     if len(values) < 2:
         return None
-    quantile = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    import scipy.special  # here, as every command imports this module
+
+    quantile = float(scipy.special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
