@@ -78,12 +78,21 @@ def compiler_options(platform: str | jax.Device) -> dict[str, str]:
     {}
     """
     if not isinstance(platform, str):
-        known = any(platform.device_kind.startswith(kind) for kind in COMPILER_OPTIONS)
+        known = options_row(platform.device_kind) is not None
         platform = platform.device_kind if known else platform.platform
-    kinds = [kind for kind in COMPILER_OPTIONS if platform.startswith(kind)]
-    if not kinds:
+    row = options_row(platform)
+    if row is None:
         raise ValueError(
             f"no compiler options are known for {platform!r}; use tpu, gpu, cpu or a device's"
             f" device_kind that begins with one of {', '.join(COMPILER_OPTIONS)}."
         )
-    return dict(COMPILER_OPTIONS[max(kinds, key=len)])
+    return dict(COMPILER_OPTIONS[row])
+
+
+def options_row(kind: str) -> str | None:
+    """The key of `COMPILER_OPTIONS` for a platform or a `device_kind`, None if there is none.
+
+    >>> options_row("TPU v5 lite"), options_row("TPU v9"), options_row("abacus")
+    ('TPU v5 lite', 'TPU', None)
+    """
+    return max((key for key in COMPILER_OPTIONS if kind.startswith(key)), key=len, default=None)

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 import optax_muon
 from optax_muon.cli.device_probe import DeviceReport
-from optax_muon.compilers import COMPILER_OPTIONS
+from optax_muon.compilers import options_row
 from optax_muon.platforms import bfloat16_instructions, get_platform, peak_flops
 
 PACKAGE = "optax-muon"
@@ -205,7 +205,7 @@ def bfloat16(
 def options(report: DeviceReport, environ: Mapping[str, str]) -> Iterator[Finding]:
     """The compiler's options for the device, and what the environment sets against them."""
     [kind, *_] = report.kinds
-    row = max((each for each in COMPILER_OPTIONS if kind.startswith(each)), key=len, default="")
+    row = options_row(kind)
     of = f"of {row}" if row else f"of every {report.platform}, as {kind!r} has none of its own"
     words = " ".join(f"--{name}={value}" for name, value in report.options.items()) or "none"
     yield Finding("compiler options", f"{words} ({of}); the compiler accepts them")
