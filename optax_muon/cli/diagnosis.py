@@ -14,6 +14,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
@@ -133,12 +134,12 @@ def devices(
     found = ", ".join(f"{count} x {kind}" for kind, count in report.kinds.items())
     asked = environ.get("JAX_PLATFORMS", "")
     chosen = f" (JAX_PLATFORMS={asked})" if asked else ""
-    idle = next((p for p, files in _DEVICE_FILES.items() if _exist(root, files)), None)
+    idle = next((each for each in _ACCELERATORS if _exist(root, each.files)), None)
     if idle and report.platform == "cpu" and not asked:
         yield Finding(
             "devices",
-            f"{found}, though this machine has {_NAMES[idle]} that jax does not use",
-            f"pip install 'jax[{_INSTALL[idle]}]'",
+            f"{found}, though this machine has {idle.name} that jax does not use",
+            f"pip install 'jax[{idle.extra}]'",
         )
     else:
         yield Finding("devices", f"{found}, platform {report.platform}{chosen}")
@@ -154,12 +155,22 @@ def devices(
     )
 
 
-_DEVICE_FILES = {
-    "gpu": ("dev/nvidia[0-9]*", "dev/kfd"),
-    "tpu": ("dev/accel[0-9]*", "dev/vfio/[0-9]*"),
-}
-_NAMES = {"gpu": "a GPU", "tpu": "a TPU"}
-_INSTALL = {"gpu": "cuda13", "tpu": "tpu"}
+class _Accelerator(NamedTuple):
+    """An accelerator that a machine may have."""
+
+    name: str
+    """What it is called, with its article."""
+    files: tuple[str, ...]
+    """Its device files, as globs below the root."""
+    extra: str
+    """The extra of jax with its packages."""
+
+
+_ACCELERATORS = (
+    _Accelerator("an NVIDIA GPU", ("dev/nvidia[0-9]*",), "cuda13"),
+    _Accelerator("an AMD GPU", ("dev/kfd",), "rocm7-local"),
+    _Accelerator("a TPU", ("dev/accel[0-9]*", "dev/vfio/[0-9]*"), "tpu"),
+)
 
 
 def _exist(root: Path, patterns: Iterable[str]) -> bool:

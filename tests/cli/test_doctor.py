@@ -100,11 +100,14 @@ def test_another_libtpu_is_wrong_where_it_runs_and_a_fact_where_it_compiles(runn
     assert found.mend == ("pip install 'jax[tpu]==0.10.2'" if is_wrong else "")
 
 
-def test_an_accelerator_that_jax_does_not_use_is_pointed_out(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "extra"), [("nvidia0", "cuda13"), ("kfd", "rocm7-local"), ("accel0", "tpu")]
+)
+def test_an_accelerator_that_jax_does_not_use_is_pointed_out(tmp_path, file, extra):
     (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "nvidia0").touch()
+    (tmp_path / "dev" / file).touch()
     [first, *_] = diagnosis.devices(CPU, "", {}, tmp_path)
-    assert first.mend == "pip install 'jax[cuda13]'"
+    assert first.mend == f"pip install 'jax[{extra}]'"
     [first, *_] = diagnosis.devices(CPU, "", {"JAX_PLATFORMS": "cpu"}, tmp_path)
     assert not first.is_wrong
 
