@@ -1,6 +1,6 @@
 """What `optax-muon doctor` checks: each check is a function from what is found to findings.
 
-A finding is a fact; where something is wrong it also has the line that mends it. Nothing here
+A finding is a fact; where something is wrong it also has the command that fixes it. Nothing here
 starts a device: `device_probe.py` has done that in a process of its own.
 """
 
@@ -40,13 +40,13 @@ class Finding:
     """What was looked at."""
     fact: str
     """What was found."""
-    mend: str = ""
-    """The line that mends it; empty where nothing is wrong."""
+    fix: str = ""
+    """The command that fixes it; empty where nothing is wrong."""
 
     @property
     def is_wrong(self) -> bool:
-        """Whether something has to be mended."""
-        return bool(self.mend)
+        """Whether something has to be fixed."""
+        return bool(self.fix)
 
 
 Version = Callable[[str], str]
@@ -92,9 +92,9 @@ def accelerator_packages(
             used = need.marker is not None and need.marker.evaluate({"extra": extra})
             if used and need.name.startswith(("libtpu", "jax-")) and _found(need.name, version):
                 for finding in _version(need, f"jax {version('jax')}", version):
-                    mends = finding.is_wrong and running == _PLATFORM[extra]
-                    mend = f"pip install 'jax[{extra}]=={version('jax')}'" if mends else ""
-                    yield dataclasses.replace(finding, mend=mend)
+                    is_wrong = finding.is_wrong and running == _PLATFORM[extra]
+                    fix = f"pip install 'jax[{extra}]=={version('jax')}'" if is_wrong else ""
+                    yield dataclasses.replace(finding, fix=fix)
 
 
 def _found(name: str, version: Version) -> str | None:

@@ -24,9 +24,9 @@ from optax_muon.errors import Unhealthy
 class Doctor:
     """Check versions, devices, compiler options and the environment of this machine.
 
-    Starts the devices in another process and computes one update on them. Every line is a fact; a
-    line that begins with an exclamation mark is wrong, and the line below it mends it. The exit
-    code is 1 if anything is wrong.
+    Starts the devices in another process and computes one update on them. A line that begins with
+    an exclamation mark reports a problem, and the line below it is the command that fixes it. The
+    exit code is 1 if there is a problem.
     """
 
     timeout: int = 120
@@ -44,7 +44,7 @@ class Doctor:
             console.out(line, highlight=False)
         if wrong := sum(finding.is_wrong for finding in found):
             checks = "1 check fails" if wrong == 1 else f"{wrong} checks fail"
-            raise Unhealthy(f"{checks}; each is followed by the line that mends it")
+            raise Unhealthy(f"{checks}; each is followed by the command that fixes it")
 
     def _findings(self) -> Iterator[Finding]:
         yield Finding("Python", platform.python_version())
@@ -97,5 +97,5 @@ def lines(found: Sequence[Finding]) -> Iterator[str]:
     width = max(len(finding.about) for finding in found)
     for finding in found:
         yield f"{'!' if finding.is_wrong else ' '} {finding.about.ljust(width)}  {finding.fact}"
-        if finding.mend:
-            yield f"  {' ' * width}  {finding.mend}"
+        if finding.fix:
+            yield f"  {' ' * width}  {finding.fix}"

@@ -1,4 +1,4 @@
-"""`optax-muon doctor`: facts, and for every wrong one the line that mends it."""
+"""`optax-muon doctor`: facts, and for every wrong one the command that fixes it."""
 
 import importlib.metadata
 
@@ -71,18 +71,18 @@ def test_devices_that_never_start_are_not_waited_for():
 
 
 @pytest.mark.parametrize(
-    ("versions", "about", "mend"),
+    ("versions", "about", "fix"),
     [
         ({"jax": "0.8.1"}, "jax", "pip install 'jax>=0.9.0'"),
         ({"jaxlib": "0.9.0"}, "jaxlib", "pip install 'jaxlib<=0.10.2,>=0.10.1'"),
         ({"flax": None}, "flax", "pip install 'flax>=0.12.2'"),
     ],
 )
-def test_a_version_that_is_not_allowed_is_named_with_one_that_is(versions, about, mend):
+def test_a_version_that_is_not_allowed_is_named_with_one_that_is(versions, about, fix):
     found = {"optax_muon": "0.2.0", "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
     found = {name: version for name, version in (found | versions).items() if version}
     [wrong] = [each for each in diagnosis.packages(installed(**found), requires) if each.is_wrong]
-    assert (wrong.about, wrong.mend) == (about, mend)
+    assert (wrong.about, wrong.fix) == (about, fix)
 
 
 def test_versions_that_are_allowed_are_facts():
@@ -97,7 +97,7 @@ def test_another_libtpu_is_wrong_where_it_runs_and_a_fact_where_it_compiles(runn
     version = installed(jax="0.10.2", libtpu="0.0.52")
     [found] = diagnosis.accelerator_packages(running, version, requires)
     assert found.fact == "0.0.52, but jax 0.10.2 needs libtpu==0.0.42.*"
-    assert found.mend == ("pip install 'jax[tpu]==0.10.2'" if is_wrong else "")
+    assert found.fix == ("pip install 'jax[tpu]==0.10.2'" if is_wrong else "")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_accelerator_that_jax_does_not_use_is_pointed_out(tmp_path, file, ext
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / file).touch()
     [first, *_] = diagnosis.devices(CPU, "", {}, tmp_path)
-    assert first.mend == f"pip install 'jax[{extra}]'"
+    assert first.fix == f"pip install 'jax[{extra}]'"
     [first, *_] = diagnosis.devices(CPU, "", {"JAX_PLATFORMS": "cpu"}, tmp_path)
     assert not first.is_wrong
 
@@ -121,7 +121,7 @@ ALL_TO_ALL = "--xla_tpu_enable_async_all_to_all"
 
 
 @pytest.mark.parametrize(
-    ("flags", "mend"),
+    ("flags", "fix"),
     [
         (f"{ALL_TO_ALL}=false", "unset LIBTPU_INIT_ARGS"),
         (f"--other=3 {ALL_TO_ALL}=0", "export LIBTPU_INIT_ARGS=--other=3"),
@@ -130,9 +130,9 @@ ALL_TO_ALL = "--xla_tpu_enable_async_all_to_all"
         ("", None),
     ],
 )
-def test_only_a_flag_that_contradicts_an_option_is_wrong(flags, mend):
+def test_only_a_flag_that_contradicts_an_option_is_wrong(flags, fix):
     found = diagnosis.options(V5P, {"LIBTPU_INIT_ARGS": flags})
-    assert [each.mend for each in found if each.is_wrong] == ([mend] if mend else [])
+    assert [each.fix for each in found if each.is_wrong] == ([fix] if fix else [])
 
 
 @pytest.mark.parametrize(
@@ -154,5 +154,5 @@ def test_a_cpu_without_the_instructions_is_no_fault():
     assert "float32" in found.fact and not found.is_wrong
 
 
-def test_a_finding_is_wrong_if_it_is_to_be_mended():
+def test_a_finding_is_wrong_if_it_is_to_be_fixed():
     assert Finding("a", "b", "c").is_wrong and not Finding("a", "b").is_wrong
