@@ -1,16 +1,44 @@
-"""Pictures as files: a PNG, and an SVG of the same name that is the same in every run."""
+"""Pictures: axes of held-out losses; and files, a PNG and an SVG that is the same in every run."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "optax-muon"}
 """Texts stay texts, which can be searched and read aloud; names in the file are not random."""
+
+
+def loss_axes(**labels: str) -> tuple[matplotlib.figure.Figure, Axes]:
+    """A figure and its axes for held-out losses over steps: a log scale with plain numbers.
+
+    Args:
+        **labels: The `ylabel`, and a `title` if there is one.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", yscale="log", **labels)
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def loss_alt(ends: Iterable[tuple[str, float]]) -> str:
+    """What curves on `loss_axes` show, for those who do not see them.
+
+    >>> loss_alt([("AdamW", 1.25), ("Muon", 1.0)])
+    'Curves of the held-out loss over the steps; they end at AdamW 1.250, Muon 1.000.'
+    """
+    ended = ", ".join(f"{label} {loss:.3f}" for label, loss in ends)
+    return f"Curves of the held-out loss over the steps; they end at {ended}."
 
 
 def svg(figure: matplotlib.figure.Figure) -> str:

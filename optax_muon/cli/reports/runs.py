@@ -17,7 +17,6 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from optax_muon.cli.reports import pictures
 from optax_muon.cli.reports.tables import markdown_table
@@ -198,23 +197,17 @@ def explain(groups: Sequence[Repetitions]) -> str:
     return " ".join(words)
 
 
-def alt(groups: Sequence[Repetitions]) -> str:
-    """What the picture shows, for those who do not see it."""
-    ends = ", ".join(f"{group.label} {group.loss:.3f}" for group in groups)
-    return f"Curves of the held-out loss over the steps; they end at {ends}."
-
-
 def markdown(groups: Sequence[Repetitions]) -> str:
     """The table, what it means, and the picture."""
     title = f"# {', '.join(dict.fromkeys(group.runs for group in groups))}"
-    parts = [title, markdown_table(table(groups)), explain(groups), f"![{alt(groups)}](report.png)"]
+    alt = pictures.loss_alt((group.label, group.loss) for group in groups)
+    parts = [title, markdown_table(table(groups)), explain(groups), f"![{alt}](report.png)"]
     return "\n\n".join(parts) + "\n"
 
 
 def picture(groups: Sequence[Repetitions]) -> matplotlib.figure.Figure:
     """The mean curves, each with a band of its 95% interval where there are several seeds."""
-    figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="held-out loss, nats (log scale)", yscale="log")
+    figure, axes = pictures.loss_axes(ylabel="held-out loss, nats (log scale)")
     for group, style in zip(groups, _styles(groups), strict=True):
         steps, means = zip(*group.curve, strict=True)
         label = f"{group.loss:.3f}  {group.label}"
@@ -224,10 +217,6 @@ def picture(groups: Sequence[Repetitions]) -> matplotlib.figure.Figure:
             half = np.array([half_width(losses) for losses in group.losses.values()], float)
             band = mean - half, mean + half
             axes.fill_between(steps, *band, color=style.color, alpha=0.12, linewidth=0)
-    axes.yaxis.set_major_locator(MaxNLocator(8))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title="last held-out loss", handlelength=4)
     return figure
 

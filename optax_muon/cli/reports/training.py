@@ -23,11 +23,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import optax
 from jax.sharding import Mesh
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from optax_muon.cli.reports import pictures, routing
@@ -197,25 +195,18 @@ def publish(run: RunConfig, origin: str, folder: RunFolder, seconds: Seconds) ->
 
 def markdown(run: RunConfig, origin: str, comparisons: Sequence[Comparison]) -> str:
     """The table, what it means, and where it was measured."""
+    ends = [(each.outcome.trial.title, each.outcome.val_loss) for each in comparisons]
     parts = [
         f"# {describe(run.preset, run.training)}",
         f"{origin}.",
         markdown_table([COLUMNS, *(each.cells for each in comparisons)]),
         explain(run),
-        f"![{_alt(comparisons)}](loss.png)",
+        f"![{pictures.loss_alt(ends)}](loss.png)",
     ]
     if routed := _routed(comparisons):
         table = markdown_table(routing.table(routed))
         parts += [table, routing.explain(), f"![{routing.ALT}](experts.png)"]
     return "\n\n".join([*parts, machine()]) + "\n"
-
-
-def _alt(comparisons: Sequence[Comparison]) -> str:
-    """What `loss.png` shows, for those who do not see it."""
-    ends = ", ".join(
-        f"{each.outcome.trial.title} {each.outcome.val_loss:.3f}" for each in comparisons
-    )
-    return f"Curves of the held-out loss over the steps; they end at {ends}."
 
 
 def describe(preset: str | None, config: TrainConfig) -> str:
@@ -261,12 +252,8 @@ def machine() -> str:
 
 def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -> None:
     """Held-out curves, the baseline's final loss, and where each other run crosses it."""
-    figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(
-        title=textwrap.fill(title, 90),
-        xlabel="step",
-        ylabel=f"held-out loss, nats per {unit} (log scale)",
-        yscale="log",
+    figure, axes = pictures.loss_axes(
+        title=textwrap.fill(title, 90), ylabel=f"held-out loss, nats per {unit} (log scale)"
     )
     for each in comparisons:
         _draw_curve(axes, each)
@@ -276,10 +263,6 @@ def plot(comparisons: Sequence[Comparison], title: str, unit: str, path: Path) -
             if each.reached is not None:
                 place = (each.reached, baseline.val_loss)
                 _mark_crossing(axes, each, place, drop=14 * row)
-    axes.yaxis.set_major_locator(MaxNLocator(8))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title="final held-out loss", handlelength=4)
     pictures.save(figure, path)
 
