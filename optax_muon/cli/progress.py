@@ -50,19 +50,15 @@ def with_lines(
             console.out(f"{number + 1}/{len(items)} {unit}", highlight=False)
 
 
-def shown_progress(
-    updates: Iterable[Item],
-    line: Callable[[Item], str],
-    done: Callable[[Item], float],
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Item]:
-    """Work of unknown length that says how far it has come.
+def show_progress(
+    updates: Iterable[Item], line: Callable[[Item], str], done: Callable[[Item], float]
+) -> None:
+    """Do work of unknown length, and show on stderr how far it has come.
 
     Args:
-        updates: Yields where it is.
+        updates: Does the work, and yields where it is.
         line: What is shown of that.
         done: Which fraction of the work is done.
-        clock: Seconds since any moment.
     """
     console = Console(stderr=True)
     if console.is_interactive or console.is_jupyter:
@@ -71,11 +67,9 @@ def shown_progress(
             task = bar.add_task("", total=1.0)
             for update in updates:
                 bar.update(task, completed=done(update), description=line(update))
-                yield update
         return
-    written = clock()
+    written = time.monotonic()
     for update in updates:
-        if clock() - written >= SECONDS:
-            written = clock()
+        if time.monotonic() - written >= SECONDS:
+            written = time.monotonic()
             console.out(line(update), highlight=False)
-        yield update

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from optax_muon.cli.options import at_least
-from optax_muon.cli.progress import shown_progress
+from optax_muon.cli.progress import show_progress
 from optax_muon.errors import UsageError
 from optax_muon.training.data import corpus, tokenizer
 from optax_muon.training.data.tokenizer import MIN_VOCAB, Subwords
@@ -49,7 +48,7 @@ class Tokenize:
         patterns = self.inputs or (None,)
         files = [path for pattern in patterns for path in sorted(corpus.matching_files(pattern)[1])]
         job = TokenizeJob(files, self.field, self.out, self._description, self._make)
-        collections.deque(shown_progress(job.run(), _line, _done), maxlen=0)
+        show_progress(job.run(), _line, _done)
         read = corpus.load_corpus(str(self.out), 0, corpus.vocabulary(str(self.out)) or 0)
         console = Console(stderr=True)
         console.out(read.origin, highlight=False)
