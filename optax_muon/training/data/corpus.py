@@ -224,7 +224,7 @@ def _split(texts: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray, str]:
     cuts = {name: round(len(text) * (1 - HELD_OUT)) for name, text in texts.items()}
     train = [texts[name][: cuts[name]] for name in names]
     held_out = [texts[name][cuts[name] :] for name in names]
-    return _join(train), _join(held_out), f"the last {HELD_OUT:.0%} of each held out"
+    return _join(train), _join(held_out), how_held_out(few=True)
 
 
 def _join(texts: Iterable[bytes]) -> np.ndarray:

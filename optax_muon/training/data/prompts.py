@@ -15,6 +15,7 @@ hash of their prompts: no prompt is in both parts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def load_prompts(
             number. Or when the chat template cannot be applied.
     """
     pairs = [_pair(path, number, line) for number, line in _lines(path)]
-    encode = _Encoder(tokenizer or Bytes(), raw)
+    encode = functools.partial(_encode, tokenizer or Bytes(), raw)
     sequences = [
         _sequence(path, number, context, *encode(prompt, completion))
         for number, prompt, completion in pairs
@@ -158,20 +159,15 @@ def _pair(path: Path, number: int, line: str) -> tuple[int, str, str]:
     return number, row["prompt"], row["completion"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Encoder:
-    """Makes the tokens of a pair: what stands before the completion, and the rest."""
-
-    tokenizer: Tokenizer
-    raw: bool
-
-    def __call__(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        tokenizer = self.tokenizer
-        if isinstance(tokenizer, Subwords) and tokenizer.has_chat_template and not self.raw:
-            before, turn = tokenizer.conversation(prompt, completion)
-            return tokenizer.encode(before, special=True), tokenizer.encode(turn, special=True)
-        start = [*tokenizer.begin, *tokenizer.encode(prompt)]
-        return start, [*tokenizer.encode(completion), *tokenizer.end]
+def _encode(
+    tokenizer: Tokenizer, raw: bool, prompt: str, completion: str
+) -> tuple[list[int], list[int]]:
+    """The tokens of a pair: what stands before the completion, and the rest."""
+    if isinstance(tokenizer, Subwords) and tokenizer.has_chat_template and not raw:
+        before, turn = tokenizer.conversation(prompt, completion)
+        return tokenizer.encode(before, special=True), tokenizer.encode(turn, special=True)
+    start = [*tokenizer.begin, *tokenizer.encode(prompt)]
+    return start, [*tokenizer.encode(completion), *tokenizer.end]
 
 
 def _sequence(

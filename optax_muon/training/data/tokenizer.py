@@ -193,8 +193,7 @@ class Subwords:
 
     def _special(self, name: str) -> tuple[int, ...]:
         """The token of a setting, as a tuple of one or none."""
-        value = self._settings.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
+        content = _content(self._settings.get(name))
         number = None if content is None else self._rules.token_to_id(content)
         return () if number is None else (number,)
 
@@ -214,7 +213,7 @@ class Subwords:
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         names = {
-            name: (value.get("content") if isinstance(value, dict) else value)
+            name: _content(value)
             for name, value in self._settings.items()
             if name.endswith("_token")
         }
@@ -311,6 +310,11 @@ def train(texts: Iterable[str], vocab: int) -> Subwords:
     )
     rules.train_from_iterator(texts, trainer)
     return Subwords(rules, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+
+
+def _content(token: Any) -> Any:
+    """The text of a token in the settings, which may be an object with more about it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _named_template(value: Any) -> str | None:
