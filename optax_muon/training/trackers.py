@@ -92,6 +92,7 @@ class Service:
         if self._file.exists():
             saved = json.loads(self._file.read_text())
         self._id, self.since = saved["id"], saved["steps"]
+        self._file.parent.mkdir(exist_ok=True)
         self._save()
         self._run = importlib.import_module(module).init(
             project=PROJECT,
@@ -112,8 +113,9 @@ class Service:
         self._run.finish()
 
     def _save(self) -> None:
-        self._file.parent.mkdir(exist_ok=True)
-        self._file.write_text(json.dumps({"id": self._id, "steps": self.since}))
+        draft = self._file.with_suffix(".draft")  # a killed process leaves a whole file
+        draft.write_text(json.dumps({"id": self._id, "steps": self.since}))
+        draft.replace(self._file)
 
 
 def _wandb(tracked: TrackedTrial) -> Tracker:
