@@ -51,7 +51,7 @@ class StepTime:
     model: str
     """A key of the ladder."""
     optimizer: str
-    """A key of the registry of optimizers."""
+    """A key of `_variants.SPECS`."""
     batch: int
     """Sequences in a step."""
     seconds: float

@@ -25,7 +25,7 @@ import _table
 import jax
 import numpy as np
 import optax
-from _variants import optimizer
+from _variants import SPECS
 from rich.console import Console
 
 from optax_muon.models import spec
@@ -47,7 +47,7 @@ class Run:
     model: str
     """A key of the ladder."""
     optimizer: str
-    """A key of `optax_muon.training.optimizers.REGISTRY`, those of `_variants.py` included."""
+    """A key of `_variants.SPECS`."""
     tokens_per_parameter: float
     """Training tokens over the parameters that multiply them."""
     batch: int
@@ -186,13 +186,13 @@ def _take_core(cores: Any) -> None:
 
 @functools.cache
 def _step_flops(config: TrainConfig, name: str) -> int:
-    return ensemble.step_flops(config, optimizer(name), HyperParams(1e-3, 0.1))
+    return ensemble.step_flops(config, SPECS[name], HyperParams(1e-3, 0.1))
 
 
 def _last(config: TrainConfig, runs: Sequence[Run], corpus: Path) -> ensemble.EnsembleMetrics:
     """Train runs of one optimizer together; the measurements after the last step."""
     members = [ensemble.EnsembleMember(run.hyper_params, run.seed) for run in runs]
-    [last] = ensemble.train(config, optimizer(runs[0].optimizer), members, _corpus.load(corpus))
+    [last] = ensemble.train(config, SPECS[runs[0].optimizer], members, _corpus.load(corpus))
     return last
 
 

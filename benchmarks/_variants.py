@@ -1,7 +1,6 @@
-"""Optimizers that only experiments compare: a row of the registry each.
+"""Optimizers that only experiments compare, beside those of the package's registry.
 
-The rows differ from `muon` or `adamw` in one thing, which their title says. Importing this module
-registers them.
+The rows differ from `muon` or `adamw` in one thing, which their title says.
 """
 
 from __future__ import annotations
@@ -187,10 +186,11 @@ ROWS: Mapping[str, tuple[str, Build]] = {
 }
 """Title and transformation by name."""
 
-for _place, (_name, (_title, _build)) in enumerate(ROWS.items(), len(optimizers.REGISTRY)):
-    optimizers.register(OptimizerSpec(_name, _title, styles.nth(_place), _build, like="muon"))
-
-
-def optimizer(name: str) -> OptimizerSpec:
-    """A row of the registry, which has those of this module."""
-    return optimizers.optimizer(name)
+SPECS: Mapping[str, OptimizerSpec] = {
+    **optimizers.REGISTRY,
+    **{
+        name: OptimizerSpec(name, title, styles.nth(place), build, like="muon")
+        for place, (name, (title, build)) in enumerate(ROWS.items(), len(optimizers.REGISTRY))
+    },
+}
+"""All optimizers by name: the package's, and those of `ROWS`."""

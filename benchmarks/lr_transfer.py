@@ -26,9 +26,9 @@ import numpy as np
 import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
+from _variants import SPECS
 
 from optax_muon.training import styles
-from optax_muon.training.optimizers import REGISTRY
 
 WIDTHS, DEPTHS = (16, 32, 48), (2, 4)
 MODELS = {
@@ -80,7 +80,7 @@ def report(curves: Curves) -> Iterator[str]:
     """The best rate of every curve, and how the best rate moves."""
     heads = ("optimizer", "model", "best", "loss there", "at x/2", "at 2x")
     rows = [
-        (REGISTRY[name].title, model, *_best(rows))
+        (SPECS[name].title, model, *_best(rows))
         for name in OPTIMIZERS
         for (each, model), rows in curves.items()
         if each == name and len(rows) == len(RATES)
@@ -91,7 +91,7 @@ def report(curves: Curves) -> Iterator[str]:
         rates = _best_rates(curves, name)
         if len(rates) > 1:
             yield (
-                f"- {REGISTRY[name].title}: the best rates of {len(rates)} models lie within a "
+                f"- {SPECS[name].title}: the best rates of {len(rates)} models lie within a "
                 f"factor of {max(rates) / min(rates):.1f}."
             )
 
@@ -102,12 +102,12 @@ def summary(curves: Curves) -> str:
     if min(map(len, rates.values())) < 2:
         return ""
     spread = ", ".join(
-        f"{REGISTRY[name].title} {max(found) / min(found):.1f} ({len(found)} models)"
+        f"{SPECS[name].title} {max(found) / min(found):.1f} ({len(found)} models)"
         for name, found in rates.items()
     )
     model = f"{max(WIDTHS)} x {min(DEPTHS)}"
     losses = "; ".join(
-        f"{REGISTRY[name].title} {min(row.val_loss for row in curves[name, model]):.4f}"
+        f"{SPECS[name].title} {min(row.val_loss for row in curves[name, model]):.4f}"
         for name in OPTIMIZERS
         if len(curves.get((name, model), [])) == len(RATES)
     )
@@ -151,7 +151,7 @@ def picture(curves: Curves) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=150, layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
     for name, axes in zip(OPTIMIZERS, panels, strict=True):
-        axes.set(title=REGISTRY[name].title, xscale="log")
+        axes.set(title=SPECS[name].title, xscale="log")
         mine = [(model, rows) for (each, model), rows in curves.items() if each == name]
         for place, (model, rows) in enumerate(mine):
             shown = [(row.lr, row.val_loss) for row in rows]

@@ -25,8 +25,7 @@ import matplotlib.figure
 import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
-
-from optax_muon.training.optimizers import REGISTRY
+from _variants import SPECS
 
 BASE = Run("48 x 2", "muon", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
@@ -66,7 +65,7 @@ SECTIONS = {
     "After the orthogonalization": ("normuon",),
     "Other optimizers": ("adamw", "lion", "soap", "contrib-muon"),
 }
-"""Names of the registry, by what they change."""
+"""Names of optimizers, by what they change."""
 APART = "Muon, AdamW's rate apart"
 """The arm whose embedding, head and norms have a learning rate of their own."""
 
@@ -75,7 +74,7 @@ def arms(base: Run) -> dict[str, list[Arm]]:
     """The rows, by section."""
     sections = {
         section: [
-            Arm(REGISTRY[name].title, dataclasses.replace(base, optimizer=name)) for name in names
+            Arm(SPECS[name].title, dataclasses.replace(base, optimizer=name)) for name in names
         ]
         for section, names in SECTIONS.items()
     }
@@ -181,7 +180,7 @@ def picture(every: Sequence[Arm], results: Results) -> matplotlib.figure.Figure:
             place - 1,
             xerr=change.half,
             fmt="o",
-            color=REGISTRY["muon"].style.color,
+            color=SPECS["muon"].style.color,
             fillstyle=filled,
         )
     axes.axvline(0, color="#6b7280", linewidth=1)

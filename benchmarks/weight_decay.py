@@ -23,9 +23,8 @@ import matplotlib.figure
 import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
+from _variants import SPECS
 from _weights import Weighed, weighed
-
-from optax_muon.training.optimizers import REGISTRY
 
 BASE = Run("32 x 2", "muon", 20.0, batch=4, lr=1.2e-2, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
@@ -101,7 +100,7 @@ def _row(key: tuple[str, float], found: Found) -> tuple[object, ...]:
         for field in ("query_rms", "mlp_rms", "hidden_rms")
     )
     loss = f"{statistics.fmean(_runs.losses(rows)):.4f}"
-    return f"{ratio:g}", REGISTRY[name].title, f"{rows[0].lr:g}", loss, change, *sizes
+    return f"{ratio:g}", SPECS[name].title, f"{rows[0].lr:g}", loss, change, *sizes
 
 
 def picture(found: Found) -> matplotlib.figure.Figure:
@@ -117,7 +116,7 @@ def picture(found: Found) -> matplotlib.figure.Figure:
                 for ratio, rows in mine
             ]
             if means:
-                row = REGISTRY[name]
+                row = SPECS[name]
                 axes.plot(*zip(*means, strict=True), **row.style.curve(), label=row.title)
         axes.set(xscale="log", xlabel="tokens per parameter", ylabel=label)
         ratios = sorted({ratio for _, ratio in found})

@@ -153,7 +153,7 @@ def test_variants_change_the_step_of_muon():
     numbers = HyperParams(1e-2, 0.1)
 
     def updates(name):
-        tx = variants.optimizer(name).build(lambda count: 1e-2, numbers, None)
+        tx = variants.SPECS[name].build(lambda count: 1e-2, numbers, None)
 
         @jax.jit
         def steps(tree):
