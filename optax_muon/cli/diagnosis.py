@@ -258,14 +258,14 @@ class Cluster:
 
     name: str
     """Its name."""
-    sign: str
+    variable: str
     """The variable that shows it."""
     count: str
     """The variable with the number of processes, or with their comma-separated names."""
     rank: str
     """The variable with the number of this one."""
     hint: str
-    """What to say where the sign is there and the others are not."""
+    """What to say where that variable is set and the others are not."""
 
 
 CLUSTERS = (
@@ -305,7 +305,7 @@ def clusters(environ: Mapping[str, str]) -> Iterator[Finding]:
     """What the environment says of other processes."""
     seen = False
     for each in CLUSTERS:
-        if each.sign not in environ:
+        if each.variable not in environ:
             continue
         seen = True
         if each.count in environ and each.rank in environ:
@@ -313,7 +313,7 @@ def clusters(environ: Mapping[str, str]) -> Iterator[Finding]:
             count = names if names.isdigit() else str(len(names.split(",")))
             fact = f"{each.name}: process {environ[each.rank]} of {count}, counted from 0"
         else:
-            fact = f"{each.name}: {each.sign} is set, but no process number; {each.hint}"
+            fact = f"{each.name}: {each.variable} is set, but no process number; {each.hint}"
         yield Finding("distributed", fact)
     if not seen:
         yield Finding("distributed", "the environment describes no other processes")

@@ -125,7 +125,7 @@ class Finetune(RunOptions):
         if (start := RunFolder(self.source)).has_tokenizer:
             tokenizer.copy(start.tokenizer, folder.tokenizer)
         heading = f"{self.source}: {_describe(task.dataset)}, {task.config.steps} steps of"
-        where = f"on {task.devices}{self.looks(folder)}"
+        where = f"on {task.devices}{self.tracker_hints(folder)}"
         Console(stderr=True).out(f"{heading} {self.batch}\n{where}", highlight=False)
 
 

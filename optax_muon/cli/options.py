@@ -169,9 +169,9 @@ class RunOptions(DeviceOptions):
             raise UsageError(f"--name is {name!r}, it must name a folder inside --runs {self.runs}")
         return RunFolder(path)
 
-    def looks(self, folder: RunFolder) -> str:
-        """How to look at the trackers, a line each."""
-        shown = (f"{name}: {TRACKERS[name].look.format(folder=folder.path)}" for name in self.track)
+    def tracker_hints(self, folder: RunFolder) -> str:
+        """Where each tracker shows the run, a line each."""
+        shown = (f"{name}: {TRACKERS[name].hint.format(folder=folder.path)}" for name in self.track)
         return "".join(f"\n{line}" for line in shown)
 
     def start(self) -> None:

@@ -282,7 +282,7 @@ class Train(Experiment, RunOptions):
         heading = f"{description}\n{task.corpus.origin}\non {task.devices}"
         if remark := slow_bfloat16(jax.default_backend(), task.config.model.dtype):
             heading += f"\n{remark}"
-        Console(stderr=True).out(heading + self.looks(folder), highlight=False)
+        Console(stderr=True).out(heading + self.tracker_hints(folder), highlight=False)
 
     def _run(self, config: TrainConfig, corpus: Corpus) -> RunConfig:
         tuned, overrides = self.row.hyper_params, single_values(self.overrides)

@@ -136,7 +136,7 @@ class TrackerSpec:
     """Its name on the command line."""
     open: Callable[[TrackedTrial], Tracker]
     """Begins or continues a trial."""
-    look: str
+    hint: str
     """The command that shows the curves; `{folder}` is the run's folder."""
 
 
