@@ -16,12 +16,12 @@ from rich.console import Console
 from optax_muon.cli.options import RunOptions, at_least, single_values
 from optax_muon.cli.reports.tables import terminal_table
 from optax_muon.training import distributed
-from optax_muon.training.config import RunConfig
 from optax_muon.training.data import tokenizer
 from optax_muon.training.data.prompts import PromptDataset, load_prompts
 from optax_muon.training.finetune import EvalResult, Finetuning, finetune_config
 from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.optimizers import HyperParams, comparison
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.trainer import train_all
 

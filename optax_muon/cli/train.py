@@ -23,13 +23,14 @@ from optax_muon.models import spec
 from optax_muon.models.spec import Config
 from optax_muon.platforms import slow_bfloat16
 from optax_muon.training import distributed
-from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.config import TrainConfig
 from optax_muon.training.data import tokenizer
 from optax_muon.training.data.corpus import Corpus, load_corpus, vocabulary
 from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.optimizers import DEFAULT, comparison, views
 from optax_muon.training.presets import PRESETS, Preset, preset
 from optax_muon.training.pretrain import Pretraining
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder, usage_errors
 from optax_muon.training.state import shapes
 from optax_muon.training.trainer import train_all

@@ -16,13 +16,13 @@ from optax_muon.errors import Interrupted
 from optax_muon.models import spec
 from optax_muon.training import distributed
 from optax_muon.training.checkpoints import Checkpoints, RetentionPolicy
-from optax_muon.training.config import RunConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.initialize import PretrainedSource, initial_state
 from optax_muon.training.loop import StepMetrics, Task, train
 from optax_muon.training.optimizers import Trial, transformation
 from optax_muon.training.profile import NO_PROFILE, Profile
 from optax_muon.training.progress import Progress
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.state import State, abstract
 from optax_muon.training.trackers import TrackedTrial, tracking

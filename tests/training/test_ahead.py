@@ -16,7 +16,7 @@ from optax_muon.cli.main import main
 from optax_muon.errors import Diverged, Interrupted
 from optax_muon.training import loop
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.config import TrainConfig
 from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.initialize import initial_state
@@ -25,6 +25,7 @@ from optax_muon.training.optimizers import optimizer as row
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.pretrain import Pretraining
 from optax_muon.training.profile import Profile
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.trainer import Trainer
 

@@ -21,10 +21,11 @@ from optax_muon.models.moonlight import CONFIGS, MoonlightConfig
 from optax_muon.models.safetensors_io import folder_at_once
 from optax_muon.training import sweep
 from optax_muon.training.checkpoints import Checkpoints, RetentionPolicy
-from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.config import TrainConfig
 from optax_muon.training.initialize import initial_state
 from optax_muon.training.optimizers import HyperParams, Trial, optimizer, transformation
 from optax_muon.training.presets import PRESETS
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import Journal, RunFolder
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

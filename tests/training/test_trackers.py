@@ -10,12 +10,13 @@ import pytest
 from optax_muon.errors import Interrupted
 from optax_muon.extras import EXTRAS, MissingExtraError
 from optax_muon.training import trackers
-from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.config import TrainConfig
 from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.loop import StepMetrics
 from optax_muon.training.optimizers import comparison
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.pretrain import Pretraining
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.trackers import TRACKERS, TrackedTrial, scalars, tracking
 from optax_muon.training.trainer import train_all

@@ -27,7 +27,7 @@ from optax_muon.cli.reports import training
 from optax_muon.errors import Diverged, Interrupted
 from optax_muon.training import loop
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.config import TrainConfig
 from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.flops import run_flops
 from optax_muon.training.initialize import initial_state
@@ -45,6 +45,7 @@ from optax_muon.training.optimizers import (
 )
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.pretrain import Pretraining
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.styles import Style
 from optax_muon.training.trainer import Trainer

@@ -11,12 +11,13 @@ import jax
 import pytest
 
 from optax_muon.training.checkpoints import Checkpoints
-from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.config import TrainConfig
 from optax_muon.training.data.corpus import load_corpus
 from optax_muon.training.initialize import initial_state
 from optax_muon.training.optimizers import comparison, transformation
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.pretrain import Pretraining
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.trainer import Trainer
 

@@ -31,12 +31,13 @@ from rich.console import Console
 from optax_muon.cli.reports import pictures, routing
 from optax_muon.cli.reports.tables import markdown_table, terminal_table
 from optax_muon.models.spec import Model, model
-from optax_muon.training.config import RunConfig, TrainConfig
+from optax_muon.training.config import TrainConfig
 from optax_muon.training.devices import SINGLE_DEVICE, Devices
 from optax_muon.training.flops import run_flops
 from optax_muon.training.initialize import initial_state
 from optax_muon.training.loop import StepMetrics
 from optax_muon.training.optimizers import Trial, transformation
+from optax_muon.training.run_config import RunConfig
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.state import State, shapes, stats_shapes
 from optax_muon.training.step import update
