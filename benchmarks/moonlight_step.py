@@ -203,7 +203,7 @@ def compile_step(
         shape = (accumulate, config.batch // accumulate, config.model.context + 1)
         over = NamedSharding(mesh, P(None, present_axes(BATCH)))
         step = jax.jit(
-            functools.partial(training_step, model, tx),
+            functools.partial(training_step, model, tx, **MUON.numbers(1e-3)),
             donate_argnums=0,
             out_shardings=(shardings(model, tx, mesh), None),
         )
