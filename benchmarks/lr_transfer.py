@@ -1,7 +1,7 @@
 """Does one learning rate fit all widths and depths? Loss over the learning rate, for each scale.
 
 Llamas of three widths and two depths learn the Python sources listed in benchmarks/corpus, 20 bytes
-for each parameter, at seven learning rates in steps of two. The update of Muon is scaled as the
+for each parameter, at eight learning rates in steps of two. The update of Muon is scaled as the
 paper's Eq. 4 does (match the RMS of AdamW's), by Eq. 5 (a factor of the hidden size alone), by
 Eq. 6 (the RMS of each update made equal), as in the original Muon, and by the spectral condition;
 the last three of them at the smaller depth only. Batch and weight decay are those that the scaling
@@ -35,7 +35,7 @@ MODELS = {
     f"{width} x {layers}": _models.llama(width, layers)
     for layers, width in itertools.product(DEPTHS, WIDTHS)
 }
-RATES = tuple(7.5e-4 * 2**power for power in range(7))
+RATES = tuple(7.5e-4 * 2**power for power in range(8))
 EVERYWHERE = ("adamw", "muon", "muon-fixed-scale")
 """Optimizers that are compared at both depths."""
 SHALLOW = ("muon-update-norm", "muon-keller-scale", "muon-spectral-scale")

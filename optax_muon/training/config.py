@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
+import numpy as np
 import optax
 
 from optax_muon.errors import UsageError
@@ -93,6 +95,16 @@ class TrainConfig:
         """Learning rate by step, from 0, as `SCHEDULES` has it under the name `schedule`."""
         return SCHEDULES[self.schedule](self, peak)
 
+    def learning_rates(self, peak: float) -> np.ndarray:
+        """Learning rate of every step, `[steps]` float32.
+
+        >>> from optax_muon.training.presets import PRESETS
+        >>> config = TrainConfig(PRESETS["tiny"].model, 8, 4, 0, 20, 1, LINEAR)
+        >>> config.learning_rates(1.0).tolist()
+        [1.0, 0.75, 0.5, 0.25]
+        """
+        return np.asarray(jax.vmap(self.learning_rate(peak))(np.arange(self.steps)), np.float32)
+
     def bias_update_speed_schedule(self, step: int) -> float:
         """The `bias_update_speed` of a step, from 0; zero in the last of three stages."""
         last_stage = self.schedule == THREE_STAGE and step >= self._scaled(MOONLIGHT.decay_end)
@@ -131,13 +143,7 @@ def _three_stage(config: TrainConfig, peak: float) -> optax.Schedule:
 
 
 def _linear(config: TrainConfig, peak: float) -> optax.Schedule:
-    """Along a line from the peak in the first step to 0: fine-tuning's.
-
-    >>> from optax_muon.training.presets import PRESETS
-    >>> config = TrainConfig(PRESETS["tiny"].model, 8, 100, 0, 20, 1, LINEAR)
-    >>> [round(float(config.learning_rate(5e-5)(step)), 7) for step in (0, 50, 100)]
-    [5e-05, 2.5e-05, 0.0]
-    """
+    """Along a line from the peak in the first step to 0 after the last one: fine-tuning's."""
     return optax.linear_schedule(peak, 0.0, config.steps)
 
 

@@ -1,10 +1,9 @@
 """Many small runs in one program: hyperparameters and seeds are arrays, and `vmap` adds an axis.
 
-The members of an ensemble have the same model, optimizer, schedule and batch size. Their learning
-rates, weight decays and seeds are arguments of the compiled step, so that a sweep compiles once.
-With several members, the step is vectorized over them: an accelerator that a small model leaves
-idle trains dozens at once. A CPU gains nothing by that (XLA multiplies a batch of small matrices
-one by one), and trains them one after the other, with the same program.
+The members of an ensemble have the same model, optimizer, schedule and batch size. With several
+members, the step is vectorized over them: an accelerator that a small model leaves idle trains
+dozens at once. A CPU gains nothing by that (XLA multiplies a batch of small matrices one by one),
+and trains them one after the other, with the same program.
 
     for metrics in train(config, optimizer("muon"), members, corpus):
         print(metrics.step, metrics.val_loss)
@@ -28,8 +27,8 @@ from optax_muon.models import spec
 from optax_muon.models.spec import Model
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.data.corpus import Corpus, held_out_starts, starts, windows
-from optax_muon.training.optimizers import HyperParams, OptimizerSpec, chain
-from optax_muon.training.state import State
+from optax_muon.training.optimizers import HyperParams, OptimizerSpec, Trial, transformation
+from optax_muon.training.state import State, draw, shapes
 from optax_muon.training.step import next_token_loss, step
 
 EVAL_ROWS = 64
@@ -82,10 +81,11 @@ def train(
     Yields:
         The measurements of each evaluation, and of the last step. It ends early if all diverged.
     """
-    program = _Program(dataclasses.replace(config, seed=0), row, len(members) > 1)
+    program = _program(config, row, members[0].hyper_params, vectorized=len(members) > 1)
     seeds = [member.seed for member in members]
     hyper_params = program.stack([jax.tree.map(np.float32, m.hyper_params) for m in members])
-    state = _initial_state(program, hyper_params, program.stack([np.uint32(s) for s in seeds]))
+    rates = np.stack([config.learning_rates(m.hyper_params.lr) for m in members], axis=1)
+    state = _initial_state(program, program.stack([np.uint32(seed) for seed in seeds]))
     evaluated = held_out(config, corpus)
     seconds, since = 0.0, time.perf_counter()
     for number in range(1, config.steps + 1):
@@ -93,7 +93,8 @@ def train(
         batches = {seed: _batch(config, corpus, seed, number) for seed in set(seeds)}
         tokens = program.stack([batches[seed] for seed in seeds])
         speed = np.float32(config.bias_update_speed_schedule(number - 1))
-        state, loss = _step(program, hyper_params, state, tokens, speed)
+        lr = program.stack([*rates[number - 1]])
+        state, loss = _step(program, state, tokens, speed, lr, hyper_params)
         if number == 1:
             jax.block_until_ready(loss)
             since = time.perf_counter()
@@ -109,11 +110,11 @@ def train(
 
 def step_flops(config: TrainConfig, row: OptimizerSpec, hyper_params: HyperParams) -> int:
     """Operations of the matrix products of one step, in the compiled program of one member."""
-    program = _Program(dataclasses.replace(config, seed=0), row, vectorized=False)
+    program = _program(config, row, hyper_params, vectorized=False)
     numbers = jax.tree.map(np.float32, hyper_params)
-    state = jax.eval_shape(functools.partial(_initial_state, program), numbers, np.uint32(0))
+    state, zero = shapes(program.model, program.tx), np.float32(0)
     tokens = jax.ShapeDtypeStruct([1, config.batch, config.model.context + 1], jnp.int32)
-    compiled = _step.lower(program, numbers, state, tokens, np.float32(0)).compile()
+    compiled = _step.lower(program, state, tokens, zero, zero, numbers).compile()
     return hlo.flops(compiled.as_text() or "")
 
 
@@ -130,24 +131,12 @@ def held_out(config: TrainConfig, corpus: Corpus) -> np.ndarray:
 class _Program:
     """What an ensemble is compiled for; equal programs share their compilation."""
 
-    config: TrainConfig
-    """What all members share."""
-    row: OptimizerSpec
-    """The optimizer."""
+    model: Model
+    """The model."""
+    tx: optax.GradientTransformationExtraArgs
+    """The optimizer, whose numbers are arguments."""
     vectorized: bool
     """Whether arrays have an axis of members in front."""
-
-    @property
-    def model(self) -> Model:
-        """The model."""
-        return spec.model(self.config.model)
-
-    def tx(self, hyper_params: HyperParams) -> optax.GradientTransformation:
-        """The optimizer of one member, whose hyperparameters are arrays."""
-        unit = self.config.learning_rate(1.0)
-        return chain(
-            self.row, lambda count: hyper_params.lr * unit(count), hyper_params, self.config
-        )
 
     def stack(self, trees: Sequence[Any]) -> Any:
         """Trees of the members as one; a single member has no axis of members."""
@@ -160,28 +149,38 @@ class _Program:
         return jax.vmap(function, in_axes) if self.vectorized else function
 
 
+def _program(
+    config: TrainConfig, row: OptimizerSpec, hyper_params: HyperParams, vectorized: bool
+) -> _Program:
+    tx = transformation(Trial(row, hyper_params), config)
+    return _Program(spec.model(config.model), tx, vectorized)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _initial_state(program: _Program, hyper_params: HyperParams, seed: jax.Array) -> State:
-    def one(hyper_params: HyperParams, seed: jax.Array) -> State:
-        params = program.model.init(jax.random.key(seed))
-        return State(params, program.tx(hyper_params).init(params), program.model.zero_bias())
+def _initial_state(program: _Program, seed: jax.Array) -> State:
+    def one(seed: jax.Array) -> State:
+        return draw(program.model, program.tx, jax.random.key(seed))
 
-    return program.vectorize(one)(hyper_params, seed)
+    return program.vectorize(one)(seed)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _step(
     program: _Program,
-    hyper_params: HyperParams,
     state: State,
     tokens: jax.Array,
     speed: jax.Array,
+    lr: jax.Array,
+    hyper_params: HyperParams,
 ) -> tuple[State, jax.Array]:
-    def one(hyper_params: HyperParams, state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
-        new, aux = step(program.model, program.tx(hyper_params), state, tokens, speed)
+    def one(
+        state: State, tokens: jax.Array, lr: jax.Array, hyper_params: HyperParams
+    ) -> tuple[State, jax.Array]:
+        numbers: dict[str, Any] = {"lr": lr, "hyper_params": hyper_params}
+        new, aux = step(program.model, program.tx, state, tokens, speed, **numbers)
         return new, aux.loss
 
-    return program.vectorize(one)(hyper_params, state, tokens)
+    return program.vectorize(one)(state, tokens, lr, hyper_params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -121,15 +121,12 @@ def train(
         Diverged: At the first loss, gradient or held-out loss that is not finite.
     """
     steps = _Steps(config, trial, task, state, done)
-    schedule = config.learning_rate(trial.hyper_params.lr)
     for numbers in _between_evaluations(config, done):
-        # Before the steps: on an accelerator these few operations would wait for those under way.
-        rates = [float(schedule(number - 1)) for number in numbers]
-        for number, lr in zip(numbers, rates, strict=True):
+        for number in numbers:
             if steps.under_way and is_stopped():
                 yield from steps.read(0)
                 return
-            steps.start(number, lr)
+            steps.start(number)
             yield from steps.read(0 if number == numbers[-1] else ahead)
 
 
@@ -148,21 +145,25 @@ class _Steps:
         self.under_way: collections.deque[_Started] = collections.deque()
         self._config, self._trial, self._task, self._state = config, trial, task, state
         self._model, self._tx = spec.model(config.model), transformation(trial, config)
+        # Before the steps: on an accelerator its few operations would wait for those under way.
+        self._rates = config.learning_rates(trial.hyper_params.lr)
         self._batch = task.batch(done + 1) if done < config.steps else None
         self._read_at = 0.0
 
-    def start(self, number: int, lr: float) -> None:
+    def start(self, number: int) -> None:
         """Start a step, and put the next one's batch on the devices."""
         assert self._batch is not None
         (tokens, weights), config = self._batch, self._config
         speed = np.float32(config.bias_update_speed_schedule(number - 1))
+        numbers = self._trial.numbers(self._rates[number - 1])
         since = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             self._state, measured = _step(
-                self._model, self._tx, self._state, tokens, speed, weights
+                self._model, self._tx, self._state, tokens, speed, weights, **numbers
             )
         for value in jax.tree.leaves(measured):
             value.copy_to_host_async()
+        lr = float(numbers["lr"])
         self.under_way.append(_Started(number, lr, since, measured))
         self._batch = self._task.batch(number + 1) if number < config.steps else None
 
@@ -205,9 +206,10 @@ def _step(
     tokens: jax.Array,
     bias_update_speed: np.float32,
     weights: jax.Array | None,
+    **numbers: Any,
 ) -> tuple[State, dict[str, Any]]:
     """Take a step, and keep the measurements that `StepMetrics` records."""
-    return _jitted()(model, tx, state, tokens, bias_update_speed, weights)
+    return _jitted()(model, tx, state, tokens, bias_update_speed, weights, **numbers)
 
 
 @functools.cache
@@ -215,9 +217,9 @@ def _jitted() -> Callable[..., tuple[State, dict[str, Any]]]:
     """The step, compiled with the options for this machine's devices."""
 
     def measured_step(
-        model: Model, tx: optax.GradientTransformation, *args: Any
+        model: Model, tx: optax.GradientTransformation, *args: Any, **numbers: Any
     ) -> tuple[State, dict[str, Any]]:
-        state, aux = step(model, tx, *args)
+        state, aux = step(model, tx, *args, **numbers)
         return state, {
             "loss": aux.loss,
             "grad_norm": aux.grad_norm,

@@ -20,8 +20,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 import optax_muon
@@ -44,7 +46,7 @@ Views = optax_muon.Views
 )
 @dataclasses.dataclass(frozen=True)
 class HyperParams:
-    """The numbers that are tuned. A pytree: an ensemble has arrays of them (`ensemble.py`)."""
+    """The numbers that are tuned. A pytree, because they are arguments of a compiled step."""
 
     lr: float
     """Peak learning rate."""
@@ -257,6 +259,10 @@ class Trial:
         """Its name in tables and pictures."""
         return self.spec.title
 
+    def numbers(self, lr: float) -> dict[str, Any]:
+        """What `transformation(self, config).update` takes in a step of this learning rate."""
+        return {"lr": np.float32(lr), "hyper_params": jax.tree.map(np.float32, self.hyper_params)}
+
     def to_json(self) -> dict[str, object]:
         """As `config.json` holds it."""
         numbers = self.hyper_params.to_json()
@@ -346,20 +352,54 @@ def comparison(
     return tuple(trials.values())
 
 
-@functools.cache  # a step is compiled per transformation, so equal trials must share one object
-def transformation(trial: Trial, config: TrainConfig) -> optax.GradientTransformation:
-    """The trial's optax chain for a run."""
-    schedule = config.learning_rate(trial.hyper_params.lr)
-    return chain(trial.spec, schedule, trial.hyper_params, config)
+def transformation(trial: Trial, config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """The trial's optax chain, whose numbers are arguments of `update`.
+
+    `update` takes them as `Trial.numbers` gives them. A step is compiled per transformation: trials
+    of one optimizer share theirs, whatever their numbers and seeds, so a sweep compiles once.
+    """
+    apart = trial.hyper_params.adamw_lr is not None
+    return _transformation(trial.spec.build, dataclasses.replace(config, seed=0), apart)
 
 
-def chain(
-    row: OptimizerSpec, schedule: optax.Schedule, hyper_params: HyperParams, config: TrainConfig
+@functools.cache
+def _transformation(
+    build: Build, config: TrainConfig, apart: bool
+) -> optax.GradientTransformationExtraArgs:
+    """A chain by what its program depends on.
+
+    Args:
+        build: Makes the optimizer.
+        config: What all trials share, with one seed for all.
+        apart: Whether `adamw_lr` is given.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        any_numbers = HyperParams(1.0, 1.0, 1.0 if apart else None)  # no state depends on them
+        return _chain(build, 1.0, any_numbers, config).init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        lr: jax.typing.ArrayLike,
+        hyper_params: HyperParams,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        tx = optax.with_extra_args_support(_chain(build, lr, hyper_params, config))
+        return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _chain(
+    build: Build, lr: jax.typing.ArrayLike, hyper_params: HyperParams, config: TrainConfig
 ) -> optax.GradientTransformation:
     """The optimizer behind clipping by the global norm, and before QK-Clip where a run has it."""
     links = [
         optax.clip_by_global_norm(CLIP_NORM),
-        row.build(schedule, hyper_params, views(config)),
+        build(lambda count: lr, hyper_params, views(config)),
     ]
     if config.qk_clip is not None:
         attentions = spec.model(config.model).attentions

@@ -39,10 +39,10 @@ def random_state(
     """
     key = jax.random.key(seed)
     if mesh is None:
-        return _jitted_state(model, tx, key)
+        return _jitted(model, tx, key)
     # XLA places the momenta where `out_shardings` puts them.
-    jitted = jax.jit(functools.partial(_state, model, tx), out_shardings=shardings(model, tx, mesh))
-    return jitted(key)
+    on_mesh = functools.partial(draw, model, tx)
+    return jax.jit(on_mesh, out_shardings=shardings(model, tx, mesh))(key)
 
 
 def shardings(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
@@ -68,7 +68,7 @@ def shapes(model: Model, tx: optax.GradientTransformation) -> State:
     """The state as `ShapeDtypeStruct`s without shardings."""
     # An abstract key: the ambient mesh may be of devices that this machine does not have.
     key = jax.eval_shape(jax.random.key, 0)
-    return jax.eval_shape(functools.partial(_state, model, tx), key)
+    return jax.eval_shape(functools.partial(draw, model, tx), key)
 
 
 def stats_shapes(model: Model) -> Any:
@@ -79,9 +79,10 @@ def stats_shapes(model: Model) -> Any:
     return jax.eval_shape(model.forward, state.params, tokens, state.bias)[1]
 
 
-def _state(model: Model, tx: optax.GradientTransformation, key: jax.Array) -> State:
+def draw(model: Model, tx: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state of random parameters on one device, to be jitted with `model` and `tx` static."""
     params = model.init(key)
     return State(params, tx.init(params), model.zero_bias())
 
 
-_jitted_state = jax.jit(_state, static_argnums=(0, 1))
+_jitted = jax.jit(draw, static_argnums=(0, 1))

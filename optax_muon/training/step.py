@@ -39,6 +39,7 @@ def step(
     tokens: jax.Array,
     bias_update_speed: jax.Array | float = 0.0,
     weights: jax.Array | None = None,
+    **extra: Any,
 ) -> tuple[State, StepAux]:
     """Take one step of training.
 
@@ -54,12 +55,15 @@ def step(
         bias_update_speed: Change of a router bias, float32; the caller evaluates its schedule.
         weights: Weights of the predictions of `tokens[..., 1:]`, `[k, b, t]` float32, such as 1 for
             completions and 0 for prompts; the loss is the weighted mean. None weighs all equally.
+        extra: What the optimizer's `update` takes beside these.
 
     Returns:
         The state after the step, and what was measured in it.
     """
     grads, loss, stats = gradients(model, state, tokens, weights)
-    new = update(tx, state, grads, None if stats is None else stats.max_logits)
+    if stats is not None:
+        extra["max_logits"] = stats.max_logits
+    new = update(tx, state, grads, **extra)
     if stats is not None and state.bias is not None:
         new = new._replace(bias=balance.update_bias(state.bias, stats.load, bias_update_speed))
     return new, StepAux(loss, optax.tree.norm(grads), stats)
@@ -106,14 +110,10 @@ def merge_stats(stats: ForwardStats | None) -> ForwardStats | None:
 
 
 def update(
-    tx: optax.GradientTransformation,
-    state: State,
-    grads: optax.Updates,
-    max_logits: jax.Array | None = None,
+    tx: optax.GradientTransformation, state: State, grads: optax.Updates, **extra: Any
 ) -> State:
-    """One step of the optimizer alone."""
+    """One step of the optimizer alone; `extra` goes to its `update`."""
     tx = optax.with_extra_args_support(tx)
-    extra = {} if max_logits is None else {"max_logits": max_logits}
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
     return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 

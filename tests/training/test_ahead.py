@@ -69,9 +69,9 @@ def test_nothing_that_can_be_done_meanwhile_is_done_between_two_steps(ahead, tex
     done = []
     start, read = loop._step, loop._Steps._metrics
 
-    def started(model, tx, state, *rest):
+    def started(model, tx, state, *rest, **numbers):
         done.append("start")
-        return start(model, tx, state, *rest)
+        return start(model, tx, state, *rest, **numbers)
 
     def waited(self, step):
         done.append(f"read {step.number}")

@@ -138,9 +138,8 @@ def test_after_qk_clip_the_next_largest_logits_are_at_the_threshold():
         MUON, hyper_params=HyperParams(1e-12, 0.0)
     )  # a step that goes nowhere
     tx = transformation(trial, train_config)
-    clipped, _ = jitted(
-        MODEL, tx, State(state.params, tx.init(state.params), state.bias), tokens, 0.0
-    )
+    begun = State(state.params, tx.init(state.params), state.bias)
+    clipped, _ = jitted(MODEL, tx, begun, tokens, 0.0, **trial.numbers(1e-12))
     _, again = jitted(MODEL, SGD, clipped._replace(opt_state=state.opt_state), tokens, 0.0)
     first = told.stats.max_logits > threshold
     assert first.any() and not first.all()
@@ -157,7 +156,7 @@ def test_bfloat16_computes_from_float32_masters():
         np.dtype("float32"),
         np.dtype("int32"),
     }
-    after, told = jitted(spec.model(low.model), tx, state, tokens, 0.0)
+    after, told = jitted(spec.model(low.model), tx, state, tokens, 0.0, **MUON.numbers(1e-2))
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     exact = jitted(MODEL, SGD, state._replace(opt_state=SGD.init(state.params)), tokens, 0.0)[1]
     assert 0 < abs(float(told.loss - exact.loss)) < 0.02  # eps of bfloat16 is 2**-8

@@ -20,6 +20,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,11 +169,12 @@ def _update_seconds(
     """Median wall time of the compiled update alone; it does not depend on gradients' values."""
     tx = transformation(trial, config)
     state = initial_state(config, tx, mesh)
-    grads, max_logits = _gradients(model(config.model), state)
+    grads, extra = _gradients(model(config.model), state)
+    extra |= trial.numbers(lr=0.0)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state = _update(tx, state, grads, max_logits)
+        state = _update(tx, state, grads, **extra)
         jax.tree.map(lambda leaf: leaf.block_until_ready(), state)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])  # the first one includes compilation
@@ -301,10 +303,12 @@ _update = jax.jit(update, static_argnums=0, donate_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(model: Model, state: State) -> tuple[optax.Updates, jax.Array | None]:
+def _gradients(model: Model, state: State) -> tuple[optax.Updates, dict[str, Any]]:
     """Gradients, and largest attention logits if the model reports them, shaped as a step's."""
     grads, stats = jax.tree.map(jnp.ones_like, state.params), stats_shapes(model)
-    return grads, None if stats is None else jnp.zeros(stats.max_logits.shape, jnp.float32)
+    if stats is None:
+        return grads, {}
+    return grads, {"max_logits": jnp.zeros(stats.max_logits.shape, jnp.float32)}
 
 
 def _outcome(run: RunConfig, trial: Trial, folder: RunFolder, seconds: float) -> Outcome:
