@@ -264,7 +264,13 @@ def get_device(kind: str) -> Platform:
     >>> get_device("TPU v5 lite").name, get_device("TPU v5 lite").peak_flops
     ('tpu', 197000000000000.0)
     """
-    return _of_kind(kind) or get_platform(kind)
+    row = _of_kind(kind) or PLATFORMS.get(kind)
+    if row is None:
+        raise ValueError(
+            f"platform {kind!r} is unknown; use one of {', '.join(PLATFORMS)}, or a kind of "
+            f"device: {', '.join(KINDS)}."
+        )
+    return row
 
 
 def peak_flops(device_kind: str) -> float | None:

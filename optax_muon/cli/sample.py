@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -13,6 +14,17 @@ from optax_muon.errors import UsageError
 from optax_muon.training.data.tokenizer import Subwords, Tokenizer
 from optax_muon.training.generate import generate
 from optax_muon.training.initialize import PretrainedSource
+
+
+class Opening(NamedTuple):
+    """What is there before the model writes."""
+
+    tokens: list[int]
+    """The tokens that it goes on from."""
+    stops: tuple[int, ...]
+    """The tokens that end what it writes."""
+    shown: str
+    """What is printed before that: the prompt, or the user's turn and the assistant's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +40,7 @@ class Sample:
     one of the run that has a checkpoint."""
     prompt: str = "def "
     """Text to continue; if it is empty, a new text begins. Where the run's tokenizer has a chat
-    template, it is what the user says, and the assistant answers."""
+    template, it is what the user says, and the assistant answers; both turns are printed."""
     raw: bool = False
     """Leave out the chat template of the tokenizer, and continue the prompt itself."""
     length: int = 400
@@ -40,27 +52,29 @@ class Sample:
     """Seed of the random draws."""
 
     def __call__(self) -> None:
-        """Print the prompt and its continuation."""
+        """Print the prompt and its continuation, or the two turns of a conversation."""
         at_least(1, "length", self.length)
         at_least(0, "temperature", self.temperature)
         at_least(0, "seed", self.seed)
         source = PretrainedSource(self.runs / self.run, self.trial)
         source.check()
         tokenizer = source.tokenizer
-        prompt, stops = self._prompt(tokenizer)
+        opening = self._opening(tokenizer)
         params, bias = source.weights()
         tokens = generate(
-            source.model, params, bias, prompt, self.length, self.temperature, self.seed
+            source.model, params, bias, opening.tokens, self.length, self.temperature, self.seed
         )
-        written = itertools.takewhile(lambda token: token not in stops, tokens)
-        Console().out(self.prompt + tokenizer.decode([*written]), highlight=False)
+        written = itertools.takewhile(lambda token: token not in opening.stops, tokens)
+        Console().out(opening.shown + tokenizer.decode([*written]), highlight=False)
 
-    def _prompt(self, tokenizer: Tokenizer) -> tuple[list[int], tuple[int, ...]]:
-        """The tokens of the prompt, and those that end what is written."""
+    def _opening(self, tokenizer: Tokenizer) -> Opening:
         if isinstance(tokenizer, Subwords) and tokenizer.has_chat_template and not self.raw:
-            conversation = tokenizer.encode(tokenizer.prompt(self.prompt), special=True)
-            return conversation, (*tokenizer.end, *tokenizer.turn_end)
-        prompt = [*tokenizer.begin, *tokenizer.encode(self.prompt)]
-        if not prompt:
+            return Opening(
+                tokenizer.encode(tokenizer.prompt(self.prompt), special=True),
+                (*tokenizer.end, *tokenizer.turn_end),
+                f"user: {self.prompt}\nassistant: ",
+            )
+        tokens = [*tokenizer.begin, *tokenizer.encode(self.prompt)]
+        if not tokens:
             raise UsageError("--prompt is empty, and the tokenizer has no token that begins a text")
-        return prompt, tokenizer.end
+        return Opening(tokens, tokenizer.end, self.prompt)

@@ -91,12 +91,17 @@ class Sweep(Experiment):
             UsageError: When something else than the rates of these optimizers is set.
         """
         given = assignments(self.overrides)
-        for name, numbers in given.items():
-            if name not in self.optimizers or not numbers.keys() <= {"lr", "adamw_lr"}:
-                accepted = ", ".join(f"{each}.lr, {each}.adamw_lr" for each in self.optimizers)
+        accepted = [
+            f"{name}.{key}"
+            for name in self.optimizers
+            for key in optimizer(name).accepts
+            if key != "weight_decay"
+        ]
+        for target in (f"{name}.{key}" for name, numbers in given.items() for key in numbers):
+            if target not in accepted:
                 raise UsageError(
-                    f"--set has {', '.join(f'{name}.{key}' for key in numbers)}; sweep takes "
-                    f"{accepted}, and --weight-decay for all of them"
+                    f"--set has {target}; sweep takes {', '.join(accepted)}, and --weight-decay "
+                    "for all of them"
                 )
         return {
             optimizer(name).name: {"lr": self._default_rates(name), **given.get(name, {})}

@@ -27,7 +27,7 @@ from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
 from optax_muon.matrices.paths import is_masked, named_leaves
 from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, as_view
-from optax_muon.matrices.summary import LabelRow, Labels, ambiguity
+from optax_muon.matrices.summary import NOT_FLOATING, LabelRow, Labels, ambiguity
 from optax_muon.matrices.views import Axes, View
 
 __all__ = ["DEFAULT_RULES", "MATRICES", "Rule", "Stacked", "assign", "label"]
@@ -151,7 +151,7 @@ def _decide(
     shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
     floating = {path for path, leaf in leaves.items() if jnp.issubdtype(_dtype(leaf), jnp.inexact)}
     said = {path: user(ParamInfo.of(path, shape)) for path, shape in shapes.items()}
-    decisions = dict.fromkeys(shapes, Decision(None, "not floating point"))
+    decisions = dict.fromkeys(shapes, Decision(None, NOT_FLOATING))
     for path, entry in said.items():
         if isinstance(entry, Decision):
             decisions[path] = _checked(path, shapes[path], entry, _dtype(leaves[path]), floating)
@@ -250,7 +250,7 @@ def _checked(
     if path not in floating:
         if decision.view is not None:
             raise ValueError(f"{path} is {dtype}, which has no gradient; its view must be None.")
-        return Decision(None, "not floating point")
+        return Decision(None, NOT_FLOATING)
     if decision.view is not None:
         _blocks(path, shape, decision.view)
     return decision

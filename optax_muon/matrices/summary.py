@@ -13,6 +13,8 @@ from optax_muon.notebook import html_table
 
 _HEADINGS = ("path", "shape", "matrices", "optimizer", "reason")
 _TOTALS = ("optimizer", "leaves", "parameters", "share")
+NOT_FLOATING = "not floating point"
+"""The reason why a leaf has no optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,14 @@ class LabelRow:
 
     @property
     def optimizer(self) -> str:
-        """`muon`, `adamw` (the fallback, whichever it is), or `open` if it is ambiguous."""
+        """`muon`, `adamw` (the fallback, whichever it is), `none`, or `open` if it is ambiguous.
+
+        Integers, keys and functions have none: they have no state and do not change.
+        """
         if self.interpretations:
             return "open"
+        if self.reason == NOT_FLOATING:
+            return "none"
         return "muon" if self.blocks else "adamw"
 
     @property
@@ -68,7 +75,7 @@ class Labels:
         return {row.path: row.view for row in self.rows if not row.interpretations}
 
     def total(self, optimizer: str) -> tuple[int, int]:
-        """Leaves and parameters of `muon`, `adamw` or `open`."""
+        """Leaves and parameters of `muon`, `adamw`, `none` or `open`."""
         sizes = [row.size for row in self.rows if row.optimizer == optimizer]
         return len(sizes), sum(sizes)
 
@@ -90,7 +97,7 @@ class Labels:
 
     def _summary(self, optimizer: str) -> tuple[str, ...]:
         leaves, size = self.total(optimizer)
-        share = size / max(1, sum(row.size for row in self.rows))
+        share = size / max(1, sum(self.total(group)[1] for group in self._groups))
         return optimizer, f"{leaves:,}", f"{size:,}", f"{share:.1%}"
 
 

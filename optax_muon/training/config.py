@@ -21,6 +21,15 @@ MIN_STEPS = 4
 """Fewest steps of a run in three stages: one up, one down, one up again, one to zero."""
 
 
+def unit_of(vocab_size: int) -> str:
+    """What reports call a token of a vocabulary.
+
+    >>> unit_of(256), unit_of(4096)
+    ('byte', 'token')
+    """
+    return "byte" if vocab_size == 256 else "token"
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """What all trials of a run share."""
@@ -73,7 +82,7 @@ class TrainConfig:
     @property
     def unit(self) -> str:
         """What reports call a token."""
-        return "byte" if self.model.vocab_size == 256 else "token"
+        return unit_of(self.model.vocab_size)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the held-out loss is measured after a step, counted from 1."""

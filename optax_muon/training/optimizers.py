@@ -126,6 +126,18 @@ class OptimizerSpec:
     lr_ratio: float = 1.0
     """Ratio of its learning rate to that of `like`. Weight decay is divided by it, so that the
     decay in a step stays the same."""
+    has_fallback: bool = False
+    """Whether it leaves parameters to AdamW, whose learning rate is `adamw_lr`."""
+
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that it has.
+
+        >>> REGISTRY["adamw"].accepts, REGISTRY["muon"].accepts
+        (('lr', 'weight_decay'), ('lr', 'weight_decay', 'adamw_lr'))
+        """
+        names = (field.name for field in dataclasses.fields(HyperParams))
+        return tuple(name for name in names if self.has_fallback or name != "adamw_lr")
 
     def derive(self, other: HyperParams) -> HyperParams:
         """Its hyperparameters, from those of `like`."""
@@ -215,8 +227,10 @@ def _lion(
 
 for _row in (
     OptimizerSpec("adamw", "AdamW", STYLES[0], _adamw),
-    OptimizerSpec("muon-carried", "Muon, AdamW lr", STYLES[2], _muon, newton_schulz_flops),
-    OptimizerSpec("muon", "Muon", STYLES[1], _muon, newton_schulz_flops),
+    OptimizerSpec(
+        "muon-carried", "Muon, AdamW lr", STYLES[2], _muon, newton_schulz_flops, has_fallback=True
+    ),
+    OptimizerSpec("muon", "Muon", STYLES[1], _muon, newton_schulz_flops, has_fallback=True),
     OptimizerSpec(
         "muon-adamw-router",
         "Muon, routers on AdamW",
@@ -224,8 +238,17 @@ for _row in (
         _muon_adamw_router,
         newton_schulz_flops,
         like="muon",
+        has_fallback=True,
     ),
-    OptimizerSpec("normuon", "NorMuon", STYLES[4], _normuon, newton_schulz_flops, like="muon"),
+    OptimizerSpec(
+        "normuon",
+        "NorMuon",
+        STYLES[4],
+        _normuon,
+        newton_schulz_flops,
+        like="muon",
+        has_fallback=True,
+    ),
     # Betas of language models and a learning rate of 1/3 to 1/10 of AdamW's: Chen et al.,
     # arXiv 2302.06675, section 5.
     OptimizerSpec("lion", "Lion", STYLES[3], _lion, lr_ratio=1 / 3),
@@ -314,10 +337,9 @@ def hyper_params(
             f"there are no tuned hyperparameters of {name}, only of {', '.join(tuned)}"
         )
     given = (overrides or {}).get(name, {})
-    known = [field.name for field in dataclasses.fields(base)]
     for key in given:
-        if key not in known:
-            accepted = ", ".join(known)
+        if key not in row.accepts:
+            accepted = ", ".join(row.accepts)
             raise UsageError(f"{name} has no hyperparameter {key!r}; it has {accepted}")
     return dataclasses.replace(base, **given)
 

@@ -62,6 +62,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(tmp_path):
         "ADAMW, lr 0.02",
     ]
     assert "cannot be compared" in runs.explain(groups)
+    assert "nats per byte" in runs.explain(groups)
     assert len(set(runs._styles(groups))) == 4
 
 

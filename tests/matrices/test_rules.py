@@ -192,7 +192,12 @@ def test_an_unnamed_matrix_is_refused_unless_one_word_says_that_all_are_matrices
 def test_keys_counters_and_functions_stay_out_of_muon():
     tree = {"count": leaf(4, 4, dtype="int32"), "key": jax.random.key(0), "activation": jnp.tanh}
     assert set(assign(tree).values()) == {None}
-    assert {row.reason for row in label(tree).rows} == {"not floating point"}
+    table = label({**tree, "up_proj": leaf(8, 4)})
+    without = [row for row in table.rows if row.reason == "not floating point"]
+    assert {row.path for row in without} == set(tree)
+    assert {row.optimizer for row in without} == {"none"}
+    assert (table.total("muon"), table.total("adamw")) == ((1, 32), (0, 0))
+    assert "100.0%" in str(table)
 
 
 @pytest.mark.parametrize("keep", ["muon", "adamw"])

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.models import abstract, spec
+from optax_muon.platforms import KINDS, PLATFORMS
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "tpu_ahead_of_time.csv"
 CLOCK = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9}
@@ -58,3 +59,9 @@ def test_devices_without_rates_are_refused_by_their_platform(kind):
     with pytest.raises(ValueError, match=f"platform '{name}' is unknown; use one of tpu, gpu, cpu"):
         optax_muon.plan({"kernel": kernel}, shardings=shardings)
     assert optax_muon.plan({"kernel": kernel}, shardings=shardings, platform="gpu")
+
+
+def test_an_unknown_device_is_refused_with_all_that_are_known():
+    with pytest.raises(ValueError, match="platform 'TPU v9' is unknown") as refused:
+        optax_muon.plan({"kernel": jax.ShapeDtypeStruct((8, 4), "float32")}, platform="TPU v9")
+    assert all(name in str(refused.value) for name in (*PLATFORMS, *KINDS))

@@ -167,6 +167,7 @@ NUMBERS = {
     f"{TRAIN} --set muon.lr=1 muon.lr=2": "--set has muon.lr twice; give it once",
     f"{TRAIN} --set muon.speed=1": "muon has no hyperparameter 'speed'; it has lr, weight_decay",
     f"{TRAIN} --set sgd.lr=1": "unknown optimizer 'sgd'",
+    f"{TRAIN} --set adamw.adamw_lr=1": "adamw has no hyperparameter 'adamw_lr'; it has lr, weight_",
     f"{SWEEP} --steps 0": "--steps is 0; it must be at least 1",
     f"{SWEEP} --weight-decay nan": "weight_decay is nan; it must be at least 0",
     f"{SWEEP} --weight-decay -1": "weight_decay is -1; it must be at least 0",
@@ -175,6 +176,9 @@ NUMBERS = {
     f"{SWEEP} --weight-decay 0.1 0.1": "decay 0.1 is asked for twice; give each value once",
     f"{SWEEP} --set muon.lr=1e-3,1e-3,2e-3": "muon lr 0.001 decay 0.1 is asked for twice",
     f"{SWEEP} --set muon.lr=1e-3,2e-3,inf": "lr is inf; it must be positive and finite",
+    f"{SWEEP} --set adamw.adamw_lr=1e-3": (
+        "--set has adamw.adamw_lr; sweep takes adamw.lr, muon.lr, muon.adamw_lr, and --weight-decay"
+    ),
     f"{SWEEP} --out file": "--out file exists and is no sweep; give another folder",
     f"{SWEEP} --out empty": "--out empty exists and is no sweep; give another folder",
     f"{SWEEP} --out run": "or another --out",

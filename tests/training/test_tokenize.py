@@ -271,6 +271,14 @@ def test_a_model_writes_in_its_own_tokens(run, capsys):
     assert capsys.readouterr().out.startswith("def né")
 
 
+def test_the_turns_of_a_conversation_are_told_apart(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "chat")
+    (RunFolder(tmp_path / "chat").tokenizer / "chat_template.jinja").write_text(TEMPLATE)
+    where = ["--runs", str(tmp_path), "--run", "chat", "--length", "8", "--temperature", "0"]
+    main(["sample", *where, "--prompt", "Who?"])
+    assert capsys.readouterr().out.startswith("user: Who?\nassistant: ")
+
+
 def test_pairs_are_tokens_of_the_run_or_turns_of_its_template(run, checkpoint, tmp_path):
     path = tmp_path / "two.jsonl"
     pairs = [{"prompt": "ab", "completion": "cd"}, {"prompt": "the", "completion": "x"}]

@@ -22,6 +22,7 @@ from optax_muon.cli.reports import pictures
 from optax_muon.cli.reports.tables import markdown_table
 from optax_muon.cli.reports.training import crossing
 from optax_muon.errors import UsageError
+from optax_muon.training.config import unit_of
 from optax_muon.training.optimizers import REGISTRY
 from optax_muon.training.run_folder import RunFolder
 from optax_muon.training.statistics import half_width
@@ -186,7 +187,7 @@ def table(groups: Sequence[Repetitions]) -> list[Sequence[str]]:
 
 def explain(groups: Sequence[Repetitions]) -> str:
     """How to read the table."""
-    unit = "byte" if groups[0].first.training["model"]["vocab_size"] == 256 else "token"
+    unit = unit_of(groups[0].first.training["model"]["vocab_size"])
     words = [
         f"loss: the last on held-out text, nats per {unit}, the mean of the seeds. 95%: half the "
         "width of the mean's interval by Student's t, where there are several seeds. reached: when "
