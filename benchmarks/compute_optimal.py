@@ -207,7 +207,7 @@ def sizes_law(curves: Sequence[IsoFlop]) -> Law:
     return Law(
         tuple(curve.budget for curve in curves),
         tuple(curve.optimum for curve in curves),
-        np.asarray([curve.resamples(random) for curve in curves]),
+        np.reshape([curve.resamples(random) for curve in curves], (-1, power_law.RESAMPLES)),
     )
 
 
@@ -215,7 +215,7 @@ def tokens_law(sizes: Law) -> Law:
     """D(C), which is C / 6N."""
     each = np.asarray(sizes.flops) / 6
     optima = tuple((each / np.asarray(sizes.optima)).tolist())
-    return Law(sizes.flops, optima, each[:, None] / sizes.resampled.reshape(len(each), -1))
+    return Law(sizes.flops, optima, each[:, None] / sizes.resampled)
 
 
 @functools.cache
@@ -305,6 +305,8 @@ def report(curves: Sequence[IsoFlop], found: Laws) -> Iterator[str]:
     if missing:
         yield ""
         yield f"Still to come: {', '.join(missing)}; a law needs {power_law.FITTED} optima."
+    if not curves:
+        return
     yield ""
     heads = ("C = 6ND", "best parameters", "bytes", "bytes per parameter", "sizes below and above")
     yield from _table.markdown(heads, (_optimum(curve) for curve in curves))
@@ -354,9 +356,9 @@ def summary(found: Laws) -> str:
     if missing:
         parts.append(f"{', '.join(missing)} still to come")
     extents = (
-        f"{name} at {len(law.flops)} budgets from {min(law.flops):.1g} to {max(law.flops):.1g} FLOPs"
+        f"{name} at {len(law.flops)} budgets, {min(law.flops):.1g} to {max(law.flops):.1g} FLOPs"
         for name, law in found.items()
-        if name != "D"
+        if name != "D"  # those of N
     )
     return f"AdamW: {', '.join(parts)}; {', '.join(extents)}" if found else ""
 

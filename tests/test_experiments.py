@@ -159,6 +159,15 @@ def test_the_rates_of_the_budgets_are_those_of_the_fitted_law():
         assert rate == pytest.approx(law(budget), rel=0.03)
 
 
+@pytest.fixture
+def compiled_in_half_the_time():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_half_the_time")
 def test_a_mixture_is_trained_and_its_routing_measured(tmp_path):
     runs, models, routing = map(importlib.import_module, ("_runs", "_models", "_routing"))
     for name in ("train", "held_out"):  # a random text in place of the download
