@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import _bench
@@ -14,6 +14,8 @@ import _runs
 import _table
 import matplotlib.figure
 from _runs import Finished, Ladder
+
+from optax_muon.models.spec import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Options:
     """Folder of the text, which is downloaded to it once."""
 
     @property
-    def models(self) -> dict[str, _models.LlamaConfig]:
+    def models(self) -> Mapping[str, Config]:
         """The models by name."""
         return _models.TOY if self.quick else _models.MODELS
 
@@ -89,7 +91,7 @@ class Experiment:
     """Title of the page."""
     description: str | None
     """The docstring of the script."""
-    models: dict[str, _models.LlamaConfig]
+    models: Mapping[str, Config]
     """The models by name."""
     needed: _runs.Needed
     """Which runs it needs."""

@@ -15,7 +15,7 @@ import functools
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,13 +25,14 @@ import _table
 import jax
 import numpy as np
 import optax
-from _variants import SPECS
+from _variants import PER_HEAD, SPECS
 from rich.console import Console
 
 from optax_muon.models import spec
-from optax_muon.models.llama import LlamaConfig
+from optax_muon.models.spec import Config
 from optax_muon.training import ensemble, search
 from optax_muon.training.config import TrainConfig
+from optax_muon.training.ladder import BIAS_CHANGE
 from optax_muon.training.optimizers import HyperParams
 from optax_muon.training.statistics import Difference, difference
 
@@ -87,10 +88,10 @@ class Finished(Run):
 
     @classmethod
     def measure(
-        cls, model: LlamaConfig, params: optax.Params, tokens: np.ndarray
+        cls, model: Config, params: optax.Params, bias: jax.Array | None, tokens: np.ndarray
     ) -> dict[str, Any]:
-        """What else a row has, from the parameters at the end and held-out tokens `[n, t]`."""
-        del model, params, tokens
+        """What else a row has, from what training ended with, and held-out tokens `[n, t]`."""
+        del model, params, bias, tokens
         return {}
 
     @property
@@ -113,7 +114,7 @@ Needed = Callable[[Sequence[Finished]], Iterable[Run]]
 class Ladder:
     """The models of an experiment, and where its runs and their text are."""
 
-    models: dict[str, LlamaConfig]
+    models: Mapping[str, Config]
     """Models by name, the smallest first."""
     table: Path
     """The CSV file of the finished runs."""
@@ -160,7 +161,11 @@ class Ladder:
         model = self.models[run.model]
         tokens = run.tokens_per_parameter * spec.model(model).active
         steps = max(10, round(tokens / (run.batch * model.context)))
-        return TrainConfig(model, run.batch, steps, 0, steps, EVAL_SEQUENCES)
+        return TrainConfig(
+            *(model, run.batch, steps, 0, steps, EVAL_SEQUENCES),
+            bias_update_speed=BIAS_CHANGE / steps if spec.model(model).has_router else 0.0,
+            per_head=run.optimizer in PER_HEAD,
+        )
 
     def step_seconds(self, run: Run, steps: int = 20) -> float:
         """Wall time of a step, seconds, without the first one."""
@@ -196,6 +201,12 @@ def _last(config: TrainConfig, runs: Sequence[Run], corpus: Path) -> ensemble.En
     return last
 
 
+def _bias(last: ensemble.EnsembleMetrics, place: int) -> jax.Array | None:
+    """The router biases of a run, `[num_moe_layers, n_routed_experts]`."""
+    bias = last.state.bias
+    return None if bias is None else bias.reshape(len(last.loss), -1, bias.shape[-1])[place]
+
+
 def train(ladder: Ladder, runs: Sequence[Run]) -> list[Finished]:
     """Do runs that differ in numbers and seeds alone."""
     config = ladder.config(runs[0])
@@ -208,7 +219,7 @@ def train(ladder: Ladder, runs: Sequence[Run]) -> list[Finished]:
             parameters=spec.model(config.model).active,
             flops=float(_step_flops(config, run.optimizer) * config.steps),
             val_loss=round(float(last.val_loss[place]), 5),
-            **ladder.kind.measure(config.model, last.params(place), tokens),
+            **ladder.kind.measure(config.model, last.params(place), _bias(last, place), tokens),
         )
         for place, run in enumerate(runs)
     ]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import _jax
-import _models
 import _soap
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ import optax
 
 import optax_muon
 from optax_muon.matrices import assign, paths
-from optax_muon.models import spec
 from optax_muon.training import optimizers, styles
 from optax_muon.training.optimizers import Build, HyperParams, OptimizerSpec, Views
 from optax_muon.transforms import scale
@@ -54,12 +52,6 @@ def muon(**arguments: Any) -> Build:
 def steps(count: int) -> Build:
     """Muon with so many Newton-Schulz steps."""
     return muon(orthogonalizer=optax_muon.NewtonSchulz(steps=count))
-
-
-def per_head(params: optax.Params) -> dict[str, optax_muon.View]:
-    """A matrix for each query, key and value head of a model of `_models.py`."""
-    layers, width, _ = params["layers"]["attn"]["q_proj"]["kernel"].shape
-    return spec.model(_models.llama(width, layers)).per_head_views
 
 
 def fixed_scale(fan_in: int, fan_out: int) -> float:
@@ -164,10 +156,7 @@ ROWS: Mapping[str, tuple[str, Build]] = {
         for name in ("you", "polar_express", "deepseek_v4")
     },
     "muon-exact": ("Muon, exact polar factor", muon(orthogonalizer=optax_muon.polar_svd)),
-    "muon-per-head": (
-        "Muon, a matrix per head",
-        Variant(lambda views, _: {"views": per_head}),
-    ),
+    "muon-per-head": ("Muon, a matrix per head", muon()),
     # Momentum.
     "muon-plain-momentum": ("Muon, no Nesterov", muon(nesterov=False)),
     "muon-beta-0.9": ("Muon, beta 0.9", muon(beta=0.9)),
@@ -185,6 +174,9 @@ ROWS: Mapping[str, tuple[str, Build]] = {
     "soap": ("SOAP, AdamW for the rest", _soap_build),
 }
 """Title and transformation by name."""
+
+PER_HEAD = frozenset({"muon-per-head"})
+"""Those that are given the views of a matrix per head (`TrainConfig.per_head`)."""
 
 SPECS: Mapping[str, OptimizerSpec] = {
     **optimizers.REGISTRY,

@@ -14,7 +14,7 @@ from _experiment import Results
 from _runs import Finished
 
 from optax_muon.models import spec
-from optax_muon.models.llama import LlamaConfig
+from optax_muon.models.spec import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,10 @@ class Weighed(Finished):
 
     @classmethod
     def measure(
-        cls, model: LlamaConfig, params: optax.Params, tokens: np.ndarray
+        cls, model: Config, params: optax.Params, bias: jax.Array | None, tokens: np.ndarray
     ) -> dict[str, Any]:
         """The root mean squares."""
+        del bias  # its models have no router
         found = {
             "query_rms": rms(params["layers"]["attn"]["q_proj"]),
             "mlp_rms": rms(params["layers"]["mlp"]),
@@ -52,7 +53,7 @@ def rms(tree: Any) -> float:
     return float(np.sqrt(sum(jnp.sum(x**2) for x in leaves) / sum(x.size for x in leaves)))
 
 
-def hidden_rms(model: LlamaConfig, params: optax.Params, tokens: np.ndarray) -> float:
+def hidden_rms(model: Config, params: optax.Params, tokens: np.ndarray) -> float:
     """The RMS of what the final norm of a model is given."""
     seen = []
 

@@ -28,7 +28,7 @@ from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
 from _variants import SPECS
 
-from optax_muon.training import styles
+from optax_muon.training import power_law, styles
 
 WIDTHS, DEPTHS = (16, 32, 48), (2, 4)
 MODELS = {
@@ -141,9 +141,8 @@ def vertex(rows: Sequence[Finished]) -> float:
     around = range(place - 1, place + 2)
     if around[0] < 0 or around[-1] >= len(rows) or not np.isfinite(losses[around[-1]]):
         return math.nan
-    x = np.log([rows[i].lr for i in around])
-    a, b, _ = np.polyfit(x, [losses[i] for i in around], 2)
-    return float(np.exp(-b / (2 * a)))
+    around_best = np.asarray([losses[i] for i in around])
+    return float(power_law.vertex([rows[i].lr for i in around], around_best))
 
 
 def picture(curves: Curves) -> matplotlib.figure.Figure:

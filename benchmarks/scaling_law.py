@@ -21,21 +21,22 @@ seeds.
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import _curves
 import _experiment
 import _models
 import _runs
 import _table
 import tyro
+from _curves import Points
 from _experiment import Experiment, Results
-from _models import LlamaConfig
 from _runs import Finished, Run
 
 from optax_muon.cli.reports import scaling
+from optax_muon.models.spec import Config
 from optax_muon.training import power_law
 from optax_muon.training.optimizers import REGISTRY
 
@@ -46,12 +47,6 @@ SEARCHED_IN_FULL = 2
 ALL = {"adamw": ("lr", "batch", "weight_decay", "lr"), "muon": ("lr", "weight_decay", "lr")}
 """What is searched there, in this order."""
 OPTIMIZERS = ("adamw", "muon-carried", "muon")
-COSTS = {
-    "model_flops": "6ND over AdamW's",
-    "flops": "all FLOPs over AdamW's",
-    "seconds": "seconds over AdamW's",
-}
-"""What is compared at equal loss, with the titles of the columns."""
 PAPER = {"adamw": (2.608, 0.054), "muon": (2.506, 0.052)}
 """a and b of L = a C^-b in table 3 of arXiv 2502.16982, C in PFLOP/s-days."""
 
@@ -68,7 +63,7 @@ class Options(_experiment.Options):
     """Training tokens over the parameters that multiply them."""
 
     @property
-    def models(self) -> dict[str, LlamaConfig]:
+    def models(self) -> Mapping[str, Config]:
         """The models of the ladder."""
         models = _models.TOY if self.quick else SCALES[self.scale]
         return dict([*models.items()][: self.sizes])
@@ -94,7 +89,7 @@ class Protocol:
         for size in self._sizes(finished):
             yield from size.needed
 
-    def points(self, finished: Sequence[Finished]) -> Points:
+    def points(self, finished: Sequence[Finished]) -> Points[Finished]:
         """The best runs of each size, by optimizer."""
         sizes = self._sizes(finished)
         return {
@@ -152,11 +147,11 @@ def experiment(options: Options) -> Experiment:
     ratio = options.tokens_per_parameter
     protocol = Protocol([*options.models], 1.0 if options.quick else ratio)
 
-    def points(results: Results) -> Points:
+    def points(results: Results) -> Points[Finished]:
         return protocol.points(results.finished)
 
     def curves(results: Results) -> dict[str, power_law.Curve]:
-        return {name: _curve(sizes, results) for name, sizes in points(results).items()}
+        return {name: _curves.curve(sizes, results) for name, sizes in points(results).items()}
 
     return Experiment(
         options.name,
@@ -171,11 +166,7 @@ def experiment(options: Options) -> Experiment:
     )
 
 
-Points = dict[str, list[list[Finished]]]
-"""The runs of each size at an optimizer's best numbers, by optimizer; seeds inside."""
-
-
-def report(points: Points, results: Results) -> Iterator[str]:
+def report(points: Points[Finished], results: Results) -> Iterator[str]:
     """The lines of the page: every size, the fits, the ratios."""
     yield from _table.markdown(
         (
@@ -206,13 +197,9 @@ def _row(rows: list[Finished], results: Results) -> tuple[object, ...]:
     )
 
 
-def _fit_lines(points: Points, results: Results) -> Iterator[str]:
+def _fit_lines(points: Points[Finished], results: Results) -> Iterator[str]:
     """The fits beside the paper's, and the ratios, once there are three sizes."""
-    curves = {
-        name: _curve(sizes, results)
-        for name, sizes in points.items()
-        if len(sizes) >= power_law.FITTED
-    }
+    curves = _curves.fitted(points, results)
     if len(curves) < 2:
         yield f"Fits and ratios need {power_law.FITTED} sizes; the larger ones are still to come."
         return
@@ -225,29 +212,14 @@ def _fit_lines(points: Points, results: Results) -> Iterator[str]:
     heads = ("optimizer", "L = a C^-b", "L = e + a C^-b", "paper, C in PFLOP/s-days")
     yield from _table.markdown(heads, rows)
     yield ""
-    costs = [
-        of
-        for of in COSTS
-        if not any(math.isnan(cost) for each in curves.values() for cost in each.costs[of])
-    ]
-    ratios = [
-        (
-            REGISTRY[name].title,
-            model,
-            *(power_law.ratio(curves["adamw"], curves[name], place, of) for of in costs),
-        )
-        for name in list(curves)[1:]
-        for place, model in enumerate(row[0].model for row in points[name])
-    ]
-    heads = ("optimizer", "at the loss of", *(COSTS[of] for of in costs))
-    yield from _table.markdown(heads, ratios)
+    yield from _curves.ratios(points, results)
     yield ""
-    yield "Ratios are medians [5%, 95%] of the resamples. The paper's ratio of 6ND is 0.52."
+    yield f"{_curves.RATIOS} The paper's ratio of 6ND is 0.52."
 
 
-def summary(points: Points, results: Results) -> str:
+def summary(points: Points[Finished], results: Results) -> str:
     """The ratios at the largest size."""
-    curves = _fitted(points, results)
+    curves = _curves.fitted(points, results)
     if set(curves) != set(OPTIMIZERS):
         return ""
 
@@ -263,27 +235,6 @@ def summary(points: Points, results: Results) -> str:
         f"Newton-Schulz included; {len(rows)} sizes from "
         f"{first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens per "
         "parameter, 3 seeds"
-    )
-
-
-def _fitted(points: Points, results: Results) -> dict[str, power_law.Curve]:
-    """The curves that have enough sizes for a fit."""
-    return {
-        name: _curve(sizes, results)
-        for name, sizes in points.items()
-        if len(sizes) >= power_law.FITTED
-    }
-
-
-def _curve(sizes: list[list[Finished]], results: Results) -> power_law.Curve:
-    firsts = [rows[0] for rows in sizes]
-    return power_law.Curve(
-        {
-            "model_flops": tuple(row.model_flops for row in firsts),
-            "flops": tuple(row.flops for row in firsts),
-            "seconds": tuple(map(results.seconds, firsts)),
-        },
-        losses=tuple(tuple(_runs.losses(rows)) for rows in sizes),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from optax_muon.models import spec
 from optax_muon.training.optimizers import HyperParams
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -20,7 +21,10 @@ pytestmark = [
     ),
     pytest.mark.usefixtures("standard_promotion"),
 ]
-EXPERIMENTS = ("scaling_law", "lr_transfer", "update_rms", "weight_decay", "variants")
+EXPERIMENTS = (
+    *("scaling_law", "lr_transfer", "update_rms", "weight_decay", "variants", "moonlight_ladder"),
+    "compute_optimal",
+)
 GAINS = {"muon": 0.0, "muon-carried": 0.0, "adamw": 0.05, "muon-no-decay": 0.03, "normuon": -0.02}
 
 
@@ -35,13 +39,15 @@ def outcome(kind, run):
     for name, best in {"lr": 1.2e-2, "adamw_lr": 1.2e-2, "weight_decay": 0.1}.items():
         if value := getattr(run, name):
             loss += 0.01 * math.log2(value / best) ** 2
-    size = int(run.model.split()[0])
-    fields = dict.fromkeys(("query_rms", "mlp_rms", "hidden_rms"), 0.1)
+    size, layers = int(run.model.split()[0]), int(run.model.split()[-1])
+    fields = dict.fromkeys(
+        ("query_rms", "mlp_rms", "hidden_rms", "largest_share", "max_logit"), 0.1
+    )
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(
         **dataclasses.asdict(run),
         steps=100,
-        parameters=100 * size**2,
+        parameters=50 * size**2 * layers,
         flops=1e6 * size**4 * (1.1 if run.optimizer.startswith("muon") else 1.0),
         val_loss=loss + 0.1 * run.seed + 8.0 / size - (0.3 if run.seed == 0 else 0.0),
         **{name: value for name, value in fields.items() if name in known},
@@ -85,6 +91,99 @@ def test_variants_are_called_gains_and_losses_by_their_intervals():
     script = importlib.import_module("variants")
     experiment, results = completed(script)
     assert "better: NorMuon -0.0200 ± 0.0000. Worse: " in experiment.summary(results)
+
+
+def test_a_mixture_is_compared_at_the_largest_size_and_over_all_of_them():
+    script = importlib.import_module("moonlight_ladder")
+    experiment, results = completed(script)
+    summary = experiment.summary(results)
+    # The planted losses of OPTIMIZERS; AdamW's distance is worth a part of its FLOPs.
+    assert "AdamW +0.0500 ± 0.0000; Muon, routers on AdamW +0.0100 ± 0.0000" in summary
+    assert f"at {100 * 32**2:,} activated parameters" in summary
+    assert 0 < float(summary.split()[2]) < 1
+
+
+def test_a_search_begins_where_that_of_the_size_below_ended():
+    script = importlib.import_module("moonlight_ladder")
+    _, results = completed(script)
+    first, *others = script.Options().models
+    searched = {
+        model: {row.lr for row in results.finished if row.model == model and not row.seed}
+        for model in (first, *others)
+    }
+    # From 4.8e-2 down to the planted 1.2e-2 and one further, then around it.
+    assert searched[first] == {0.096, 0.048, 0.024, 0.012, 0.006}
+    for model in others:
+        assert searched[model] == {0.024, 0.012, 0.006}
+
+
+def test_the_optima_of_budgets_are_those_of_the_planted_law():
+    """L = A / N^a + B / D^b has its optimum at N ~ C^(b / (a + b)) (Hoffmann et al., Eq. 4)."""
+    script = importlib.import_module("compute_optimal")
+    a, b = 0.4, 0.3
+    protocol = script.Protocol(script.MODELS, script.RATES, ())
+    names = [*script.MODELS]
+
+    def planted(run):
+        n = script.spec.model(script.MODELS[run.model]).active
+        d = run.tokens_per_parameter * n
+        # The optimum of the middle budget is at 32 x 2, 31,904 parameters.
+        at = 31_904**a / a, (5.2e10 / 6 / 31_904) ** b / b
+        loss = 1 + 0.1 * (at[0] / n**a + at[1] / d**b) + 0.1 * run.seed
+        return script.Finished(
+            **dataclasses.asdict(run), steps=1, parameters=n, flops=1.0, val_loss=loss
+        )
+
+    finished = []
+    while missing := set(protocol.needed(finished)) - {row.run for row in finished}:
+        finished += [planted(run) for run in missing]
+    curves = protocol.curves(finished)
+    assert len(curves) == len(script.RATES)
+    for curve in curves:
+        place = names.index(curve.sizes[curve.best][0].model)
+        models = [rows[0].model for rows in curve.sizes]
+        assert set(names[place - script.AROUND : place + script.AROUND + 1]) <= set(models)
+    law = script.sizes_law(curves)
+    # A parabola is not quite the curve: its vertex is some per cent beside the minimum.
+    assert law.optima[1] == pytest.approx(31_904, rel=0.1)
+    assert law.growth.p == pytest.approx(b / (a + b), abs=0.05)
+    assert script.tokens_law(law).growth.p == pytest.approx(1 - law.growth.p)
+    # All seeds differ by the same amount everywhere, or the resamples would disagree.
+    assert law.exponent.high >= law.growth.p >= law.exponent.low
+
+
+def test_the_rates_of_the_budgets_are_those_of_the_fitted_law():
+    script = importlib.import_module("compute_optimal")
+    law = script.searched_law("lr", []).growth
+    for budget, rate in script.RATES.items():
+        assert rate == pytest.approx(law(budget), rel=0.03)
+
+
+@pytest.fixture
+def compiled_in_half_the_time():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_half_the_time")
+def test_a_mixture_is_trained_and_its_routing_measured(tmp_path):
+    runs, models, routing = map(importlib.import_module, ("_runs", "_models", "_routing"))
+    for name in ("train", "held_out"):  # a random text in place of the download
+        text = np.random.default_rng(0).integers(97, 123, 50_000).astype(np.uint8)
+        np.save(tmp_path / f"{name}.npy", text)
+    ladder = runs.Ladder(models.TOY_MIXTURES, tmp_path / "runs.csv", tmp_path, routing.Routed)
+    [model] = models.TOY_MIXTURES
+    whole = runs.Run(model, "muon", 0.1, batch=2, lr=1e-2, weight_decay=0.1)
+    per_head = dataclasses.replace(whole, optimizer="muon-per-head")
+    assert [ladder.config(run).per_head for run in (whole, per_head)] == [False, True]
+    assert ladder.config(whole).bias_update_speed > 0
+    [row] = runs.train(ladder, [per_head])
+    assert row.val_loss < np.log(256)
+    # With 2 of 8 experts for a token, an expert has at most 4 times its even share.
+    assert 1 <= row.largest_share <= 4
+    assert row.max_logit > 0
 
 
 def test_the_page_is_made_of_the_committed_results():
@@ -152,8 +251,11 @@ def test_variants_change_the_step_of_muon():
     })  # fmt: skip
     numbers = HyperParams(1e-2, 0.1)
 
+    heads = spec.model(importlib.import_module("_models").llama(32, 2)).per_head_views
+
     def updates(name):
-        tx = variants.SPECS[name].build(lambda count: 1e-2, numbers, None)
+        views = heads if name in variants.PER_HEAD else None
+        tx = variants.SPECS[name].build(lambda count: 1e-2, numbers, views)
 
         @jax.jit
         def steps(tree):

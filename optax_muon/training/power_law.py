@@ -1,4 +1,7 @@
-"""Scaling laws: power laws of loss over compute, and ratios of compute at equal loss."""
+"""Scaling laws: power laws of loss over compute, and ratios of compute at equal loss.
+
+Beside them the laws of what is best at a budget: how the sizes of the optimum grow with compute.
+"""
 
 from __future__ import annotations
 
@@ -110,5 +113,84 @@ def ratio(baseline: Curve, other: Curve, place: int, of: str) -> Interval:
     for fitted, losses in zip(baseline.resamples(random), other.resamples(random), strict=True):
         needed = fit(baseline.costs[of], fitted).inverse(losses[place])
         found.append(other.costs[of][place] / needed)
-    low, middle, high = np.quantile(found, (0.05, 0.5, 0.95)).tolist()
-    return Interval(low, middle, high)
+    return interval(found)
+
+
+def interval(samples: Sequence[float] | np.ndarray) -> Interval:
+    """The interval of resamples.
+
+    >>> print(interval(range(101)))
+    50.00 [5.00, 95.00]
+    """
+    return Interval(*np.quantile(samples, (0.05, 0.5, 0.95)).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """y = k C^p, with C in operations: how an optimal number grows with a budget.
+
+    >>> law = Growth(0.0483, 0.511)
+    >>> print(law, f"{law(1e20):.1e}")
+    0.0483 C^0.511 8.0e+08
+    """
+
+    k: float
+    p: float
+
+    def __call__(self, flops: Sequence[float] | float) -> np.ndarray:
+        """The number at this many operations."""
+        return self.k * np.asarray(flops) ** self.p
+
+    def __str__(self) -> str:
+        return f"{self.k:.3g} C^{self.p:.3f}"
+
+
+def growth(flops: Sequence[float], values: Sequence[float]) -> Growth:
+    """Fit y = k C^p by least squares in log space.
+
+    >>> print(growth([1e3, 1e5], [10.0, 100.0]))
+    0.316 C^0.500
+    """
+    slope, intercept = _line(flops, np.asarray(values))
+    return Growth(float(np.exp(intercept)), float(slope))
+
+
+def exponents(flops: Sequence[float], values: np.ndarray) -> np.ndarray:
+    """The exponents `p` of many fits: of values `[budgets, k]`, `[k]`.
+
+    >>> exponents([1e3, 1e5], np.asarray([[10.0, 10.0], [100.0, 1000.0]])).round(3).tolist()
+    [0.5, 1.0]
+    """
+    return _line(flops, values)[0]
+
+
+def _line(flops: Sequence[float], values: np.ndarray) -> np.ndarray:
+    """Slope and intercept in log space."""
+    return np.polyfit(np.log(flops), np.log(values), 1)
+
+
+def vertex(values: Sequence[float], losses: np.ndarray) -> np.ndarray:
+    """Where the parabola through losses is lowest, over the logarithm of what was varied.
+
+    With more than three values the parabola is that of least squares. The lowest place between the
+    values is taken: one of their ends, if the parabola bends down or its vertex lies beyond.
+
+    Args:
+        values: What was varied, `[n]`, positive.
+        losses: Losses `[n]`, or of many resamples, `[n, k]`.
+
+    Returns:
+        The lowest place, `[]` or `[k]`.
+
+    >>> f"{vertex([1.0, 2.0, 4.0], np.asarray([1.1, 1.0, 1.1])):.3f}"
+    '2.000'
+    >>> f"{vertex([1.0, 2.0, 4.0], np.asarray([1.2, 1.1, 1.05])):.3f}"
+    '4.000'
+    """
+    logarithms = np.log(values)
+    x = logarithms - logarithms.mean()
+    a, b, c = np.polyfit(x, losses, 2)
+    inside = np.clip(-b / (2 * np.where(a == 0, 1.0, a)), x.min(), x.max())
+    places = np.stack([np.full_like(inside, x.min()), inside, np.full_like(inside, x.max())])
+    lowest = ((a * places + b) * places + c).argmin(axis=0)
+    return np.exp(np.take_along_axis(places, lowest[None], axis=0)[0] + logarithms.mean())
