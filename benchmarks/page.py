@@ -1,6 +1,7 @@
 """Write `benchmarks/README.md`: claim by claim, what others say and what is measured here.
 
-What is measured is read from the committed results, so the page cannot drift from them.
+What is measured is read from the committed results, so the page cannot drift from them. Neither can
+the evidence in the README, which is written by the same command.
 
     python benchmarks/page.py
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -25,6 +27,9 @@ import variants
 import weight_decay
 
 PAGE = _bench.HERE / "README.md"
+README = _bench.HERE.parent / "README.md"
+BEGIN, END = "<!-- evidence, written by benchmarks/page.py -->", "<!-- end of evidence -->"
+"""The lines around what is written into the README."""
 RESULTS = _bench.HERE / "results"
 TO_COME = "still to come"
 
@@ -187,9 +192,29 @@ def text() -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_evidence(readme: str) -> str:
+    """The README with the scaling law's outcome between `BEGIN` and `END`."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    options = scaling_law.Options()
+    experiment = scaling_law.experiment(options)
+    outcome = experiment.summary(_experiment.load(options, experiment))
+    name = f"benchmarks/results/{experiment.name}/{experiment.name}"
+    words = (
+        "The evidence is a ladder of model sizes, each trained to the end of its schedule, with "
+        f"rates and decay tuned for both optimizers. For the same loss, Muon needs {outcome}. The "
+        f"paper has 0.52 at 399M to 1.5B parameters. [Every run and its numbers]({name}.md), and "
+        "[all claims, one by one](benchmarks/README.md)."
+    )
+    alt = "Held-out loss over FLOPs, AdamW above Muon at AdamW's rate above Muon at its own"
+    lines = [BEGIN, "", f"![{alt}]({name}.png)", "", textwrap.fill(words, 120), "", END]
+    return before + "\n".join(lines) + after
+
+
 def _left_aligned(lines: list[str]) -> list[str]:
     return [lines[0], lines[1].replace("---:", "---"), *lines[2:]]
 
 
 if __name__ == "__main__":
     PAGE.write_text(text())
+    README.write_text(with_evidence(README.read_text()))

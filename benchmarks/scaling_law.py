@@ -229,10 +229,10 @@ def summary(points: Points[Finished], results: Results) -> str:
     rows = points["muon"]
     first, last = rows[0][0], rows[-1][0]
     return (
-        f"at {last.parameters:,} parameters {ratio('muon', 'model_flops')} of AdamW's 6ND, the "
-        f"paper's measure, with its own rate, {ratio('muon-carried', 'model_flops')} with AdamW's "
-        f"numbers; {ratio('muon', 'flops')} and {ratio('muon-carried', 'flops')} of all FLOPs, "
-        f"Newton-Schulz included; {len(rows)} sizes from "
+        f"at {last.parameters:,} parameters {ratio('muon', 'model_flops')} of AdamW's FLOPs as "
+        f"6ND, the paper's measure, with its own rate, {ratio('muon-carried', 'model_flops')} with "
+        f"AdamW's numbers; {ratio('muon', 'flops')} and {ratio('muon-carried', 'flops')} of all "
+        f"FLOPs, Newton-Schulz included; {len(rows)} sizes from "
         f"{first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens per "
         "parameter, 3 seeds"
     )

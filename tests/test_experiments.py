@@ -189,6 +189,8 @@ def test_a_mixture_is_trained_and_its_routing_measured(tmp_path):
 def test_the_page_is_made_of_the_committed_results():
     page = importlib.import_module("page")
     assert page.PAGE.read_text() == page.text()
+    readme = page.README.read_text()
+    assert readme == page.with_evidence(readme)
     for name in page.OTHER:
         assert (page.RESULTS / name).exists()
 
