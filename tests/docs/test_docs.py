@@ -4,7 +4,10 @@ Examples with prompts are doctests, collected from `docs/pages` itself.
 """
 
 import ast
+import contextlib
+import doctest
 import importlib
+import importlib.metadata
 import inspect
 import os
 import pathlib
@@ -15,15 +18,21 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 import tyro
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import optax_muon
 from optax_muon.cli.commands import COMMANDS
+from optax_muon.cli.main import main
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PAGES = ROOT / "docs" / "pages"
 SOURCES = [path for path in sorted(PAGES.rglob("*.md")) if "results" not in path.parts]
+PLACES = [ROOT / "README.md", *(path for path in SOURCES if path.parent == PAGES)]
+MESHES = PAGES / "meshes.md"
 FACES = ["", "checkpoint", "compat", "models", "polar", "hlo"]
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -177,26 +186,151 @@ def test_a_program_runs(program):
     subprocess.run(command, env=os.environ | environment, check=True, timeout=120)
 
 
+def lines():
+    """Every line of the blocks of shell, as typed, and the page it is on."""
+    for path in PLACES:
+        for kind, block in FENCED.findall(path.read_text()):
+            if kind in ("console", "bash"):
+                typed = block.replace("\\\n", " ").splitlines()
+                if kind == "console":
+                    typed = [line[2:] for line in typed if line.startswith("$ ")]
+                for line in typed:
+                    if words := shlex.split(line, comments=True):
+                        yield words, path.name
+
+
 def commands():
-    """Every call of `optax-muon` in the blocks of shell, without what stands before it."""
-    for block in blocks("console", "bash"):
-        (text,) = block.values
-        for line in text.replace("\\\n", " ").splitlines():
-            if found := re.match(r"(?:\$ |srun )(optax-muon .*)", line):
-                yield found[1]
+    """Every call of `optax-muon`: in blocks of shell, in the text, in tables, and in a Job."""
+    for words, _ in lines():
+        words = words[1:] if words[0] == "srun" else words
+        if words[0] == "optax-muon":
+            yield words[1 : words.index(">") if ">" in words else None]
+    for path in PLACES:
+        text = FENCED.sub("", path.read_text())
+        said = [
+            *re.findall(r"`optax-muon ([^\s`]+ [^`]*)`", text),
+            *re.findall(r"^\| `([a-z-]+ [^`]*)`", text, re.MULTILINE),
+        ]
+        # What stands for something else is not typed.
+        yield from (shlex.split(each) for each in said if not re.search(r"\.\.\.|[A-Z]{3}", each))
+    for job in re.findall(r"command: \[optax-muon, (.*?)\]", MESHES.read_text(), re.DOTALL):
+        yield [word.strip(' "\n') for word in re.split(r",\s+", job)]
 
 
-@pytest.mark.parametrize("command", sorted(set(commands())))
-def test_a_command_is_understood(command, capsys):
-    arguments = shlex.split(command)[1:]
-    if "--help" in arguments:
-        with pytest.raises(SystemExit) as end:
-            tyro.cli(COMMANDS, args=arguments)
-        assert end.value.code == 0
+COMMAND_LINES = sorted({shlex.join(words) for words in commands()})
+
+
+def ends_at_once(words):
+    """Whether a command trains nothing and reads nothing."""
+    return words[0] in ("plan", "--tyro-print-completion") or "--plan" in words or "--help" in words
+
+
+@pytest.mark.parametrize("command", COMMAND_LINES)
+def test_a_command_does_what_it_is_shown_for(command, capsys):
+    """A command is read by its parser; one that trains nothing and reads nothing is run."""
+    words = shlex.split(command)
+    if not ends_at_once(words):
+        assert callable(tyro.cli(COMMANDS, args=words))
+        return
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # as users have it
+            main(words)
+    except SystemExit as end:
+        assert not end.code
+    assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+@pytest.mark.parametrize(("words", "page"), list(lines()), ids=lambda value: str(value))
+def test_a_line_of_shell_has_what_it_needs(words, page):
+    """Its scripts and targets exist, and other tests run them; what installs is tested below."""
+    while re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+        words = words[1:]
+    program, *arguments = words
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "python":
+        (script,) = (word for word in arguments if word.endswith(".py"))
+        assert (ROOT / script if "/" in script else ROOT / "docs/examples" / script).exists()
     else:
-        assert callable(tyro.cli(COMMANDS, args=arguments))
+        assert program in ("optax-muon", "srun", "pip", "hf", "mkdir", "export")
+
+
+def imported(path):
+    """The modules that the blocks of a page import, the programs that it shows included."""
+    text = path.read_text()
+    examples = doctest.DocTestParser().get_examples(text)
+    sources = [
+        "".join(example.source for example in examples),
+        *(block for kind, block in FENCED.findall(text) if kind == "python" and ">>>" not in block),
+        *((ROOT / file).read_text() for file in re.findall(r'--8<-- "(\S+\.py)"', text)),
+    ]
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{each.name}" for each in node.names))
+
+
+def brought(requirement):
+    """The names of the distributions that a requirement installs, itself included."""
+    found = set()
+
+    def visit(requirement):
+        requirement = Requirement(requirement)
+        name, extras = canonicalize_name(requirement.name), requirement.extras or {""}
+        if (name, frozenset(extras)) in found:
+            return
+        found.add((name, frozenset(extras)))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for needed in importlib.metadata.requires(name) or []:
+                marker = Requirement(needed).marker
+                if marker is None or any(marker.evaluate({"extra": e}) for e in extras):
+                    visit(needed)
+
+    visit(requirement)
+    return {name for name, _ in found}
+
+
+EXTRA_OF = {
+    "optax_muon.checkpoint": "checkpoint",
+    "optax_muon.models": "models",
+    "optax_muon.compat.keras": "keras",
+}
+ELSEWHERE = {"maxtext": "maxtext", "levanter": "marin-levanter"}
+"""Distributions of modules that are not installed with the tests."""
+
+
+def installed(text):
+    """What a page says to install: in lines of `pip install`, or as an extra by its name."""
+    said = [
+        *re.findall(r"pip install ([^`\n#]*)", text),
+        *(f"optax-muon[{extra}]" for extra in re.findall(r"extra\s+`(\w+)`", text)),
+    ]
+    for word in (word for line in said for word in shlex.split(line) if word[0] != "-"):
+        place = re.sub(r"^\S*/optax.muon(-[\d.]+-py3-none-any\.whl)?", "optax-muon", word)
+        yield from brought(place)
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: path.stem)
+def test_a_page_says_what_to_install(path):
+    """Everything that its blocks import; the extra `train`, where commands are shown."""
+    text = path.read_text()
+    there = {*brought("optax-muon"), *installed(text)}
+    distributions = importlib.metadata.packages_distributions()
+    missing = set()
+    for module in {module for module in imported(path)}:
+        top = module.partition(".")[0]
+        names = distributions.get(top, [ELSEWHERE.get(top, top)])
+        if top not in sys.stdlib_module_names and not {*map(canonicalize_name, names)} & there:
+            missing.add(module)
+        if module in EXTRA_OF and not brought(f"optax-muon[{EXTRA_OF[module]}]") <= there:
+            missing.add(module)
+    if any(words[0] == "optax-muon" and page == path.name for words, page in lines()):
+        missing |= {"tyro"} - there
+    assert missing == set()
 
 
 def test_the_version_is_cited():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {optax_muon.__version__}\n" in citation
+    assert f"/optax_muon-{optax_muon.__version__}-py3" in (PAGES / "index.md").read_text()
