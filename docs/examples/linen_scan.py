@@ -83,7 +83,7 @@ def main(steps: int) -> None:
     tokens = jnp.zeros((1, 2 * HALF), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     print(optax_muon.label(params))  # they stay in their boxes, which carry the names of the axes
-    tx = optax_muon.muon(optax.warmup_cosine_decay_schedule(0.0, 0.02, 20, steps))
+    tx = optax_muon.muon(optax.warmup_cosine_decay_schedule(0.0, 0.02, steps // 10, steps))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     halves = np.random.default_rng(0).integers(VOCAB, size=(steps, BATCH, HALF))
     for step, half in enumerate(halves):

@@ -16,6 +16,14 @@ EXAMPLES = {path.stem: path for path in sorted((ROOT / "docs" / "examples").glob
 ROW = re.compile(r"^(\S+)\s+\[.*?\]\s+(.*?)\s+(muon|adamw)\s+\S.*$", re.MULTILINE)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_haste():
+    """Each program runs for a second: most of the time is the compiler's, and it may do less."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run an example as its user does; returns what it printed, and the matrices of `label`."""
