@@ -221,6 +221,8 @@ def picture(points: Points[Routed], results: Results) -> matplotlib.figure.Figur
     _draw(loss, points, "val_loss")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
+    if loss.lines:
+        loss.legend(frameon=False, fontsize=7)
     for axes, (field, label) in zip(panels, FIELDS.items(), strict=True):
         axes.set(ylabel=label)
         _draw(axes, points, field)
@@ -239,8 +241,6 @@ def _draw(axes: matplotlib.axes.Axes, points: Points[Routed], field: str) -> Non
             line = style.curve() | {"marker": "", "linewidth": 1}
             axes.plot(*zip(*means, strict=True), **line, label=SPECS[name].title)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=7)
 
 
 if __name__ == "__main__":
