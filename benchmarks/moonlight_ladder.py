@@ -156,16 +156,21 @@ def _size(name: str, model: Config) -> tuple[object, ...]:
 
 def _row(rows: list[Routed], muon: list[Routed], results: Results) -> tuple[object, ...]:
     one = rows[0]
-    [searched] = _runs.found(results.finished, [dataclasses.replace(one.run, seed=0)])
     return (
         *(one.model, SPECS[one.optimizer].title, f"{one.lr:g}", f"{one.flops:.3g}"),
-        f"{searched.val_loss:.4f}",
+        f"{_in_the_search(one, results):.4f}",
         f"{statistics.fmean(_runs.losses(rows)):.4f}",
         "" if rows == muon else _runs.paired(rows, muon),
         f"{_mean(rows, 'largest_share'):.2f}",
         f"{_mean(rows, 'max_logit'):.1f}",
         _experiment.measured(results.seconds(one), ".0f"),
     )
+
+
+def _in_the_search(row: Routed, results: Results) -> float:
+    """The loss with the seed of searches."""
+    [found] = _runs.found(results.finished, [dataclasses.replace(row.run, seed=0)])
+    return found.val_loss
 
 
 def _mean(rows: list[Routed], field: str) -> float:
@@ -209,6 +214,8 @@ def summary(points: Points[Routed], results: Results) -> str:
         ratio = f"Muon needs {model_flops} of AdamW's 6ND, {flops} of all FLOPs; "
     return (
         f"{ratio}loss over that of Muon at {one.parameters:,} activated parameters: {changes}; "
+        f"AdamW's rate was chosen for a loss of {_in_the_search(last['adamw'][0], results):.3f}, "
+        f"and has {_mean(last['adamw'], 'val_loss'):.3f} with the other seeds; "
         f"{done} sizes, {one.tokens_per_parameter:g} tokens per activated parameter, 3 seeds"
     )
 
