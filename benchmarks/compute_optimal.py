@@ -5,8 +5,9 @@ C = 6ND operations, N the parameters that multiply a token and D the bytes. At e
 models of several sizes are trained with as many bytes as it allows, further sizes until there are
 two on each side of the best; every run goes to the end of its own schedule, with three seeds. The
 optimum is the vertex of the parabola through the best size and those two on each side, over log N
-(approach 2 of Hoffmann et al., arXiv 2203.15556). N(C) and D(C) are power laws through the optima.
-The paper (arXiv 2502.16982, appendix B) finds its optima on grids.
+(approach 2 of Hoffmann et al., arXiv 2203.15556). N(C) and D(C) are power laws through the optima;
+a budget whose best size is the smallest or the largest of all has none. The paper (arXiv
+2502.16982, appendix B) finds its optima on grids.
 
 lr(C) and B(C) are from the searches of scaling_law.py, at 20 bytes for each parameter: the vertex
 of the parabola through the best rate, or batch, and its two neighbours. Batches were searched at
@@ -38,6 +39,7 @@ import scaling_law
 import tyro
 from _experiment import Experiment, Options, Results
 from _runs import Finished, Run
+from matplotlib.ticker import NullLocator
 
 from optax_muon.models import spec
 from optax_muon.models.spec import Config
@@ -159,6 +161,11 @@ class IsoFlop:
         return int(self.losses.mean(axis=1).argmin())
 
     @property
+    def is_inside(self) -> bool:
+        """Whether a smaller and a larger size are worse, so that there is an optimum."""
+        return 0 < self.best < len(self.sizes) - 1
+
+    @property
     def fitted(self) -> slice:
         """Places of the sizes that the parabola goes through."""
         return slice(max(0, self.best - AROUND), self.best + AROUND + 1)
@@ -257,7 +264,7 @@ Laws = dict[str, Law]
 
 def laws(curves: Sequence[IsoFlop], results: Results) -> Laws:
     """All laws that have enough optima."""
-    sizes = sizes_law(curves)
+    sizes = sizes_law([curve for curve in curves if curve.is_inside])
     every = {
         "N": sizes,
         "D": tokens_law(sizes),
@@ -376,6 +383,8 @@ def picture(curves: Sequence[IsoFlop], found: Laws) -> matplotlib.figure.Figure:
         right.plot(law.flops, law.optima, **style.dots, label=TITLES[name])
         line = style.curve() | {"marker": "", "linewidth": 1}
         right.plot(law.flops, law.growth(law.flops), **line)
+        right.set_xticks(law.flops, [f"{flops:.2g}" for flops in law.flops])
+        right.xaxis.set_minor_locator(NullLocator())
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:

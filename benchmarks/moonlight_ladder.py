@@ -10,12 +10,14 @@ of two until the best is inside, from the best of the size below. The best is re
 other seeds, the same for all. `Muon` has routers and whole matrices; the two others differ from it
 in one thing each.
 
-Differences have the seeds paired, and a 95 % interval by Student's t. `fullest expert` is the
-largest number of tokens of an expert over an even share, in the layer where it is largest, and
-`largest logit` that of all attention heads; both on held-out text at the end, means of the seeds.
-6ND counts activated parameters. The FLOPs of the compiled step, beside it, count the rows with
-which the CPU's program pads each expert as well. The ratio is the FLOPs of an optimizer over those
-that AdamW's fit L = a C^-b needs for the same loss; its interval is of 1000 resamples of the seeds.
+Differences have the seeds paired, and a 95 % interval by Student's t. `in the search` is the loss
+that the rate was chosen for, with seed 0; far below the mean of the others, it was chosen by luck,
+and another rate may be better. `fullest expert` is the largest number of tokens of an expert over
+an even share, in the layer where it is largest, and `largest logit` that of all attention heads;
+both on held-out text at the end, means of the seeds. 6ND counts activated parameters. The FLOPs of
+the compiled step, beside it, count the rows with which the CPU's program pads each expert as well.
+The ratio is the FLOPs of an optimizer over those that AdamW's fit L = a C^-b needs for the same
+loss; its interval is of 1000 resamples of the seeds.
 
     python benchmarks/moonlight_ladder.py
 """
@@ -129,8 +131,8 @@ def report(points: Points[Routed], results: Results, models: Mapping[str, Config
     yield ""
     yield from _table.markdown(
         (
-            *("model", "optimizer", "lr", "FLOPs", "held-out loss", "difference to Muon"),
-            *("fullest expert", "largest logit", "seconds"),
+            *("model", "optimizer", "lr", "FLOPs", "in the search", "held-out loss"),
+            *("difference to Muon", "fullest expert", "largest logit", "seconds"),
         ),
         (
             _row(rows, points["muon"][place], results)
@@ -156,12 +158,19 @@ def _row(rows: list[Routed], muon: list[Routed], results: Results) -> tuple[obje
     one = rows[0]
     return (
         *(one.model, SPECS[one.optimizer].title, f"{one.lr:g}", f"{one.flops:.3g}"),
+        f"{_in_the_search(one, results):.4f}",
         f"{statistics.fmean(_runs.losses(rows)):.4f}",
         "" if rows == muon else _runs.paired(rows, muon),
         f"{_mean(rows, 'largest_share'):.2f}",
         f"{_mean(rows, 'max_logit'):.1f}",
         _experiment.measured(results.seconds(one), ".0f"),
     )
+
+
+def _in_the_search(row: Routed, results: Results) -> float:
+    """The loss with the seed of searches."""
+    [found] = _runs.found(results.finished, [dataclasses.replace(row.run, seed=0)])
+    return found.val_loss
 
 
 def _mean(rows: list[Routed], field: str) -> float:
@@ -205,6 +214,8 @@ def summary(points: Points[Routed], results: Results) -> str:
         ratio = f"Muon needs {model_flops} of AdamW's 6ND, {flops} of all FLOPs; "
     return (
         f"{ratio}loss over that of Muon at {one.parameters:,} activated parameters: {changes}; "
+        f"AdamW's rate was chosen for a loss of {_in_the_search(last['adamw'][0], results):.3f}, "
+        f"and has {_mean(last['adamw'], 'val_loss'):.3f} with the other seeds; "
         f"{done} sizes, {one.tokens_per_parameter:g} tokens per activated parameter, 3 seeds"
     )
 
@@ -221,6 +232,8 @@ def picture(points: Points[Routed], results: Results) -> matplotlib.figure.Figur
     _draw(loss, points, "val_loss")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
+    if loss.lines:
+        loss.legend(frameon=False, fontsize=7)
     for axes, (field, label) in zip(panels, FIELDS.items(), strict=True):
         axes.set(ylabel=label)
         _draw(axes, points, field)
@@ -239,8 +252,6 @@ def _draw(axes: matplotlib.axes.Axes, points: Points[Routed], field: str) -> Non
             line = style.curve() | {"marker": "", "linewidth": 1}
             axes.plot(*zip(*means, strict=True), **line, label=SPECS[name].title)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ def scripts(monkeypatch):
 
 
 def outcome(kind, run):
-    """A finished run: its loss is its optimizer's, valleys in the numbers, and a seed's luck."""
-    loss = 2.0 + GAINS.get(run.optimizer, 0.01)
+    """A finished run: its loss is its optimizer's, valleys in the numbers, and a seed's luck.
+
+    Few tokens cost as much as a small size does, so that each budget has a best size.
+    """
+    loss = 2.0 + GAINS.get(run.optimizer, 0.01) + 1.0 / run.tokens_per_parameter
     for name, best in {"lr": 1.2e-2, "adamw_lr": 1.2e-2, "weight_decay": 0.1}.items():
         if value := getattr(run, name):
             loss += 0.01 * math.log2(value / best) ** 2
