@@ -289,7 +289,14 @@ KINDS: Mapping[str, Platform] = MappingProxyType(
         "TPU v3": _tpu(
             "TPU v3", peak=61.5e12, memory=4.5e11, links=1.64e11, hides=_NOTHING, source=_TPU_PAPER
         ),
-        "TPU v4": _tpu("TPU v4", peak=275e12, memory=1.2e12, links=3e11, hides=_EXCHANGES),
+        "TPU v4": _tpu(
+            "TPU v4",
+            Rates(2.5e14, 4.6e12, 4.5e11),
+            peak=275e12,
+            memory=1.2e12,
+            links=3e11,
+            hides=_EXCHANGES,
+        ),
         "TPU v5 lite": _V5E,
         "TPU v5e": _V5E,
         "TPU v5": _V5P,

@@ -187,7 +187,10 @@ class _Pipeline:
     """An assignment done chunk by chunk: while one is worked on, the next travels, and the last.
 
     The first chunk's first message is sent at once. The first and the last chunk are outside of the
-    loop, so that no iteration sends what nobody needs.
+    loop, so that no iteration sends what nobody needs. By the account of the compiler for a v5p, 2
+    of 64 moves of two stacks of Moonlight's experts block, where 63 do in `_run_chunks`; what is
+    not a product takes 1.2 times the cycles. Sent in a few large messages, outside of the loops,
+    the tiles would leave VMEM, and that would be 1.5 times.
     """
 
     def __init__(

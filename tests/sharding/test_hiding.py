@@ -13,10 +13,17 @@ import optax_muon
 from optax_muon.hlo import collectives
 from optax_muon.platforms import KINDS, get_device
 
+FREE = {"model": meshes.FREE_MESSAGES}
+SMALL = meshes.layers(4, (64, 128), P("fsdp"))
 LAYOUTS = {
-    **{name: meshes.TABLE[name] for name in ("rows", "replicas", "twelve copies", "three")},
+    "home": meshes.case({"fsdp": 4, "replica": 2}, SMALL, layout="home"),
+    "copies": meshes.case({"data": 8}, meshes.layers(4, (64, 128), P())),
+    "fours": meshes.case({"fsdp": 4}, meshes.layers(1, (64, 128), P("fsdp")), **FREE),
+    "swapping fours": meshes.case(
+        {"fsdp": 4}, meshes.layers(1, (64, 128), P("fsdp")), platform="TPU v5", **FREE
+    ),
     "pairs": meshes.case({"fsdp": 8}, meshes.layers(4, (128, 256), P("fsdp"))),
-    "gathered": meshes.case({"fsdp": 8}, meshes.layers(4, (64, 128), P("fsdp")), layout="gather"),
+    "gathered": meshes.case({"fsdp": 8}, SMALL, layout="gather"),
 }
 
 
