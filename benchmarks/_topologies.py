@@ -39,15 +39,21 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU chip."""
+    """A device of a kind of TPU."""
 
     flops_per_cycle: int
     """Operations of all matrix units per cycle: 2 x units x rows x columns."""
     clock: float
     """Cycles per second."""
 
+    @property
+    def peak(self) -> float:
+        """Operations per second of all matrix units."""
+        return self.flops_per_cycle * self.clock
+
 
 CHIPS = {
+    "v4": Chip(2 * 8 * 128**2, 1.05e9),
     "v5p": Chip(2 * 8 * 128**2, 1.75e9),
     "v5e": Chip(2 * 4 * 128**2, 1.5e9),
     "v6e": Chip(2 * 4 * 256**2, 1.75e9),
@@ -68,6 +74,7 @@ class Machine:
 
 
 MACHINES = {
+    "v5p 2x2x2": Machine("v5p:2x2x2", 8, CHIPS["v5p"]),
     "v5e 4x4": Machine("v5e:4x4", 16, CHIPS["v5e"]),
     "v5p 4x4x4": Machine("v5p:4x4x4", 64, CHIPS["v5p"]),
     "2 slices of v5e 8x8": Machine("v5e:8x8", 64, CHIPS["v5e"], slices=2),

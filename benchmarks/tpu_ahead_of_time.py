@@ -59,9 +59,9 @@ class Tree:
         return dict(zip(self.axes, self.extents[machine.chips], strict=True))
 
 
-def _params(name: str) -> abstract.Tree:
+def _params(name: str, **changes: int) -> abstract.Tree:
     """The parameters of a model, layers stacked, as shapes and mesh axes."""
-    return spec.model(spec.named_configs()[name]).abstract_params
+    return spec.model(dataclasses.replace(spec.named_configs()[name], **changes)).abstract_params
 
 
 _LLAMA = {16: (4, 4), 64: (16, 4), 256: (32, 8), 512: (64, 8)}
@@ -78,6 +78,10 @@ TREES = {
         {16: (4, 4), 64: (16, 4), 256: (16, 16), 512: (64, 8)},
     ),
 }
+# So small that a test compiles it: tests/sharding/test_blocked_moves.py.
+TREES["4 layers of Llama 3 1B, scanned"] = Tree(
+    functools.partial(_params, "llama3-1b", num_hidden_layers=4), ("fsdp", "tensor"), {8: (4, 2)}
+)
 OPTIMIZERS = ("optax-muon", "optax.contrib.muon")
 
 
@@ -159,11 +163,20 @@ def fill_table() -> None:
     rows = _topologies.fill(
         TABLE,
         CompiledUpdate,
-        itertools.product(OPTIMIZERS, MACHINES, TREES),
+        cases(),
         lambda row: (row.optimizer, row.machine, row.tree),
         in_process,
     )
     PAGE.write_text(page(rows))
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Optimizer, machine and tree of every row."""
+    return [
+        (optimizer, machine, tree)
+        for optimizer, machine, tree in itertools.product(OPTIMIZERS, MACHINES, TREES)
+        if MACHINES[machine].chips in TREES[tree].extents
+    ]
 
 
 def in_process(optimizer: str, machine: str, tree: str) -> CompiledUpdate:

@@ -60,8 +60,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Compiler options by their name in the table."""
 
 
-TOPOLOGIES = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-"""The smallest slice of each chip that libtpu knows."""
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5p": "v5p:2x2x1",
+    "v5e": "v5e:2x2",
+    "v6e": "v6e:2x2",
+}
+"""A slice of each chip that libtpu knows, with four devices."""
 
 SHAPES = {
     "Llama 8B, attention": (4096, 4096),
@@ -70,6 +75,10 @@ SHAPES = {
     "DeepSeek, expert": (7168, 2048),
     "ViT-L, MLP": (1024, 4096),
     "ViT-L, MLP, 8 of them": (8, 1024, 4096),
+    "ViT-L, attention, 24 of them": (24, 1024, 1024),
+    "Llama 1B, attention": (2048, 2048),
+    "Moonlight, attention": (2048, 3072),
+    "Moonlight, expert, 8 of them": (8, 1408, 2048),
 }
 
 
@@ -157,14 +166,18 @@ def fill_table() -> None:
     draw(rows)
 
 
+_TOGETHER = tuple(SHAPES)[:6]
 CASES = {
+    "v4": ("Llama 8B, attention", "ViT-L, attention, 24 of them"),
     "v5p": tuple(SHAPES),
-    "v5e": tuple(SHAPES)[:4],
+    "v5e": _TOGETHER[:4],
     "v6e": ("Llama 8B, attention", "Llama 1B, MLP", "DeepSeek, expert"),
 }
-"""What is compiled for each chip: for a v6e, whose compiler takes longest, our forms only."""
+"""What is compiled for each chip."""
+WITH_PEERS = {"v5p": _TOGETHER, "v5e": _TOGETHER}
+"""What is compiled of the peers: elsewhere our forms only."""
 WITH_OPTIONS = {"v5p": "32 MiB of VMEM", "v6e": "24 MiB of VMEM"}
-"""The options under which the chosen form is compiled as well."""
+"""The options under which the chosen form of a shape in `_TOGETHER` is compiled as well."""
 
 
 def cases() -> list[tuple[str, str, str, str]]:
@@ -173,14 +186,15 @@ def cases() -> list[tuple[str, str, str, str]]:
         (chip, case, name, options)
         for chip in CHIPS
         for case, name in itertools.product(CASES[chip], IMPLEMENTATIONS)
-        if chip != "v6e" or name in OURS
+        if name in OURS or case in WITH_PEERS.get(chip, ())
         for options in options_of(chip, case, name)
     ]
 
 
 def options_of(chip: str, case: str, name: str) -> tuple[str, ...]:
     """The options under which an implementation is compiled, the compiler's defaults first."""
-    return ("", WITH_OPTIONS[chip]) if chip in WITH_OPTIONS and name == chosen(case) else ("",)
+    more = chip in WITH_OPTIONS and case in _TOGETHER and name == chosen(case)
+    return ("", WITH_OPTIONS[chip]) if more else ("",)
 
 
 def chosen(case: str) -> str:
@@ -281,7 +295,7 @@ def page(rows: Sequence[CompiledProduct]) -> str:
 
 def draw(rows: Sequence[CompiledProduct]) -> None:
     """All cycles over the limit: a panel for each chip, a group for each shape."""
-    figure = matplotlib.figure.Figure(figsize=(14, 9), dpi=120, layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(15, 12), dpi=120, layout="constrained")
     drawn = {
         "ours": lambda row: row.is_chosen and not row.options,
         "ours, more VMEM": lambda row: row.is_chosen and row.options,
@@ -298,7 +312,8 @@ def draw(rows: Sequence[CompiledProduct]) -> None:
             axes.bar(place, heights, 0.19, **look)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(title=f"TPU {chip}", ylabel="cycles over the limit")
-        axes.set_xticks(range(len(SHAPES)), [f"{c}\n{in_words(s)}" for c, s in SHAPES.items()])
+        names = (f"{case.replace(', ', chr(10))}\n{in_words(s)}" for case, s in SHAPES.items())
+        axes.set_xticks(range(len(SHAPES)), [*names])
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, ncols=4, loc="upper left")
     pictures.save(figure, PLOT)

@@ -46,7 +46,7 @@ _INSTRUCTION = re.compile(
 )
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _FIRST_OPERAND = re.compile(r"(?:\w+\[\S* )?%?([\w.\-]+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
@@ -145,7 +145,7 @@ def collectives(text: str, loop_trips: Trips = 1) -> list[Collective]:
         start, since = begun.get(each.operand, (each.name, clock))
         if each.kind.endswith("-start"):
             begun[each.name] = each.name, clock
-        elif each.kind == "async-update":
+        elif each.kind in ("async-update", "custom-call-update"):
             begun[each.name] = start, since
         # A TPU program may hide a collective behind several products, and names it in each.
         chain = _CHAIN_ID.search(each.attributes)
@@ -155,7 +155,8 @@ def collectives(text: str, loop_trips: Trips = 1) -> list[Collective]:
             found[key] = Collective(each.kind, size, each.times, groups)
         if each.kind in KINDS and chain:
             overlapped[key] += each.cycles_around
-        elif each.kind in (*KINDS, "async"):
+        # A custom call that is started runs a collective on the SparseCores of a TPU.
+        elif each.kind in (*KINDS, "async", "custom-call"):
             overlapped[key] += (clock - since) // max(each.times, 1)
     return [
         dataclasses.replace(each, overlapped_cycles=overlapped[key]) for key, each in found.items()
@@ -240,6 +241,10 @@ def cycles(text: str, loop_trips: Trips = 1) -> Cycles:
     return Cycles(products, rest)
 
 
+_STARTS = ("async-start", "custom-call-start")
+"""Start a computation beside others."""
+_FOLLOWERS = ("async-update", "async-done", "custom-call-update", "custom-call-done")
+"""Name the computation that such a start runs again."""
 _PRODUCTS = ("dot", "convolution")
 """The matrix products of HLO."""
 
@@ -371,7 +376,7 @@ def _called_from(
             cycles_around=caller.cycles,
             inside=caller.start,
         )
-        if operation in ("async-update", "async-done"):
+        if operation in _FOLLOWERS:
             continue
         trips = _trips(bodies, attributes, loop_trips) if operation == "while" else 1
         fused = caller.fused or operation == "fusion"
@@ -379,7 +384,7 @@ def _called_from(
             times=caller.times * trips,
             fused=fused,
             cycles=(cycles or caller.cycles) if fused else 0,
-            start=own if operation == "async-start" else caller.start,
+            start=own if operation in _STARTS else caller.start,
         )
         for other in called:
             yield from _called_from(bodies, other, inner, loop_trips)

@@ -1,9 +1,10 @@
 """What is known of each platform: its compute dtype, and the rates that decide between layouts.
 
-One row per platform, and one per kind of device where kinds differ. Both the mathematics (`polar`)
-and the planner (`sharding`) read them, so a fact about a machine stands once. The rates are rounded
-and sustained. A form is chosen by those of the platform, because a program that is traced knows no
-more of its target; a plan is timed by those of the kind.
+One row per kind of device, with what its vendor publishes of it, which no rate exceeds; one of them
+stands for its platform. Both the mathematics (`polar`) and the planner (`sharding`) read them, so a
+fact about a machine stands once. The rates are rounded and sustained. A form is chosen by those of
+the platform, because a program that is traced knows no more of its target; a plan is timed by those
+of the kind.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 __all__ = [
     "KINDS",
     "PLATFORMS",
+    "DataSheet",
     "Platform",
     "Rates",
     "bfloat16_instructions",
@@ -82,11 +84,27 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataSheet:
+    """What the vendor publishes of one device, as JAX counts devices."""
+
+    flops: Mapping[str, float] = dataclasses.field(hash=False)
+    """Operations per second of dense products, by the dtype of the operands."""
+    memory: float
+    """Bytes per second that its memory reads and writes."""
+    links: float
+    """Bytes per second that arrive over all links together."""
+    source: str
+    """Where it is published."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Platform:
-    """A platform, or one kind of its devices."""
+    """One kind of device, or the one that stands for its platform."""
 
     name: str
     """As JAX names the platform: `tpu`, `gpu` or `cpu`."""
+    kind: str
+    """What people call the device."""
     compute_dtype: np.dtype
     """What the operands of matrix products are rounded to unless the caller says otherwise."""
     rates: Mapping[str, Rates] = dataclasses.field(hash=False)
@@ -102,13 +120,15 @@ class Platform:
     operand_barrier: bool = False
     """Whether operands are rounded behind an optimization barrier, not as products read them."""
     hides: frozenset[str] = frozenset()
-    """The collectives that travel while it computes, given `compiler_options`.
+    """The collectives, as HLO names them, that travel while it computes, given
+    `compiler_options`."""
+    data_sheet: DataSheet | None = None
+    """What is published of it, None of a CPU."""
 
-    `all-to-all` stands for what brings tiles home and back, `all-reduce` for the sums and gathers
-    of more than two devices that share a matrix, `collective-permute` for those of two.
-    """
-    peak_flops: float | None = None
-    """Operations per second of products in bfloat16 by the data sheet, None of a CPU."""
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations per second of products in bfloat16 by the data sheet, None of a CPU."""
+        return None if self.data_sheet is None else self.data_sheet.flops["bfloat16"]
 
     def rates_for(self, dtype: DTypeLike) -> Rates:
         """Return the rates for operands of `dtype`, or of the nearest dtype that has some."""
@@ -117,44 +137,112 @@ class Platform:
 
 
 _BFLOAT16, _FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
-_COLLECTIVES = frozenset({"all-to-all", "all-reduce", "collective-permute"})
+# What libtpu 0.0.52 runs beside products, with `compiler_options`; tests/sharding/test_hiding.py
+# compiles it.
+_NOTHING: frozenset[str] = frozenset()
+_PERMUTES = frozenset({"collective-permute"})
+_EXCHANGES = _PERMUTES | {"all-to-all"}
+_GATHERS = _PERMUTES | {"all-gather", "all-reduce"}
+_ALL = _EXCHANGES | _GATHERS
+_TPU_PAGES = "cloud.google.com/tpu/docs"
+_TPU_PAPER = "Norrie et al., The Design Process for Google's Training Chips: TPUv2 and TPUv3, 2021"
+_NVIDIA = "NVIDIA's data sheet, without sparsity"
 
-_V5P = Platform(
-    "tpu",
-    _BFLOAT16,
-    # Fitted to the compiler's cycles for a v5p; float32 takes six products of pieces.
-    rates={
-        "bfloat16": Rates(4.6e14, 1.1e12, 1.1e12),
-        "float32": Rates(7.7e13, 5.5e11, 5.5e11),
-    },
-    # Half of the 2.8 TB/s of its memory, as in the updates that are compiled.
-    memory=1.4e12,
-    # A third of the 600 GB/s of all links.
-    bandwidth=2e11,
-    latency=2e-6,
-    operand_barrier=True,
-    hides=_COLLECTIVES,
-    peak_flops=459e12,
+
+def _tpu(
+    kind: str,
+    rates: Rates | None = None,
+    *,
+    peak: float,
+    memory: float,
+    links: float,
+    hides: frozenset[str],
+    source: str = _TPU_PAGES,
+) -> Platform:
+    """A kind of TPU.
+
+    Args:
+        kind: What it is called.
+        rates: Those in bfloat16, fitted to the compiler's cycles by benchmarks/form_rates.py; None
+            takes those of a v5p in proportion to the peaks.
+        peak: Operations per second in bfloat16; float32 takes six products of pieces.
+        memory: Bytes per second of its memory.
+        links: The same of all links.
+        hides: The collectives that its compiler runs beside products.
+        source: Where the last three are published.
+    """
+    if rates is None:
+        operands = _V5P_RATES.operands * memory / _V5P_MEMORY
+        rates = Rates(_V5P_RATES.flops * peak / _V5P_PEAK, operands, operands)
+    pieces = Rates(rates.flops / 6, rates.operands / 2, rates.passes / 2)
+    return Platform(
+        "tpu",
+        kind,
+        _BFLOAT16,
+        rates={"bfloat16": rates, "float32": pieces},
+        # Half of its memory's, as in the updates that are compiled for a v5p.
+        memory=memory / 2,
+        # A third of all links.
+        bandwidth=links / 3,
+        latency=2e-6,
+        operand_barrier=True,
+        hides=hides,
+        data_sheet=DataSheet({"bfloat16": peak, "float32": peak / 6}, memory, links, source),
+    )
+
+
+def _gpu(kind: str, *, peak: float, float32: float, memory: float, links: float) -> Platform:
+    """A kind of GPU, by its data sheet alone: nothing is measured yet.
+
+    Args:
+        kind: What it is called.
+        peak: Operations per second in bfloat16.
+        float32: The same in float32, outside the tensor cores.
+        memory: Bytes per second of its memory.
+        links: The same of NVLink, or of PCI Express where NVLink joins no more than two, one way.
+    """
+    return Platform(
+        "gpu",
+        kind,
+        _BFLOAT16,
+        # An update reaches 0.4 of the peak on H100s, by what others have published.
+        rates={
+            "bfloat16": Rates(0.4 * peak, memory / 2, memory / 4),
+            "float32": Rates(0.75 * float32, memory / 4, memory / 4),
+        },
+        memory=memory,
+        bandwidth=links * 2 / 3,
+        latency=1e-5,
+        hides=_ALL,
+        data_sheet=DataSheet({"bfloat16": peak, "float32": float32}, memory, links, _NVIDIA),
+    )
+
+
+_V5P_PEAK, _V5P_MEMORY, _V5P_RATES = 459e12, 2.765e12, Rates(4.58e14, 9.6e11, 1.6e12)
+
+_V5P = _tpu("TPU v5p", _V5P_RATES, peak=_V5P_PEAK, memory=_V5P_MEMORY, links=6e11, hides=_EXCHANGES)
+_V5E = _tpu(
+    "TPU v5e",
+    Rates(1.9e14, math.inf, 3.9e11),
+    peak=197e12,
+    memory=8.2e11,
+    links=2e11,
+    hides=_GATHERS,
 )
-_H100 = Platform(
-    "gpu",
-    _BFLOAT16,
-    # Not measured: an H100's published 3.35 TB/s, and 67 TFLOP/s in float32.
-    rates={
-        "bfloat16": Rates(4e14, 1.7e12, 8e11),
-        "float32": Rates(5e13, 8e11, 8e11),
-    },
-    memory=3.35e12,
-    # Two thirds of the 450 GB/s of NVLink.
-    bandwidth=3e11,
-    latency=1e-5,
-    hides=_COLLECTIVES,
-    peak_flops=989e12,
+_V6E = _tpu(
+    "TPU v6e",
+    Rates(6.8e14, math.inf, 2.9e13),
+    peak=918e12,
+    memory=1.6e12,
+    links=4e11,
+    hides=_PERMUTES,
 )
+_H100 = _gpu("NVIDIA H100", peak=989e12, float32=67e12, memory=3.35e12, links=4.5e11)
 _CPU = Platform(
     "cpu",
+    "two cores of a Xeon with AMX",
     _FLOAT32,
-    # Fitted to times on two cores of a Xeon with AMX.
+    # Fitted to times by benchmarks/form_rates.py.
     rates={
         "bfloat16": Rates(1.65e12, 9.1e9, 4.2e9, 6.2e8),
         "float32": Rates(3.8e11, 3.4e9, 3.9e9, 3.2e9),
@@ -189,62 +277,60 @@ def get_platform(name: str) -> Platform:
     return PLATFORMS[name]
 
 
-def _tpu(
-    flops: float, operands: float, passes: float, *, memory: float, links: float, peak: float
-) -> Platform:
-    """A kind of TPU: its rates in bfloat16, and bytes per second of memory and of all links."""
-    return dataclasses.replace(
-        _V5P,
-        rates={
-            "bfloat16": Rates(flops, operands, passes),
-            "float32": Rates(flops / 6, operands / 2, passes / 2),
-        },
-        memory=memory / 2,
-        bandwidth=links / 3,
-        peak_flops=peak,
-    )
-
-
-def _gpu(peak: float) -> Platform:
-    """A kind of GPU with an H100's rates: of its own only the peak is known."""
-    return dataclasses.replace(_H100, peak_flops=peak)
-
-
-# Google Cloud's pages of each TPU have the peaks, and the rates of memory and links. The other
-# rates are fitted to the compiler's cycles by benchmarks/form_rates.py, but those of a v4, which
-# are those of a v5p in proportion to the peaks, and which a v2 and a v3 have as well.
-_V4 = _tpu(2.8e14, 6e11, 6e11, memory=1.2e12, links=3e11, peak=275e12)
-# The compiler has no asynchronous all-to-all over the links of these two.
-_V5E = dataclasses.replace(
-    _tpu(1.9e14, math.inf, 3.9e11, memory=8.2e11, links=2e11, peak=197e12),
-    hides=_COLLECTIVES - {"all-to-all"},
-)
-_V6E = dataclasses.replace(
-    _tpu(6.8e14, math.inf, 2.9e13, memory=1.6e12, links=4e11, peak=918e12),
-    hides=frozenset({"collective-permute"}),
-)
+# PCI Express, generations 4 and 5, sixteen lanes in one direction.
+_PCIE4, _PCIE5 = 3.2e10, 6.4e10
 
 KINDS: Mapping[str, Platform] = MappingProxyType(
     {
-        # A device of v2 and v3 is one of the chip's two cores.
-        "TPU v2": dataclasses.replace(_V4, peak_flops=22.5e12),
-        "TPU v3": dataclasses.replace(_V4, peak_flops=61.5e12),
-        "TPU v4": _V4,
+        # A device of v2, v3 and 7x is one of the chip's two cores, with half of what the chip has.
+        "TPU v2": _tpu(
+            "TPU v2", peak=22.5e12, memory=3.5e11, links=1.24e11, hides=_NOTHING, source=_TPU_PAPER
+        ),
+        "TPU v3": _tpu(
+            "TPU v3", peak=61.5e12, memory=4.5e11, links=1.64e11, hides=_NOTHING, source=_TPU_PAPER
+        ),
+        "TPU v4": _tpu(
+            "TPU v4",
+            Rates(2.5e14, 4.6e12, 4.5e11),
+            peak=275e12,
+            memory=1.2e12,
+            links=3e11,
+            hides=_EXCHANGES,
+        ),
         "TPU v5 lite": _V5E,
         "TPU v5e": _V5E,
         "TPU v5": _V5P,
+        "TPU v5p": _V5P,
         "TPU v6 lite": _V6E,
         "TPU v6e": _V6E,
-        # NVIDIA's data sheets, without sparsity.
-        "NVIDIA A100": _gpu(312e12),
-        "NVIDIA H100 PCIe": _gpu(756e12),
-        "NVIDIA H100 NVL": _gpu(835e12),
+        "TPU7x": _tpu("TPU7x", peak=1153.5e12, memory=3.69e12, links=3e11, hides=_GATHERS),
+        "NVIDIA A100": _gpu(
+            "NVIDIA A100 PCIe", peak=312e12, float32=19.5e12, memory=1.555e12, links=_PCIE4
+        ),
+        "NVIDIA A100 80GB PCIe": _gpu(
+            "NVIDIA A100 80GB PCIe", peak=312e12, float32=19.5e12, memory=1.935e12, links=_PCIE4
+        ),
+        "NVIDIA A100-SXM4-40GB": _gpu(
+            "NVIDIA A100 40GB", peak=312e12, float32=19.5e12, memory=1.555e12, links=3e11
+        ),
+        "NVIDIA A100-SXM4-80GB": _gpu(
+            "NVIDIA A100 80GB", peak=312e12, float32=19.5e12, memory=2.039e12, links=3e11
+        ),
+        "NVIDIA H100 PCIe": _gpu(
+            "NVIDIA H100 PCIe", peak=756e12, float32=51e12, memory=2e12, links=_PCIE5
+        ),
+        "NVIDIA H100 NVL": _gpu(
+            "NVIDIA H100 NVL", peak=835e12, float32=60e12, memory=3.9e12, links=_PCIE5
+        ),
         "NVIDIA H100": _H100,
-        "NVIDIA H200": _gpu(989e12),
-        "NVIDIA B200": _gpu(2250e12),
+        "NVIDIA H200": _gpu("NVIDIA H200", peak=989e12, float32=67e12, memory=4.8e12, links=4.5e11),
+        "NVIDIA H200 NVL": _gpu(
+            "NVIDIA H200 NVL", peak=835e12, float32=60e12, memory=4.8e12, links=4.5e11
+        ),
+        "NVIDIA B200": _gpu("NVIDIA B200", peak=2250e12, float32=75e12, memory=7.7e12, links=9e11),
     }
 )
-"""Kinds of devices, by the beginning of JAX's `device_kind`."""
+"""Kinds of devices, by JAX's `device_kind`; that of a GPU may say more, such as its memory."""
 
 
 def is_known(kind: str) -> bool:
@@ -284,8 +370,17 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def _of_kind(device_kind: str) -> Platform | None:
-    known = [kind for kind in KINDS if device_kind.startswith(kind)]
+    known = [kind for kind in KINDS if _is_of_kind(device_kind, kind)]
     return KINDS[max(known, key=len)] if known else None
+
+
+def _is_of_kind(device_kind: str, kind: str) -> bool:
+    """Whether a device has the rates of a kind; a slice of a GPU (MIG) has not."""
+    more = device_kind.removeprefix(kind)
+    if not more:
+        return True
+    is_gpu = kind.startswith("NVIDIA") and device_kind.startswith(kind)
+    return is_gpu and more[0] in " -" and " MIG " not in more
 
 
 CPU_INFO = Path("/proc/cpuinfo")

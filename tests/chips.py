@@ -15,6 +15,8 @@ def chips(topology, sizes, axis_type=AxisType.Explicit, slices=1):
     # Without them libtpu asks the network what TPU this is, and refuses to be loaded twice.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     options = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # A device is a chip, as on Google Cloud.
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     devices = np.reshape(found.devices, tuple(sizes.values()))
     return Mesh(devices, tuple(sizes), axis_types=(axis_type,) * len(sizes))

@@ -70,6 +70,25 @@ def test_asynchronous_collectives_count_once():
     ]
 
 
+ON_SPARSECORES = """
+%gather (p: f32[4]) -> f32[8] {
+  ROOT %all-gather = f32[8]{0} all-gather(%p), replica_groups={{0,1},{2,3}}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[4]) -> f32[8] {
+  %s = ((), (), s32[2]) custom-call-start(), called_computations={%gather}
+  %u = ((f32[4]), f32[8], s32[2]) custom-call-update(%s, %p)
+  %y = f32[4]{0} dot(%p, %p), backend_config={"estimated_cycles":"700"}
+  ROOT %d = f32[8]{0} custom-call-done(%u)
+}
+"""
+
+
+def test_a_collective_on_the_sparsecores_counts_and_hides_behind_products():
+    groups = ((0, 1), (2, 3))
+    assert collectives(ON_SPARSECORES) == [Collective("all-gather", 32, 1, groups, 700)]
+
+
 def test_groups_written_as_a_formula_are_read():
     assert collectives(ASYNCHRONOUS)[1].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 
 from optax_muon.platforms import Platform
-from optax_muon.sharding.cost import Cost, Traffic
-from optax_muon.sharding.device_groups import Message, Piece
+from optax_muon.sharding.cost import Cost, Received, Traffic
+from optax_muon.sharding.device_groups import Piece
 
 ROWS, COLS, COPIES = "rows", "cols", "copies"
 
 Orthogonalizer = Callable[..., jax.Array]
 """`[..., m, n] -> [..., m, n]`; takes `column_shards=Group` where the plan splits matrices."""
 
-Trip = Generator[Message, jax.Array, jax.Array]
-"""The generator of a layout's `run`: it yields each message, is sent what arrives in reply, and
-returns the orthogonalized tiles."""
+Step = Callable[[jax.Array], Any]
+"""What a device does between two messages: it takes what has arrived, and gives the next `Message`,
+or in the end the orthogonalized tiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,12 @@ class Layout(Protocol):
     def describe(self, copies: int) -> str:
         """Which devices work on the matrices, for a table; `copies` is `BucketPlan.copies`."""
 
-    def run(self, tiles: jax.Array, orthogonalizer: Orthogonalizer) -> Trip:
-        """Orthogonalize tiles `[k, m, n]`; runs inside `shard_map`."""
+    def steps(self, tiles: tuple[int, ...], orthogonalizer: Orthogonalizer) -> Sequence[Step]:
+        """The steps that orthogonalize tiles of the shape `[k, m, n]`, inside `shard_map`.
+
+        The first takes the tiles; it and all others but the last give a `Message`. The products are
+        those of the second, and no step keeps an array for another.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,8 @@ class Assignment:
     """Zero matrices added so that every home gets the same number."""
     chunks: int = 1
     """Number of equal parts, processed one after the other to bound temporary memory."""
+    pipelined: bool = False
+    """Whether the tiles of a chunk travel under the work on others; if not, they are waited for."""
     form: str = ""
     """How each matrix is computed, as the orthogonalizer names it."""
 
@@ -134,15 +140,12 @@ class Assignment:
     def can_hide(self, device: Platform) -> Traffic:
         """The part of its traffic that this device can hide behind the work on other matrices.
 
-        What is done in chunks waits for its own messages. Two devices swap Gram matrices by
-        permutations.
+        Devices that share a matrix wait for the sums of a chunk.
         """
-        if self.chunks > 1:
-            return Traffic()
-        traffic = self.cost.traffic
-        trips = "all-to-all" in device.hides
-        sums = ("collective-permute" if self.sharing == 2 else "all-reduce") in device.hides
-        return Traffic(traffic.inward * trips, traffic.working * sums, traffic.outward * trips)
+        hidden = self.cost.traffic.only(device.hides)
+        if self.chunks == 1:
+            return hidden
+        return dataclasses.replace(hidden, working=Received()) if self.pipelined else Traffic()
 
     def describe(self, copies: int = 1) -> str:
         """Which devices work on the matrices, for a table; `copies` is `BucketPlan.copies`."""
@@ -157,6 +160,7 @@ class Assignment:
             "padding": self.padding,
             "owned": self.owned,
             "chunks": self.chunks,
+            "pipelined": self.pipelined,
             "form": self.form,
             "homes": {role.axis: role.home for role in self.roles},
             "shared_by": {role.axis: role.split for role in self.roles},

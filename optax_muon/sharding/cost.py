@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -18,20 +19,59 @@ from optax_muon.platforms import Rates, get_device, get_platform
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Bytes that one device receives from others in one update, by purpose."""
+class Received:
+    """Bytes that one device receives from others, by the collective that brings them."""
 
-    inward: int = 0
+    all_to_all: int = 0
+    all_gather: int = 0
+    all_reduce: int = 0
+    collective_permute: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes received."""
+        return sum(self.by_collective.values())
+
+    @property
+    def by_collective(self) -> dict[str, int]:
+        """From the name of a collective in HLO to its bytes."""
+        return {name.replace("_", "-"): n for name, n in dataclasses.asdict(self).items()}
+
+    def only(self, collectives: Collection[str]) -> Received:
+        """What these collectives bring, as HLO names them."""
+        found = self.by_collective
+        return Received(*(n if name in collectives else 0 for name, n in found.items()))
+
+    def __add__(self, other: Received) -> Received:
+        """Add collective by collective."""
+        pairs = zip(self.by_collective.values(), other.by_collective.values(), strict=True)
+        return Received(*map(sum, pairs))
+
+    def __mul__(self, times: int) -> Received:
+        """Multiply collective by collective."""
+        return Received(*(n * times for n in self.by_collective.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one device receives from others in one update, by purpose."""
+
+    inward: Received = Received()
     """Tiles of matrices on their way to the devices that work on them."""
-    working: int = 0
+    working: Received = Received()
     """Gram matrices that devices sum or gather while they share a matrix."""
-    outward: int = 0
+    outward: Received = Received()
     """Finished tiles on their way back, and results that replicas exchange."""
 
     @property
     def total(self) -> int:
         """All bytes received."""
-        return self.inward + self.working + self.outward
+        return self.inward.total + self.working.total + self.outward.total
+
+    def only(self, collectives: Collection[str]) -> Traffic:
+        """What these collectives bring, as HLO names them."""
+        parts = (self.inward, self.working, self.outward)
+        return Traffic(*(part.only(collectives) for part in parts))
 
     def __add__(self, other: Traffic) -> Traffic:
         """Add part by part."""
@@ -112,9 +152,9 @@ class Cost:
             "flops": self.flops,
             "collective_bytes": self.collective_bytes,
             "received_bytes": self.received_bytes,
-            "received_inward_bytes": self.traffic.inward,
-            "received_working_bytes": self.traffic.working,
-            "received_outward_bytes": self.traffic.outward,
+            "received_inward_bytes": self.traffic.inward.total,
+            "received_working_bytes": self.traffic.working.total,
+            "received_outward_bytes": self.traffic.outward.total,
             "min_received_bytes": self.min_received_bytes,
             "collectives": self.collectives,
             "memory": self.memory,
@@ -257,8 +297,18 @@ class WorkModel:
         """
         return Cost(passed_bytes=entries * (9 * stored + (2 + 4 * packed) * self.itemsize))
 
-    def cost(self, work: MatrixWork, rows: int, cols: int, devices: int = 1) -> Cost:
-        """Cost of this work on a matrix `[rows, cols]`, per device that shares it."""
+    def cost(
+        self, work: MatrixWork, rows: int, cols: int, devices: int = 1, *, swaps: bool = False
+    ) -> Cost:
+        """Cost of this work on a matrix `[rows, cols]`, per device that shares it.
+
+        Args:
+            work: As counted by `work_of`.
+            rows: The short side.
+            cols: The long side.
+            devices: How many share the columns.
+            swaps: Whether they swap parts, two at a time, instead of summing and gathering.
+        """
         gram = rows * rows
         memory = rows * cols // devices * (2 * self.itemsize + 4) + gram * (2 * self.itemsize + 8)
         # Orthogonalizers of users may count operations only.
@@ -272,12 +322,22 @@ class WorkModel:
         if devices == 1:
             return products
         summed, gathered = 4 * gram * work.sums, self.itemsize * gram * work.gathers
-        # Two devices swap halves, and join them without a collective.
-        gather_results = gathered // 2 if devices == 2 else gathered
+        sums, gathers = 2 * summed * (devices - 1) // devices, gathered * (devices - 1) // devices
+        if swaps:
+            # Two devices swap all that they sum; more of them halves, and halves of these.
+            rounds = devices.bit_length() - 1
+            times = work.sums * (1 if devices == 2 else 2) + work.gathers + 2
+            return products + Cost(
+                collective_bytes=sums + gathers + 8 * rounds,
+                traffic=Traffic(working=Received(collective_permute=sums + gathers)),
+                collectives=rounds * times,
+                # Sums and joins as below; in every round but the last a part is cut off to be sent.
+                passed_bytes=2 * sums + 3 * gathered,
+            )
         return products + Cost(
             # 8 bytes: two scalars, the largest entry and the norm, are reduced in float32.
-            collective_bytes=summed + gather_results + 8,
-            traffic=Traffic(working=(2 * summed + gathered) * (devices - 1) // devices),
+            collective_bytes=summed + gathered + 8,
+            traffic=Traffic(working=Received(all_reduce=sums, all_gather=gathers)),
             collectives=work.sums + work.gathers + 2,
             # A sum adds what arrives and rounds it, a gather puts what arrives in its place.
             passed_bytes=2 * summed + 3 * gathered,

@@ -106,29 +106,79 @@ class Group:
 class Sharers(Group):
     """Devices that share the columns of matrices, as the orthogonalizer gets them.
 
-    Two devices swap what they have, by a permutation, instead of summing or gathering it: they
-    receive as many bytes, and compilers for TPUs compute while a permutation is under way.
+    They may swap what they have, by permutations between two at a time, instead of summing or
+    gathering it: they receive as many bytes, and compilers for TPUs compute while a permutation is
+    under way. Then their number is a power of two that divides the rows, or it is 2.
     """
 
+    swaps: bool = False
+    """Whether they swap."""
+
     def psum(self, x: jax.Array) -> jax.Array:
-        """Sum over the members."""
-        return x + self._partners(x) if self.size == 2 else super().psum(x)
+        """Sum over the members `[..., m, m]`, or `[..., 1, 1]`."""
+        if not self.swaps:
+            return super().psum(x)
+        return self._fold(jnp.add, x) if self.size == 2 or x.shape[-2] == 1 else self._sum_parts(x)
 
     def pmax(self, x: jax.Array) -> jax.Array:
         """Largest over the members."""
-        return jnp.maximum(x, self._partners(x)) if self.size == 2 else super().pmax(x)
+        return self._fold(jnp.maximum, x) if self.swaps else super().pmax(x)
 
     def all_gather(self, x: jax.Array) -> jax.Array:
         """`[...]` to `[size, ...]`, entry `i` from member `i`."""
-        if self.size != 2:
+        if not self.swaps:
             return super().all_gather(x)
-        first, both = self.index() == 0, (x, self._partners(x))
-        return jnp.stack([jnp.where(first, a, b) for a, b in (both, both[::-1])])
+        x = x[None]
+        for bit in reversed(self._bits):
+            x = self._join(x[:, None], bit, axis=1).reshape(-1, *x.shape[1:])
+        return x
 
-    def _partners(self, x: jax.Array) -> jax.Array:
-        """What the other of two members has."""
-        swaps = [swap for a, b in self._members or [[0, 1]] for swap in ((a, b), (b, a))]
-        swapped: jax.Array = lax.ppermute(x, self.axes, swaps)
+    def _fold(self, combine: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        """Combine all that the members have, as long as it is."""
+        for bit in self._bits:
+            x = combine(x, self._partners(x, bit))
+        return x
+
+    def _sum_parts(self, x: jax.Array) -> jax.Array:
+        """Sum `[..., m, n]`: every member some of the rows, and then all give all theirs.
+
+        The longest messages go to the nearest members.
+        """
+        for bit in self._bits:
+            first, second = jnp.split(x, 2, axis=-2)
+            is_second = self._is_second(bit)
+            kept = jnp.where(is_second, second, first)
+            x = kept + self._partners(jnp.where(is_second, first, second), bit)
+        for bit in reversed(self._bits):
+            x = self._join(x, bit, axis=-2)
+        return x
+
+    def _join(self, x: jax.Array, bit: int, axis: int) -> jax.Array:
+        """What two partners have, joined in the order of their numbers."""
+        is_second, other = self._is_second(bit), self._partners(x, bit)
+        return jnp.concatenate(
+            [jnp.where(is_second, other, x), jnp.where(is_second, x, other)], axis
+        )
+
+    def _is_second(self, bit: int) -> jax.Array:
+        return self.index() & bit != 0
+
+    @property
+    def _bits(self) -> list[int]:
+        """Differences between the numbers of partners, one for each round."""
+        return [2**i for i in range(self.size.bit_length() - 1)]
+
+    def _partners(self, x: jax.Array, bit: int) -> jax.Array:
+        """What the member has whose number differs in this bit."""
+        groups = np.array(self._members or [[*range(self.size)]])
+        # Permutations number devices by the axes in the order of the mesh.
+        order = jax.sharding.get_abstract_mesh().axis_names.index
+        axes = sorted(self.axes, key=order)
+        extents = {piece.axis: piece.extent for piece in self.pieces}
+        numbers = np.arange(math.prod(extents.values())).reshape([extents[axis] for axis in axes])
+        groups = numbers.transpose([axes.index(axis) for axis in self.axes]).ravel()[groups]
+        swaps = [(int(g[i]), int(g[i ^ bit])) for g in groups for i in range(self.size)]
+        swapped: jax.Array = lax.ppermute(x, tuple(axes), swaps)
         return swapped
 
 

@@ -29,9 +29,9 @@ from optax_muon.sharding.assignment import (
     Assignment,
     Orthogonalizer,
     Role,
-    Trip,
+    Step,
 )
-from optax_muon.sharding.cost import Cost, Traffic
+from optax_muon.sharding.cost import Cost, Received, Traffic
 from optax_muon.sharding.device_groups import Group, Message, Piece, Sharers
 from optax_muon.sharding.search import LayoutSearch
 
@@ -45,13 +45,15 @@ class Owned:
 
     roles: tuple[Role, ...]
     """The mesh axes that take part: those that cut the matrices, then those that hold copies."""
+    swaps: bool = False
+    """Whether the devices of a home swap Gram matrices, instead of summing and gathering them."""
 
     @classmethod
     def assign(cls, search: LayoutSearch, count: int) -> Iterator[tuple[Assignment, ...]]:
         """Every choice of roles; the remainder is either padded or assigned by another search."""
         owned_only = dataclasses.replace(search, layouts=(cls,))
         for roles in search.role_choices():
-            layout = cls(roles)
+            layout = cls(roles, _can_swap(search, math.prod(role.split for role in roles)))
             filled, rest = divmod(count, math.prod(role.home for role in roles))
             if rest:
                 yield (layout._assignment(search, count, layout._home_count - rest),)
@@ -81,18 +83,25 @@ class Owned:
         homes = self._home_count * copies
         return f"{homes} x {self.sharing} devices" if self.sharing > 1 else f"{homes} devices"
 
-    def run(self, tiles: jax.Array, orthogonalizer: Orthogonalizer) -> Trip:
+    def steps(self, tiles: tuple[int, ...], orthogonalizer: Orthogonalizer) -> Sequence[Step]:
         """Bring tiles `[k, m, n]` home, orthogonalize whole matrices, and bring the tiles back."""
-        route = _Route(self, tiles.shape)
-        share = self.take_replica_share(tiles)
-        packed = route.pack(share)  # [16, 64, 512] -> [8, 2, 64, 512], sorted by receiver
-        arrived = yield Message(self.exchange, Group.all_to_all, packed, lead=1)
-        whole = route.assemble(arrived)  # [8, 2, 64, 512], by sender -> [2, 256, 1024]
-        finished = route.disassemble(polar(whole, orthogonalizer, self._shards))
-        returned = yield Message(self.exchange, Group.all_to_all, finished, lead=1)
-        unpacked = route.unpack(returned)  # [8, 2, 64, 512] -> [16, 64, 512]
-        published = yield Message(self.replicas, Group.all_gather, unpacked)
-        return route.merge_replica_shares(published)
+        route = _Route(self, tiles)
+
+        def depart(tiles: jax.Array) -> Message:
+            share = self.take_replica_share(tiles)
+            packed = route.pack(share)  # [16, 64, 512] -> [8, 2, 64, 512], sorted by receiver
+            return Message(self.exchange, Group.all_to_all, packed, lead=1)
+
+        def work(arrived: jax.Array) -> Message:
+            whole = route.assemble(arrived)  # [8, 2, 64, 512], by sender -> [2, 256, 1024]
+            finished = route.disassemble(polar(whole, orthogonalizer, self._shards))
+            return Message(self.exchange, Group.all_to_all, finished, lead=1)
+
+        def publish(returned: jax.Array) -> Message:
+            unpacked = route.unpack(returned)  # [8, 2, 64, 512] -> [16, 64, 512]
+            return Message(self.replicas, Group.all_gather, unpacked)
+
+        return depart, work, publish, route.merge_replica_shares
 
     def take_replica_share(self, x: jax.Array) -> jax.Array:
         """Take the share of this replica: `[k, m, n]` to `[k / homes, m, n / sharers]`."""
@@ -120,7 +129,8 @@ class Owned:
     @property
     def _shards(self) -> Sharers | None:
         """Devices that share the columns of a matrix while it is worked on; None if one does."""
-        return Sharers(tuple(role.sharers for role in self.roles)) if self.sharing > 1 else None
+        pieces = tuple(role.sharers for role in self.roles)
+        return Sharers(pieces, self.swaps) if self.sharing > 1 else None
 
     @property
     def cut(self) -> tuple[Role, ...]:
@@ -139,7 +149,7 @@ class Owned:
     def _assignment(self, search: LayoutSearch, count: int, padding: int) -> Assignment:
         geometry, itemsize = search.geometry, search.work.itemsize
         work = search.work.work_of(geometry.rows, geometry.cols, self.sharing)
-        one = search.work.cost(work, geometry.rows, geometry.cols, self.sharing)
+        one = search.work.cost(work, geometry.rows, geometry.cols, self.sharing, swaps=self.swaps)
         owned = (count + padding) // self._home_count
         chunks = search.chunks(owned, one.memory)
         moved, needed = (n * math.prod(geometry.tile) * itemsize for n in (count + padding, count))
@@ -153,18 +163,31 @@ class Owned:
             passed_bytes=4 * sent + 2 * shared * moved + 4 * moved * (chunks > 1),
         )
         # The matrices of a chunk share their messages.
+        pipelined = chunks > 1 and trips > 0 and "all-to-all" in search.device.hides
         cost = dataclasses.replace(
             cost,
             collectives=chunks * (one.collectives + trips + shared),
-            memory=owned // chunks * one.memory + 2 * moved // chunks,
+            memory=owned // chunks * one.memory + (4 if pipelined else 2) * moved // chunks,
         )
-        return Assignment(self, count, cost, padding=padding, chunks=chunks, form=work.form)
+        return Assignment(
+            self,
+            count,
+            cost,
+            padding=padding,
+            chunks=chunks,
+            pipelined=pipelined,
+            form=work.form,
+        )
 
     def _traffic(self, tiles: int) -> Traffic:
         """What a device receives if it has this many bytes of tiles."""
         both_ways = missing(2 * tiles // self.replicas.size, self.exchange)
         inward = both_ways // 2
-        return Traffic(inward, 0, both_ways - inward + missing(tiles, self.replicas))
+        published = missing(tiles, self.replicas)
+        return Traffic(
+            Received(all_to_all=inward),
+            outward=Received(all_to_all=both_ways - inward, all_gather=published),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +279,15 @@ class _Route:
     def _senders(self, holds: str) -> int:
         """Number of tiles side by side in an assembled matrix."""
         return math.prod(size for label, size in self._digits.items() if label.endswith(holds))
+
+
+def _can_swap(search: LayoutSearch, sharing: int) -> bool:
+    """Whether devices that share a matrix swap: two do, and more where that alone is hidden."""
+    if sharing == 2:
+        return True
+    hides = search.device.hides
+    fits = sharing & (sharing - 1) == 0 and search.geometry.rows % sharing == 0
+    return fits and "collective-permute" in hides and "all-reduce" not in hides
 
 
 def missing(received: int, group: Group) -> int:

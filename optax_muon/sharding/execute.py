@@ -7,6 +7,7 @@ The layout of each assignment decides how its tiles travel (`exchange.py`, `gath
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
@@ -16,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from optax_muon.sharding import cpu
-from optax_muon.sharding.assignment import Assignment, Orthogonalizer
+from optax_muon.sharding.assignment import Assignment, Orthogonalizer, Step
 from optax_muon.sharding.buckets import Stacks
 from optax_muon.sharding.device_groups import exchange
 from optax_muon.sharding.mesh import AnyMesh, Spec, explicit_spec, keep_explicit
@@ -112,7 +113,7 @@ def _run_buckets(
         stacked = bucket_plan.bucket.pack(stacks)
         if under_way:
             previous, run, arrived = under_way.pop()
-            if previous.cost.traffic.inward:
+            if previous.cost.traffic.inward.total:
                 stacked, arrived = lax.optimization_barrier((stacked, arrived))
             yield previous, _finish(run, arrived)
         scheduled = orthogonalizer
@@ -148,13 +149,19 @@ def _run_bucket(
     bucket_plan: BucketPlan, orthogonalizer: Orthogonalizer, stacked: jax.Array
 ) -> _BucketRun:
     """All assignments of a bucket `[B, m, n]`; those done in one chunk share their messages."""
+    tiles = {each.start: _take(each, stacked) for each in bucket_plan.assignments}
     at_once = [each for each in bucket_plan.assignments if each.chunks == 1]
-    trips = _Trips(at_once, orthogonalizer, [_take(each, stacked) for each in at_once])
-    trips.arrived = yield trips.arrived
+    trips = _Trips([(each, tiles[each.start]) for each in at_once], orthogonalizer)
+    piped = [each for each in bucket_plan.assignments if each.pipelined]
+    pipes = [_Pipeline(each, orthogonalizer, tiles[each.start]) for each in piped]
+    arrived = yield [*trips.arrived, *(pipe.arrived for pipe in pipes)]
+    trips.arrived = arrived[: len(at_once)]
     parts = {each.start: part for each, part in zip(at_once, trips.finish(), strict=True)}
+    for each, pipe, first in zip(piped, pipes, arrived[len(at_once) :], strict=True):
+        parts[each.start] = pipe.finish(first)
     for each in bucket_plan.assignments:
-        if each.chunks > 1:
-            parts[each.start] = _run_chunks(each, orthogonalizer, _take(each, stacked))
+        if each.start not in parts:
+            parts[each.start] = _run_chunks(each, orthogonalizer, tiles[each.start])
     ordered = [parts[each.start][: each.count] for each in bucket_plan.assignments]
     return ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
 
@@ -171,9 +178,72 @@ def _run_chunks(
     """Process an assignment that does not fit in memory at once, chunk by chunk."""
     chunks = tiles.reshape(assignment.chunks, -1, *tiles.shape[1:])
     done: jax.Array = lax.map(
-        lambda chunk: _Trips([assignment], orthogonalizer, [chunk]).finish()[0], chunks
+        lambda chunk: _Trips([(assignment, chunk)], orthogonalizer).finish()[0], chunks
     )
     return done.reshape(tiles.shape)
+
+
+class _Pipeline:
+    """An assignment done chunk by chunk: while one is worked on, the next travels, and the last.
+
+    The first chunk's first message is sent at once. The first and the last chunk are outside of the
+    loop, so that no iteration sends what nobody needs. By the account of the compiler for a v5p, 2
+    of 64 moves of two stacks of Moonlight's experts block, where 63 do in `_run_chunks`; what is
+    not a product takes 1.2 times the cycles. Sent in a few large messages, outside of the loops,
+    the tiles would leave VMEM, and that would be 1.5 times.
+    """
+
+    def __init__(
+        self, assignment: Assignment, orthogonalizer: Orthogonalizer, tiles: jax.Array
+    ) -> None:
+        self._tiles = tiles.shape
+        self._chunks = tiles.reshape(assignment.chunks, -1, *tiles.shape[1:])
+        self._depart, self._work, *self._rest = assignment.mechanism.steps(
+            self._chunks.shape[1:], orthogonalizer
+        )
+        self.arrived = self._send(self._chunks, 0)
+
+    def finish(self, arrived: jax.Array) -> jax.Array:
+        """All tiles, given what has arrived of the first chunk."""
+        last = len(self._chunks) - 1
+        following = self._send(self._chunks, 1)
+        message = self._work(arrived)
+
+        def back(finished: jax.Array) -> jax.Array:
+            [x] = exchange([dataclasses.replace(message, payload=finished)])
+            return _finish_steps(self._rest, x)
+
+        def body(
+            i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            done, arrived, finished = carry
+            following = self._send(self._chunks, i + 1)
+            worked = self._work(arrived).payload
+            return _put(done, back(finished), i - 1), following, worked
+
+        # Not in place: the compiler for TPUs would copy all chunks in every iteration.
+        done, arrived, finished = lax.fori_loop(
+            1, last, body, (jnp.zeros_like(self._chunks), following, message.payload)
+        )
+        worked = self._work(arrived).payload
+        done = _put(done, back(finished), last - 1)
+        return _put(done, back(worked), last).reshape(self._tiles)
+
+    def _send(self, chunks: jax.Array, i: int | jax.Array) -> jax.Array:
+        [arrived] = exchange([self._depart(lax.dynamic_index_in_dim(chunks, i, keepdims=False))])
+        return arrived
+
+
+def _put(chunks: jax.Array, chunk: jax.Array, i: int | jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(chunks, chunk, i, 0)
+
+
+def _finish_steps(steps: Sequence[Step], x: jax.Array) -> jax.Array:
+    """The result of the last steps of a trip, given what has arrived."""
+    *before, last = steps
+    for step in before:
+        [x] = exchange([step(x)])
+    return last(x)
 
 
 class _Trips:
@@ -183,28 +253,20 @@ class _Trips:
     """
 
     def __init__(
-        self,
-        assignments: Sequence[Assignment],
-        orthogonalizer: Orthogonalizer,
-        tiles: Sequence[jax.Array],
+        self, batch: Sequence[tuple[Assignment, jax.Array]], orthogonalizer: Orthogonalizer
     ) -> None:
-        self._trips = [
-            each.mechanism.run(x, orthogonalizer)
-            for each, x in zip(assignments, tiles, strict=True)
-        ]
-        self.arrived = exchange([next(trip) for trip in self._trips])
+        trips = [[*each.mechanism.steps(x.shape, orthogonalizer)] for each, x in batch]
+        self._trips = [steps[1:] for steps in trips]
+        self.arrived = exchange([steps[0](x) for steps, (_, x) in zip(trips, batch, strict=True)])
 
     def finish(self) -> list[jax.Array]:
-        """Answer the trips until all have returned."""
+        """Take the steps of all trips until each has given its tiles."""
         done: dict[int, jax.Array] = {}
         arrived = dict(enumerate(self.arrived))
         while arrived:
-            messages = {}
-            for i, array in arrived.items():
-                try:
-                    messages[i] = self._trips[i].send(array)
-                except StopIteration as finished:
-                    done[i] = finished.value
+            given = {i: self._trips[i].pop(0)(x) for i, x in arrived.items()}
+            done |= {i: x for i, x in given.items() if not self._trips[i]}
+            messages = {i: x for i, x in given.items() if self._trips[i]}
             arrived = dict(zip(messages, exchange([*messages.values()]), strict=True))
         return [done[i] for i in range(len(self._trips))]
 

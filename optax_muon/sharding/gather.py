@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax import lax
 
-from optax_muon.sharding.assignment import COLS, ROWS, Assignment, Orthogonalizer, Role, Trip
-from optax_muon.sharding.cost import Cost, Traffic
+from optax_muon.sharding.assignment import COLS, ROWS, Assignment, Orthogonalizer, Role, Step
+from optax_muon.sharding.cost import Cost, Received, Traffic
 from optax_muon.sharding.device_groups import Group, Message, Piece
 from optax_muon.sharding.exchange import missing, polar
 from optax_muon.sharding.search import BucketGeometry, LayoutSearch
@@ -48,24 +48,30 @@ class Gathered:
         del copies
         return "every device, all" if self.roles else "each device"
 
-    def run(self, tiles: jax.Array, orthogonalizer: Orthogonalizer) -> Trip:
+    def steps(self, tiles: tuple[int, ...], orthogonalizer: Orthogonalizer) -> Sequence[Step]:
         """Gather tiles `[k, m, n]`, orthogonalize whole matrices, and take this device's tiles.
 
         The shapes in the comments are those of 16 matrices (256 x 1024) with rows over 4 devices
         and columns over 2.
         """
-        arrived = yield Message(self._group, Group.all_gather, tiles)  # [8, 16, 64, 512]
-        k, m, n = tiles.shape
+        k, m, n = tiles
         rows, cols = (
             math.prod(role.extent for role in self.roles if role.holds == holds)
             for holds in (ROWS, COLS)
         )
-        whole = arrived.reshape(rows, cols, k, m, n).transpose(2, 0, 3, 1, 4)
-        factor = polar(whole.reshape(k, rows * m, cols * n), orthogonalizer)  # [16, 256, 1024]
-        parts = factor.reshape(k, rows, m, cols, n).transpose(1, 3, 0, 2, 4)
-        return lax.dynamic_index_in_dim(
-            parts.reshape(-1, k, m, n), self._group.index(), keepdims=False
-        )
+
+        def gather(tiles: jax.Array) -> Message:
+            return Message(self._group, Group.all_gather, tiles)
+
+        def work(arrived: jax.Array) -> jax.Array:  # [8, 16, 64, 512]
+            whole = arrived.reshape(rows, cols, k, m, n).transpose(2, 0, 3, 1, 4)
+            factor = polar(whole.reshape(k, rows * m, cols * n), orthogonalizer)  # [16, 256, 1024]
+            parts = factor.reshape(k, rows, m, cols, n).transpose(1, 3, 0, 2, 4)
+            return lax.dynamic_index_in_dim(
+                parts.reshape(-1, k, m, n), self._group.index(), keepdims=False
+            )
+
+        return gather, work
 
     @property
     def _group(self) -> Group:
@@ -81,7 +87,7 @@ class Gathered:
         received = missing(gathered, self._group)
         cost = one * count + Cost(
             collective_bytes=gathered,
-            traffic=Traffic(inward=received),
+            traffic=Traffic(inward=Received(all_gather=received)),
             min_received_bytes=received,
             collectives=chunks * bool(self.roles),
             passed_bytes=4 * gathered,

@@ -124,11 +124,18 @@ def mesh_device(mesh: AnyMesh) -> str | None:
 
     None of an abstract mesh without an `abstract_device`.
     """
-    abstract = getattr(mesh, "abstract_device", None)
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else abstract
-    kind, platform = (getattr(device, name, None) for name in ("device_kind", "platform"))
+    kind, platform = mesh_kind(mesh), getattr(_first_device(mesh), "platform", None)
     name = kind if kind is not None and is_known(kind) else platform
     return None if name is None else str(name)
+
+
+def mesh_kind(mesh: AnyMesh) -> str | None:
+    """The `device_kind` of the mesh's devices, None of an abstract mesh without a device."""
+    return getattr(_first_device(mesh), "device_kind", None)
+
+
+def _first_device(mesh: AnyMesh) -> Any:
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
 
 
 def _own_sharding(leaf: Any) -> NamedSharding | None:

@@ -20,7 +20,7 @@ from optax_muon.notebook import html_table
 from optax_muon.sharding import plan_picture, report
 from optax_muon.sharding.assignment import Assignment
 from optax_muon.sharding.buckets import Bucket
-from optax_muon.sharding.cost import Cost, CostModel, Traffic, WorkModel
+from optax_muon.sharding.cost import Cost, CostModel, Received, Traffic, WorkModel
 from optax_muon.sharding.mesh import AnyMesh, axis_sizes, slow_axes
 from optax_muon.sharding.shards import LeafShard
 from optax_muon.sharding.timeline import exposed_seconds
@@ -101,7 +101,7 @@ class Plan:
     @property
     def in_order(self) -> tuple[BucketPlan, ...]:
         """The buckets as they are run: those first whose devices receive the least to begin."""
-        return tuple(sorted(self.buckets, key=lambda each: each.cost.traffic.inward))
+        return tuple(sorted(self.buckets, key=lambda each: each.cost.traffic.inward.total))
 
     @property
     def cost(self) -> Cost:
@@ -111,9 +111,8 @@ class Plan:
     @property
     def _resharding(self) -> Cost:
         each_way = sum(leaf.resharded_entries for leaf in self.leaves) * self.work.itemsize
-        return Cost(
-            collective_bytes=2 * each_way, traffic=Traffic(inward=each_way, outward=each_way)
-        )
+        received = Received(all_to_all=each_way)
+        return Cost(collective_bytes=2 * each_way, traffic=Traffic(received, outward=received))
 
     @property
     def seconds(self) -> float:

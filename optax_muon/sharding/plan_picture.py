@@ -263,9 +263,9 @@ def _traffic(band: Band) -> dict[str, int]:
     """Bytes received by a device, by purpose."""
     traffic = band.assignment.cost.traffic
     return {
-        "on the way in": traffic.inward,
-        "while working": traffic.working,
-        "on the way back": traffic.outward,
+        "on the way in": traffic.inward.total,
+        "while working": traffic.working.total,
+        "on the way back": traffic.outward.total,
     }
 
 

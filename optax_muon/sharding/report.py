@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from optax_muon.platforms import slow_bfloat16
+from optax_muon.platforms import PLATFORMS, is_known, slow_bfloat16
 from optax_muon.sharding.assignment import Assignment
+from optax_muon.sharding.mesh import mesh_kind
 
 if TYPE_CHECKING:
     from optax_muon.sharding.plan import BucketPlan, Plan
@@ -90,6 +91,12 @@ def _totals(plan: Plan) -> Iterator[str]:
     yield (
         f"a step communicates {plan.comm_vs_adamw:.3f}x the bytes of a step of distributed AdamW"
     )
+    kind = plan.mesh and mesh_kind(plan.mesh)
+    if kind and not is_known(kind) and plan.device in PLATFORMS:
+        yield (
+            f"no rates of {kind} are known: the times are those of {PLATFORMS[plan.device].kind},"
+            " and only compare layouts"
+        )
     if remark := slow_bfloat16(plan.work.platform, plan.work.dtype):
         yield remark
 

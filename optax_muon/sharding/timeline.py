@@ -2,8 +2,9 @@
 
 The order is that of `execute.py`. The first bucket's tiles travel before any work, the others'
 under the work on the bucket before. Finished tiles travel back under the work on the bucket after,
-and those of the last bucket after all work. While devices share a matrix, their messages can hide
-behind the work on all other buckets. What is done in chunks waits for its own messages.
+and those of the last bucket after all work. What is done in chunks can hide all but the
+first trip and the last behind its own work. While devices share a matrix, their messages can hide
+behind the work on all other buckets.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optax_muon.platforms import get_device
-from optax_muon.sharding.cost import CostModel, Traffic
+from optax_muon.sharding.cost import CostModel
 
 if TYPE_CHECKING:
     from optax_muon.sharding.plan import BucketPlan
@@ -31,12 +32,28 @@ def exposed_seconds(buckets: Sequence[BucketPlan], model: CostModel, kind: str) 
     before, after = [0.0, *work[:-1]], [*work[1:], 0.0]
     exposed = 0.0
     for i, each in enumerate(buckets):
-        hidden = sum((part.can_hide(device) for part in each.assignments), Traffic())
         exposed += model.message_seconds(each.cost)
+        parts = [(part.can_hide(device), part.chunks) for part in each.assignments]
+        inward, working, outward, between = (
+            sum(sizes)
+            for sizes in zip(
+                *(
+                    (
+                        hidden.inward.total / chunks,
+                        hidden.working.total,
+                        hidden.outward.total / chunks,
+                        (hidden.inward.total + hidden.outward.total) * (1 - 1 / chunks),
+                    )
+                    for hidden, chunks in parts
+                ),
+                strict=True,
+            )
+        )
         for received, there in (
-            (hidden.inward, before[i]),
-            (hidden.working, sum(work) - work[i]),
-            (hidden.outward, after[i]),
+            (inward, before[i]),
+            (working, sum(work) - work[i]),
+            (outward, after[i]),
+            (between, work[i]),
         ):
             exposed -= min(received / model.bandwidth, there)
     return exposed

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_muon.sharding.device_groups import Group, Piece
+from optax_muon.hlo import collective_counts
+from optax_muon.sharding.device_groups import Group, Piece, Sharers
 
 FSDP, TP = Piece("fsdp", 4, 4, 1), Piece("tensor", 2, 2, 1)
 FAR, NEAR = Piece("fsdp", 4, 2, 2), Piece("fsdp", 4, 2, 1)
@@ -70,6 +72,33 @@ class TestGroup:
         for group in members:
             for device in group:
                 assert folded[device, 0] == fold(100 * other for other in group)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_devices_that_swap_sum_and_gather_as_others_do(name):
+    pieces, _ = GROUPS[name]
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+
+    def work(x):
+        found = []
+        for swaps in (False, True):
+            group = Sharers(pieces, swaps)
+            scalar = x[:, :1, :1]
+            found.append((group.psum(x), group.psum(scalar), group.pmax(-scalar)))
+            found[-1] += (group.all_gather(x),)
+        return [jnp.stack(pair)[None] for pair in zip(*found, strict=True)]
+
+    over = P(("fsdp", "tensor"))
+    x = np.random.default_rng(0).integers(-99, 99, (8 * 3, 8, 16)).astype(np.float32)
+    x = jax.device_put(x, NamedSharding(mesh, over))
+    mapped = jax.shard_map(work, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)
+    text = jax.jit(mapped).lower(x).compile().as_text()
+    rounds = Sharers(pieces).size.bit_length() - 1
+    halves = rounds if rounds == 1 else 2 * rounds
+    assert collective_counts(text)["collective-permute"] == halves + 3 * rounds
+    for both in jax.jit(mapped)(x):
+        # Sums of integers are exact in any order.
+        np.testing.assert_array_equal(both[:, 0], both[:, 1])
 
 
 def test_digits_of_one_axis_that_follow_each_other_are_one():

@@ -15,7 +15,7 @@ from optax_muon.cli.reports import plan as picture
 from optax_muon.hlo import collective_bytes, collective_counts
 from optax_muon.sharding import plan_picture
 from optax_muon.sharding.assignment import Assignment, Role
-from optax_muon.sharding.cost import Cost, Traffic
+from optax_muon.sharding.cost import Cost, Received, Traffic
 from optax_muon.sharding.device_groups import Group, Message
 
 
@@ -38,7 +38,7 @@ class Summed:
         cost = Cost(
             flops=count * one.flops,
             collective_bytes=summed,
-            traffic=Traffic(inward=2 * summed * (size - 1) // size),
+            traffic=Traffic(inward=Received(all_reduce=2 * summed * (size - 1) // size)),
             min_received_bytes=summed * (size - 1) // size,
             collectives=1,
             memory=count * one.memory,
@@ -48,12 +48,20 @@ class Summed:
     def describe(self, copies):
         return "every device, after a sum"
 
-    def run(self, tiles, orthogonalizer):
-        group, rows = Group((self.roles[0].sharers,)), tiles.shape[1]
-        whole = jnp.zeros((tiles.shape[0], rows * group.size, tiles.shape[2]), tiles.dtype)
-        start = (0, group.index() * rows, 0)
-        arrived = yield Message(group, Group.psum, lax.dynamic_update_slice(whole, tiles, start))
-        return lax.dynamic_slice(orthogonalizer(arrived), start, tiles.shape)
+    def steps(self, tiles, orthogonalizer):
+        group, (count, rows, cols) = Group((self.roles[0].sharers,)), tiles
+
+        def start():
+            return 0, group.index() * rows, 0
+
+        def depart(x):
+            whole = jnp.zeros((count, rows * group.size, cols), x.dtype)
+            return Message(group, Group.psum, lax.dynamic_update_slice(whole, x, start()))
+
+        def work(arrived):
+            return lax.dynamic_slice(orthogonalizer(arrived), start(), tiles)
+
+        return depart, work
 
 
 CASE = meshes.case({"fsdp": 8}, meshes.layers(4, (64, 128), P("fsdp")), layout=Summed)

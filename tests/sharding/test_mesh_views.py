@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import FREE_MESSAGES, case, layers
 
 from optax_muon import Split, View, gram_newton_schulz, orthogonalize
-from optax_muon.hlo import collective_counts, collectives
+from optax_muon.hlo import collective_bytes, collective_counts, collectives
 
 WHOLE, STACKED = View(0, 1), View(1, 2)
 GRID = {"fsdp": 4, "tensor": 2}
@@ -152,6 +152,20 @@ def test_chunks_change_no_update_and_need_less_memory():
     assert deep(2**18).plan().buckets[0].assignments[0].chunks > 1
     np.testing.assert_array_equal(tight.matrices["k"], free.matrices["k"])
     assert tight.temporary < 0.75 * free.temporary
+
+
+@pytest.mark.parametrize("memory", [2**19, 2**18])  # two chunks on a device, and more
+def test_chunks_in_a_pipeline_change_no_update_and_move_no_more(memory):
+    waiting = deep(memory, platform="TPU v2", layout="home")
+    piped = deep(memory, platform="TPU v5", layout="home")
+    [assignment] = piped.plan().buckets[0].assignments
+    assert assignment.pipelined
+    assert not waiting.plan().buckets[0].assignments[0].pipelined
+    found, others = (meshes.run(each, "explicit") for each in (piped, waiting))
+    np.testing.assert_array_equal(found.matrices["k"], others.matrices["k"])
+    assert collective_counts(found.text) == collective_counts(others.text)
+    assert collective_counts(found.text) == {"all-to-all": 2 * assignment.chunks}
+    assert collective_bytes(found.text) == collective_bytes(others.text)
 
 
 @pytest.mark.parametrize("layout", ["home", "gather"])

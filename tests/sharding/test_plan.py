@@ -227,8 +227,8 @@ def test_only_the_first_tiles_in_and_the_last_out_are_waited_for_where_products_
     slow = CostModel(flops=1.0, bandwidth=1e9, latency=0.0)
     found = two_shapes("tpu", model=slow, layout="home")
     first, last = found.in_order
-    assert first.cost.traffic.inward < last.cost.traffic.inward
-    ends = first.cost.traffic.inward + last.cost.traffic.outward
+    assert first.cost.traffic.inward.total < last.cost.traffic.inward.total
+    ends = first.cost.traffic.inward.total + last.cost.traffic.outward.total
     assert found.exposed_seconds == pytest.approx(ends / slow.bandwidth)
     assert 0 < found.exposed_seconds < found.message_seconds
 

@@ -5,6 +5,7 @@ at the plan's rate of the links: rows of a committed table.
 """
 
 import csv
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -20,7 +21,12 @@ from optax_muon.platforms import KINDS, PLATFORMS
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "tpu_ahead_of_time.csv"
 CLOCK = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9}
 KIND = {"v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
-MODELS = {"Llama 3 8B, scanned": "llama3-8b", "Moonlight 16B": "moonlight-16b-a3b"}
+MODELS = {
+    "Llama 3 8B, scanned": ("llama3-8b", {}),
+    "Moonlight 16B": ("moonlight-16b-a3b", {}),
+    "4 layers of Llama 3 1B, scanned": ("llama3-1b", {"num_hidden_layers": 4}),
+}
+"""Name of the configuration, and what is changed of it."""
 
 
 def committed():
@@ -36,7 +42,8 @@ def test_a_plan_is_within_15_percent_of_a_compiled_pod(case):
     chip = row["machine"].split()[0]
     axes, extents = zip(*(axis.split() for axis in row["mesh"].split(" x ")), strict=True)
     mesh = AbstractMesh(tuple(map(int, extents)), axes)
-    model = spec.model(spec.named_configs()[MODELS[row["tree"]]])
+    name, changes = MODELS[row["tree"]]
+    model = spec.model(dataclasses.replace(spec.named_configs()[name], **changes))
     with jax.numpy_dtype_promotion("standard"):  # Flax's initializers promote.
         params = abstract.on_mesh(model.abstract_params, mesh)
     found = optax_muon.plan(params, platform=KIND[chip])
@@ -45,6 +52,22 @@ def test_a_plan_is_within_15_percent_of_a_compiled_pod(case):
     cycles = 1e6 * (float(row["products_mcycles"]) + float(row["rest_mcycles"]))
     compiled = cycles / CLOCK[chip] + 1e-3 * float(row["exposed_ms"])
     assert found.seconds == pytest.approx(compiled, rel=0.15)
+
+
+def test_a_plan_says_whose_times_it_has_where_those_of_the_device_are_unknown():
+    if "platform" not in inspect.signature(AbstractDevice).parameters:
+        pytest.skip("abstract devices of this jax have no platform")
+    kernel = {"kernel": jax.ShapeDtypeStruct((8, 4), "float32")}
+
+    def printed(kind):
+        device = AbstractDevice(kind, None, "gpu")
+        mesh = AbstractMesh((2,), ("fsdp",), abstract_device=device)
+        shardings = {"kernel": NamedSharding(mesh, P("fsdp"))}
+        return str(optax_muon.plan(kernel, shardings=shardings))
+
+    remark = "no rates of NVIDIA L4 are known: the times are those of NVIDIA H100, and only compare"
+    assert remark in printed("NVIDIA L4")
+    assert "no rates of" not in printed("NVIDIA A100-SXM4-80GB")
 
 
 @pytest.mark.parametrize("kind", ["Trainium 2", "NVIDIA L4"])
