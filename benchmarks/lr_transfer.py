@@ -1,19 +1,20 @@
 """Does one learning rate fit all widths and depths? Loss over the learning rate, for each scale.
 
 Llamas of three widths and two depths learn the Python sources listed in benchmarks/corpus, 20 bytes
-for each parameter, at eight learning rates in steps of two. The update of Muon is scaled as the
-paper's Eq. 4 does (match the RMS of AdamW's), by Eq. 5 (a factor of the hidden size alone), by
-Eq. 6 (the RMS of each update made equal), as in the original Muon, and by the spectral condition;
-the last three of them at the smaller depth only. Batch and weight decay are those that the scaling
-law found. Every point is one run with seed 0. `best` is the vertex of the parabola through the best
-point and its neighbours, over the logarithm of the rate; `at 2x` and `at x/2` are what the two
-neighbours lose against the best point.
+for each parameter, at seven learning rates in steps of two, and at further ones until the best is
+not the largest. The update of Muon is scaled as the paper's Eq. 4 does (match the RMS of AdamW's),
+by Eq. 5 (a factor of the hidden size alone), by Eq. 6 (the RMS of each update made equal), as in
+the original Muon, and by the spectral condition; the last three of them at the smaller depth only.
+Batch and weight decay are those that the scaling law found. Every point is one run with seed 0.
+`best` is the vertex of the parabola through the best point and its neighbours, over the logarithm
+of the rate; `at 2x` and `at x/2` are what the two neighbours lose against the best point.
 
     python benchmarks/lr_transfer.py
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ MODELS = {
     f"{width} x {layers}": _models.llama(width, layers)
     for layers, width in itertools.product(DEPTHS, WIDTHS)
 }
-RATES = tuple(7.5e-4 * 2**power for power in range(8))
+RATES = tuple(7.5e-4 * 2**power for power in range(7))
 EVERYWHERE = ("adamw", "muon", "muon-fixed-scale")
 """Optimizers that are compared at both depths."""
 SHALLOW = ("muon-update-norm", "muon-keller-scale", "muon-spectral-scale")
@@ -49,13 +50,19 @@ def experiment(options: Options) -> Experiment:
     """The experiment."""
     models, ratio = (_models.TOY, 1.0) if options.quick else (MODELS, 20.0)
     rates = RATES[::3] if options.quick else RATES
+    pairs = [
+        (name, model)
+        for model, config in models.items()
+        for name in (OPTIMIZERS if config.num_hidden_layers == min(DEPTHS) else EVERYWHERE)
+    ]
 
     def needed(finished: Sequence[Finished]) -> Iterator[Run]:
-        del finished
-        for model, config in models.items():
-            shallow = config.num_hidden_layers == min(DEPTHS)
-            for name in OPTIMIZERS if shallow else EVERYWHERE:
-                yield from (Run(model, name, ratio, 4, rate, 0.1) for rate in rates)
+        losses = {row.run: row.val_loss for row in finished}
+        for name, model in pairs:
+            runs = [Run(model, name, ratio, 4, rate, 0.1) for rate in rates]
+            while losses.keys() >= {*runs} and min(runs, key=losses.__getitem__) == runs[-1]:
+                runs.append(dataclasses.replace(runs[-1], lr=2 * runs[-1].lr))
+            yield from runs
 
     return Experiment(
         "lr_transfer",
@@ -63,7 +70,7 @@ def experiment(options: Options) -> Experiment:
         __doc__,
         models,
         needed,
-        lambda results: report(_curves(results)),
+        lambda results: report(_curves(results), pairs),
         lambda results: picture(_curves(results)),
         lambda results: summary(_curves(results)),
     )
@@ -76,17 +83,25 @@ def _curves(results: Results) -> Curves:
     return curves
 
 
-def report(curves: Curves) -> Iterator[str]:
+def report(curves: Curves, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
     """The best rate of every curve, and how the best rate moves."""
     heads = ("optimizer", "model", "best", "loss there", "at x/2", "at 2x")
     rows = [
         (SPECS[name].title, model, *_best(rows))
         for name in OPTIMIZERS
         for (each, model), rows in curves.items()
-        if each == name and len(rows) == len(RATES)
+        if each == name and len(rows) >= len(RATES)
     ]
     yield from _table.markdown(heads, rows)
     yield ""
+    missing = [
+        f"{SPECS[name].title} at {model}"
+        for name, model in pairs
+        if len(curves.get((name, model), [])) < len(RATES)
+    ]
+    if missing:
+        yield f"Still to come: {'; '.join(missing)}."
+        yield ""
     for name in OPTIMIZERS:
         rates = _best_rates(curves, name)
         if len(rates) > 1:
@@ -109,7 +124,7 @@ def summary(curves: Curves) -> str:
     losses = "; ".join(
         f"{SPECS[name].title} {min(row.val_loss for row in curves[name, model]):.4f}"
         for name in OPTIMIZERS
-        if len(curves.get((name, model), [])) == len(RATES)
+        if len(curves.get((name, model), [])) >= len(RATES)
     )
     return (
         f"the best rates lie within a factor of: {spread}. Loss of {model} at the best rate, one "
