@@ -376,11 +376,10 @@ def _of_kind(device_kind: str) -> Platform | None:
 
 def _is_of_kind(device_kind: str, kind: str) -> bool:
     """Whether a device has the rates of a kind; a slice of a GPU (MIG) has not."""
-    more = device_kind.removeprefix(kind)
-    if not more:
+    if device_kind == kind:
         return True
-    is_gpu = kind.startswith("NVIDIA") and device_kind.startswith(kind)
-    return is_gpu and more[0] in " -" and " MIG " not in more
+    is_gpu = kind.startswith("NVIDIA") and device_kind.startswith((f"{kind} ", f"{kind}-"))
+    return is_gpu and " MIG " not in device_kind
 
 
 CPU_INFO = Path("/proc/cpuinfo")
