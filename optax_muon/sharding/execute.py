@@ -201,12 +201,12 @@ class _Pipeline:
         self._depart, self._work, *self._rest = assignment.mechanism.steps(
             self._chunks.shape[1:], orthogonalizer
         )
-        self.arrived = self._send(self._chunks, 0)
+        self.arrived = self._send(0)
 
     def finish(self, arrived: jax.Array) -> jax.Array:
         """All tiles, given what has arrived of the first chunk."""
         last = len(self._chunks) - 1
-        following = self._send(self._chunks, 1)
+        following = self._send(1)
         message = self._work(arrived)
 
         def back(finished: jax.Array) -> jax.Array:
@@ -217,7 +217,7 @@ class _Pipeline:
             i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             done, arrived, finished = carry
-            following = self._send(self._chunks, i + 1)
+            following = self._send(i + 1)
             worked = self._work(arrived).payload
             return _put(done, back(finished), i - 1), following, worked
 
@@ -229,8 +229,9 @@ class _Pipeline:
         done = _put(done, back(finished), last - 1)
         return _put(done, back(worked), last).reshape(self._tiles)
 
-    def _send(self, chunks: jax.Array, i: int | jax.Array) -> jax.Array:
-        [arrived] = exchange([self._depart(lax.dynamic_index_in_dim(chunks, i, keepdims=False))])
+    def _send(self, i: int | jax.Array) -> jax.Array:
+        chunk = lax.dynamic_index_in_dim(self._chunks, i, keepdims=False)
+        [arrived] = exchange([self._depart(chunk)])
         return arrived
 
 

@@ -33,22 +33,13 @@ def exposed_seconds(buckets: Sequence[BucketPlan], model: CostModel, kind: str) 
     exposed = 0.0
     for i, each in enumerate(buckets):
         exposed += model.message_seconds(each.cost)
-        parts = [(part.can_hide(device), part.chunks) for part in each.assignments]
-        inward, working, outward, between = (
-            sum(sizes)
-            for sizes in zip(
-                *(
-                    (
-                        hidden.inward.total / chunks,
-                        hidden.working.total,
-                        hidden.outward.total / chunks,
-                        (hidden.inward.total + hidden.outward.total) * (1 - 1 / chunks),
-                    )
-                    for hidden, chunks in parts
-                ),
-                strict=True,
-            )
-        )
+        inward = working = outward = between = 0.0
+        for part in each.assignments:
+            hidden = part.can_hide(device)
+            inward += hidden.inward.total / part.chunks
+            working += hidden.working.total
+            outward += hidden.outward.total / part.chunks
+            between += (hidden.inward.total + hidden.outward.total) * (1 - 1 / part.chunks)
         for received, there in (
             (inward, before[i]),
             (working, sum(work) - work[i]),
