@@ -49,12 +49,12 @@ def true_update(u, sigma, vt, table: Coefficients, steps=None):
     return (u * table(sigma / np.linalg.norm(sigma), steps)) @ vt
 
 
-def naive_loop(x, rows, safety=1.0):
-    """Orthogonalize one float64 matrix as the paper writes it, without turning or rounding."""
-    x = np.asarray(x, np.float64) / (safety * np.linalg.norm(x))
+def naive_loop(x, rows, safety=1.0, rounded=lambda each: each):
+    """Orthogonalize a float64 matrix as the paper writes it; `rounded` is what operands become."""
+    x = rounded(np.asarray(x, np.float64) / (safety * np.linalg.norm(x)))
     for a, b, c in rows:
-        gram = x @ x.T
-        x = a * x + b * gram @ x + c * gram @ gram @ x
+        gram = rounded(x @ x.T)
+        x = rounded(a * x + rounded(b * gram + c * gram @ gram) @ x)
     return x
 
 

@@ -67,16 +67,8 @@ def test_all_forms_have_the_error_of_the_plain_one_in_bfloat16(table, spectrum):
     error = error_in_bfloat16(table, spectrum)
     plain = error(Plain())
     for form in forms(table, jnp.bfloat16):
-        # Measured 0.8 to 1.8; where it is above 1.5 both are below 2 %.
+        # Measured 0.8 to 1.84.
         assert error(form) < 2 * plain, form
-
-
-@every_table
-@every_spectrum
-def test_rounding_what_is_added_to_a_square_costs_the_plain_form_no_accuracy(table, spectrum):
-    error = error_in_bfloat16(table, spectrum)
-    # Measured 0.6 to 1.0: A is rounded before it is squared, and the sum after it is made.
-    assert error(Plain(Barrier())) < 1.05 * error(Plain())
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

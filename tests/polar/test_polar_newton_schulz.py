@@ -90,11 +90,24 @@ def test_bfloat16_is_the_iteration_of_torch():
     x = gaussian(96, 192)
     peer = _zeropower_via_newtonschulz(torch.tensor(np.asarray(x)), KELLER.rows[0], 5, 1e-7)
     truth = naive_loop(x, KELLER.rows)
-    found = relative_error(newton_schulz(x, dtype=jnp.bfloat16), truth)
-    theirs = relative_error(peer.float().numpy(), truth)
-    # Both round to 8 bits: 2 % off on this spectrum. Sums in float32 make ours no worse.
-    assert 0 < found < 0.03
-    assert found < 1.2 * theirs
+    # How often torch rounds depends on its kernel for this processor: measured .012-.017.
+    assert relative_error(peer.float().numpy(), truth) < 0.03
+    assert relative_error(plain(x, dtype=jnp.bfloat16), truth) < 0.03
+
+
+@every_table
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("spectrum", ["gaussian", "power law", "32 to 1"])
+def test_half_precision_rounds_operands_alone(table, dtype, spectrum):
+    # A naive float64 loop that rounds X, A and b A + c A^2, once each in a step, as torch's does.
+    u, sigma, vt, x = SPECTRA[spectrum]
+    truth = true_update(u, sigma, vt, table)
+    rounded = naive_loop(
+        x, table.rows, table.safety, lambda each: each.astype(dtype).astype(np.float64)
+    )
+    found = relative_error(plain(jnp.asarray(x, jnp.float32), table, dtype=dtype), truth)
+    # The sum of 9216 or more independent roundings varies by a few percent.
+    assert 0 < found < 1.1 * relative_error(rounded, truth)
 
 
 @every_table
