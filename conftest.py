@@ -1,9 +1,14 @@
 """Every test runs strictly: eight CPU devices, no silent promotion of dtypes or of ranks."""
 
+import os
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+# Two thirds of the tests' time are XLA's, and LLVM's optimization is most of that: without it they
+# take 0.6 of the processor time. `XLA_FLAGS= make test` optimizes as a user's program is.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -226,12 +226,15 @@ def train(ladder: Ladder, runs: Sequence[Run]) -> list[Finished]:
 
 
 def tuned(
-    finished: Sequence[Row], start: Run, names: Sequence[str] = ("lr",)
+    finished: Sequence[Row],
+    start: Run,
+    names: Sequence[str] = ("lr",),
+    search_seeds: Sequence[int] = (0,),
 ) -> tuple[list[Run], list[Row]]:
     """The runs of a search to do next, and the rows of its best run once all seeds are done."""
     rows = {row.run: row for row in finished}
     losses = {run: row.val_loss for run, row in rows.items()}
-    missing, repeats = search.tune(losses, start, names, SEEDS)
+    missing, repeats = search.tune(losses, start, names, SEEDS, search_seeds)
     return missing, [rows[run] for run in repeats]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -52,7 +53,11 @@ def search(losses: Mapping[Run, float], start: Run, names: Sequence[str]) -> tup
 
 
 def tune(
-    losses: Mapping[Run, float], start: Run, names: Sequence[str], seeds: Sequence[int]
+    losses: Mapping[Run, float],
+    start: Run,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    search_seeds: Sequence[int] | None = None,
 ) -> tuple[list[Run], list[Run]]:
     """Search, then repeat the best run with other seeds.
 
@@ -60,7 +65,9 @@ def tune(
         losses: As `search` takes it.
         start: As `search` takes it; has a field `seed`.
         names: As `search` takes it.
-        seeds: Seeds of the repetitions, without the one of the search.
+        seeds: Seeds of the repetitions, without those of the search.
+        search_seeds: Seeds of the search, whose mean loss it compares; the one of `start` by
+            default. One is enough where runs differ more by their numbers than by their seeds.
 
     Returns:
         The runs to do next, and the repetitions once all of them are done. One of them is empty.
@@ -75,12 +82,21 @@ def tune(
     >>> tune({**losses, Rate(1.0, 2): 2.4}, Rate(1.0), ["lr"], seeds=[1, 2])
     ([], [Rate(lr=1.0, seed=1), Rate(lr=1.0, seed=2)])
     """
-    missing, best = search(losses, start, names)
-    if missing:
-        return missing, []
-    repeats = [dataclasses.replace(cast(Any, best), seed=seed) for seed in seeds]
-    missing = [run for run in repeats if run not in losses]
-    return missing, [] if missing else repeats
+    searched = [cast(Any, start).seed] if search_seeds is None else search_seeds
+    means = {
+        with_seeds[0]: statistics.fmean(map(losses.__getitem__, with_seeds))
+        for run in losses
+        if (with_seeds := _repeats(run, searched))[0] == run and set(with_seeds) <= losses.keys()
+    }
+    missing, best = search(means, _repeats(start, searched)[0], names)
+    wanted = [each for run in missing for each in _repeats(run, searched)] or _repeats(best, seeds)
+    undone = [run for run in wanted if run not in losses]
+    return undone, [] if missing or undone else wanted
+
+
+def _repeats(run: Any, seeds: Sequence[int]) -> list[Any]:
+    """The run with each of the seeds."""
+    return [dataclasses.replace(run, seed=seed) for seed in seeds]
 
 
 def _bracket(losses: Mapping[Run, float], start: Run, name: str) -> tuple[list[Run], Run]:
