@@ -46,9 +46,10 @@ from optax_muon.polar import (
     polar_svd,
 )
 from optax_muon.sharding.assignment import Assignment
+from optax_muon.sharding.bucket_plan import BucketPlan
 from optax_muon.sharding.cost import CostModel
 from optax_muon.sharding.mesh import Shardings
-from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.planner import LAYOUTS
 from optax_muon.transforms.decay import Mask, cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum

@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec
 
 from optax_muon.sharding import cpu
 from optax_muon.sharding.assignment import Assignment, Orthogonalizer, Step
+from optax_muon.sharding.bucket_plan import BucketPlan
 from optax_muon.sharding.buckets import Stacks
 from optax_muon.sharding.device_groups import exchange
 from optax_muon.sharding.mesh import AnyMesh, Spec, explicit_spec, keep_explicit
-from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.shards import LeafShard
 
 __all__ = ["Orthogonalizer", "execute"]

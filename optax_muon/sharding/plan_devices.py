@@ -10,14 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optax_muon.sharding.assignment import Assignment
-
-if TYPE_CHECKING:
-    from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.sharding.bucket_plan import BucketPlan
 
 Digit = tuple[str, int, int]
 """A digit of a device's index along a mesh axis: (axis, stride, size)."""
@@ -51,11 +48,11 @@ class Band:
         return ": ".join(", ".join(some) for some in (above, names) if some)
 
 
-def bands(plan: Plan) -> list[Band]:
-    """One band per assignment, in the order of the plan."""
+def bands(mesh_axes: Mapping[str, int], buckets: Iterable[BucketPlan]) -> list[Band]:
+    """One band per assignment of these buckets, in their order."""
     return [
-        _band(plan.mesh_axes, bucket_plan, assignment)
-        for bucket_plan in plan.buckets
+        _band(mesh_axes, bucket_plan, assignment)
+        for bucket_plan in buckets
         for assignment in bucket_plan.assignments
     ]
 

@@ -54,7 +54,7 @@ def draw(plan: Plan, title: str = "") -> Drawing:
         plan: The plan.
         title: Name of the model that it is made for.
     """
-    assignments = bands(plan)
+    assignments = bands(plan.mesh_axes, plan.buckets)
     colors = _colors(assignments)
     height = HEAD + BAND * len(assignments) + FOOT
     fold = _fold(plan.mesh_axes)

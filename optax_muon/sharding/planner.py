@@ -14,12 +14,13 @@ import numpy as np
 
 from optax_muon.matrices.views import Block, BoundView
 from optax_muon.platforms import get_device
+from optax_muon.sharding.bucket_plan import BucketPlan
 from optax_muon.sharding.buckets import Bucket, Member
 from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.exchange import Owned
 from optax_muon.sharding.gather import Gathered
 from optax_muon.sharding.mesh import LeafShardings, axis_sizes, mesh_device, slow_axes
-from optax_muon.sharding.plan import BucketPlan, Plan
+from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.search import BucketGeometry, LayoutClass, LayoutSearch
 from optax_muon.sharding.shards import LeafShard, shard_leaf
 

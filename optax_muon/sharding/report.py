@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from optax_muon.platforms import PLATFORMS, is_known, slow_bfloat16
 from optax_muon.sharding.assignment import Assignment
+from optax_muon.sharding.bucket_plan import BucketPlan
 from optax_muon.sharding.mesh import mesh_kind
 
 if TYPE_CHECKING:
-    from optax_muon.sharding.plan import BucketPlan, Plan
+    from optax_muon.sharding.plan import Plan
 
 HEADERS = (
     *("matrices", "rows over", "cols over", "layout", "worked on by", "each"),

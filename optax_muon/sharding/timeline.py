@@ -10,13 +10,10 @@ behind the work on all other buckets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from optax_muon.platforms import get_device
+from optax_muon.sharding.bucket_plan import BucketPlan
 from optax_muon.sharding.cost import CostModel
-
-if TYPE_CHECKING:
-    from optax_muon.sharding.plan import BucketPlan
 
 
 def exposed_seconds(buckets: Sequence[BucketPlan], model: CostModel, kind: str) -> float:

@@ -21,7 +21,7 @@ from optax_muon.cli.plan import MODELS, PlanModel, tree
 from optax_muon.cli.reports.plan import png
 from optax_muon.drawing import Words
 from optax_muon.models import abstract
-from optax_muon.sharding.plan_devices import bands
+from optax_muon.sharding import plan_devices
 
 # A Llama's tree is traced through jax.nn.dot_product_attention.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -169,6 +169,10 @@ def test_a_disk_that_refuses_is_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     line = refusal(capsys, "--mesh", "fsdp=8", "--json", tmp_path / "plan.json")
     assert line.endswith("plan.json: No space left on device")
+
+
+def bands(plan):
+    return plan_devices.bands(plan.mesh_axes, plan.buckets)
 
 
 MESHES = [
