@@ -32,7 +32,7 @@ class Sample:
     """Generate text from a prompt."""
 
     run: str = "small"
-    """Name of the run."""
+    """Name of a run in --runs, or a run's folder: one of train, finetune or import-hf."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     trial: str | None = None
@@ -56,7 +56,9 @@ class Sample:
         at_least(1, "length", self.length)
         at_least(0, "temperature", self.temperature)
         at_least(0, "seed", self.seed)
-        source = PretrainedSource(self.runs / self.run, self.trial)
+        named = self.runs / self.run
+        folder = Path(self.run) if Path(self.run).is_dir() and not named.is_dir() else named
+        source = PretrainedSource(folder, self.trial)
         source.check()
         tokenizer = source.tokenizer
         opening = self._opening(tokenizer)

@@ -182,7 +182,8 @@ def test_sample_writes_on_from_the_prompt(finished, capsys):
     where = ["--runs", str(finished.path.parent), "--run", "whole"]
     main(["sample", *where, "--prompt", "def f", "--length", "60", "--temperature", "0"])
     first = capsys.readouterr().out
-    main(["sample", *where, "--prompt", "def f", "--length", "60", "--temperature", "0"])
+    folder = str(finished.path)  # instead of its name
+    main(["sample", "--run", folder, "--prompt", "def f", "--length", "60", "--temperature", "0"])
     assert first.startswith("def f")
     assert len(first) == len("def f") + 60 + 1
     assert capsys.readouterr().out == first
