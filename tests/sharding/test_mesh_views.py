@@ -181,7 +181,7 @@ def test_the_program_does_not_grow_with_depth():
         meshes.run(
             case({"fsdp": 8}, layers(n, (16, 32), P("fsdp", None)), layout="home"), "explicit"
         )
-        for n in (24, 96)  # three and twelve on a device, which works in three batches
+        for n in (24, 96)  # three and twelve on a device, which works in two batches
     )
     assert twice.text.count(" dot(") == shallow.text.count(" dot(")
     assert collective_counts(twice.text) == collective_counts(shallow.text) == {"all-to-all": 2}
