@@ -49,7 +49,10 @@ def test_its_updates_are_those_of_a_plain_chain_with_the_schedule(name):
     tx, plain = transformation(trial, CONFIG), optax.chain(optax.clip_by_global_norm(1.0), plain)
     rng = np.random.default_rng(0)
     shapes = {"up_proj": {"kernel": (8, 16)}, "norm": {"scale": (8,)}}
-    draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+
+    def draw(shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     params = jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
     state, expected_state = tx.init(params), plain.init(params)
     assert jax.tree.structure(state) == jax.tree.structure(expected_state)
