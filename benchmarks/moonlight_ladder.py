@@ -40,6 +40,7 @@ from _experiment import Experiment, Results
 from _routing import Routed, routed
 from _runs import Finished, Run
 from _variants import SPECS
+from matplotlib.ticker import LogLocator, NullLocator
 
 from optax_muon.models import spec
 from optax_muon.models.moonlight import MoonlightConfig, count
@@ -213,10 +214,11 @@ def summary(points: Points[Routed], results: Results) -> str:
             for of in ("model_flops", "flops")
         )
         ratio = f"Muon needs {model_flops} of AdamW's 6ND, {flops} of all FLOPs; "
+    chosen = ", ".join(f"{_in_the_search(rows[0], results):.3f}" for rows in points["adamw"])
+    reached = ", ".join(f"{_mean(rows, 'val_loss'):.3f}" for rows in points["adamw"])
     return (
         f"{ratio}loss over that of Muon at {one.parameters:,} activated parameters: {changes}; "
-        f"AdamW's rate was chosen for a loss of {_in_the_search(last['adamw'][0], results):.3f}, "
-        f"and has {_mean(last['adamw'], 'val_loss'):.3f} with the other seeds; "
+        f"AdamW's rates were chosen for losses of {chosen}, which are {reached} with other seeds; "
         f"{done} sizes, {one.tokens_per_parameter:g} tokens per activated parameter, 3 seeds"
     )
 
@@ -252,6 +254,9 @@ def _draw(axes: matplotlib.axes.Axes, points: Points[Routed], field: str) -> Non
             axes.plot(*zip(*dots, strict=True), **style.dots, alpha=0.6)
             line = style.curve() | {"marker": "", "linewidth": 1}
             axes.plot(*zip(*means, strict=True), **line, label=SPECS[name].title)
+    # Less than a power of ten wide: the labels of all minor ticks would overlap.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
 
 
