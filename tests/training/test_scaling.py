@@ -12,7 +12,7 @@ from optax_muon.cli.reports import scaling as report
 from optax_muon.errors import UsageError
 from optax_muon.training import power_law, scaling, sweep
 from optax_muon.training.ladder import FACTOR, ladder
-from optax_muon.training.search import search
+from optax_muon.training.search import search, tune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Run:
     lr: float
     batch: int
     weight_decay: float
+    seed: int = 0
 
 
 def searched(loss_of, start, names):
@@ -55,6 +56,22 @@ def test_a_search_goes_around_runs_that_diverged():
     best, finished = searched(loss, start, ("lr",))
     assert best.lr == 8e-3
     assert [run.lr for run in finished] == [4e-3, 2e-3, 8e-3, 1.6e-2]
+
+
+@pytest.mark.parametrize(("search_seeds", "best"), [(None, 8e-3), ([0], 8e-3), ([0, 4, 5], 4e-3)])
+def test_a_search_with_several_seeds_is_not_won_by_a_lucky_one(search_seeds, best):
+    def loss(run):
+        lucky = run.lr == 8e-3 and run.seed == 0
+        return abs(math.log2(run.lr / 4e-3)) - 2 * lucky + 0.01 * run.seed
+
+    start, seeds = Run(2e-3, 8, 0.1), [1, 2]
+    losses, repeats = {}, []
+    while not repeats:
+        missing, repeats = tune(losses, start, ["lr"], seeds, search_seeds)
+        assert not losses.keys() & set(missing)
+        losses |= {run: loss(run) for run in missing}
+    assert [(run.lr, run.seed) for run in repeats] == [(best, 1), (best, 2)]
+    assert {run.seed for run in losses} == {*seeds, *(search_seeds or [0])}
 
 
 @pytest.mark.parametrize("e", [0.0, 0.5])
