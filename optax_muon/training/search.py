@@ -83,18 +83,21 @@ def tune(
     ([], [Rate(lr=1.0, seed=1), Rate(lr=1.0, seed=2)])
     """
     searched = [cast(Any, start).seed] if search_seeds is None else search_seeds
-    means = {
-        with_seeds[0]: statistics.fmean(map(losses.__getitem__, with_seeds))
-        for run in losses
-        if (with_seeds := _repeats(run, searched))[0] == run and set(with_seeds) <= losses.keys()
-    }
-    missing, best = search(means, _repeats(start, searched)[0], names)
-    wanted = [each for run in missing for each in _repeats(run, searched)] or _repeats(best, seeds)
-    undone = [run for run in wanted if run not in losses]
-    return undone, [] if missing or undone else wanted
+    means: dict[Run, float] = {}
+    for run in losses:
+        repeats = _with_seeds(run, searched)
+        if run == repeats[0] and all(each in losses for each in repeats):
+            means[run] = statistics.fmean(losses[each] for each in repeats)
+    missing, best = search(means, _with_seeds(start, searched)[0], names)
+    if missing:
+        wanted = [each for run in missing for each in _with_seeds(run, searched)]
+        return [run for run in wanted if run not in losses], []
+    repeats = _with_seeds(best, seeds)
+    missing = [run for run in repeats if run not in losses]
+    return missing, [] if missing else repeats
 
 
-def _repeats(run: Any, seeds: Sequence[int]) -> list[Any]:
+def _with_seeds(run: Any, seeds: Sequence[int]) -> list[Any]:
     """The run with each of the seeds."""
     return [dataclasses.replace(run, seed=seed) for seed in seeds]
 
