@@ -58,22 +58,6 @@ def naive_loop(x, rows, safety=1.0, rounded=lambda each: each):
     return x
 
 
-def rounding_at_one(table: Coefficients):
-    """Bound the relative error of a singular value of 1, to first order, in units of rounding.
-
-    A step rounds its largest term, and the relative slopes of the steps after it multiply that: by
-    283 in CUBIC, which first sends 1 to 0.02, and by 176 in POLAR_EXPRESS.
-    """
-    value, error = 1 / table.safety, 1.0
-    for row in table.rows:
-        terms = [factor * value**power for factor, power in zip(row, (1, 3, 5), strict=True)]
-        powers = zip(terms, (1, 3, 5), strict=True)
-        slope = sum(power * term for term, power in powers) / sum(terms)
-        error = abs(slope) * error + max(map(abs, terms)) / abs(sum(terms))
-        value = sum(terms)
-    return error
-
-
 def relative_error(found, truth):
     found, truth = np.asarray(found, np.float64), np.asarray(truth, np.float64)
     return np.linalg.norm(found - truth) / np.linalg.norm(truth)

@@ -14,7 +14,6 @@ from polar_reference import (
     naive_loop,
     orthonormal,
     relative_error,
-    rounding_at_one,
     true_update,
     with_spectrum,
 )
@@ -79,9 +78,14 @@ def test_steps_are_the_steps_of_the_scalar_map(table, steps):
 def test_any_shape_equals_a_naive_float64_loop(table, shape):
     x = gaussian(*shape)
     truth = naive_loop(x, table.rows, table.safety)
-    # Measured 0.1 to 0.6 of what one rounding in a step makes; a step has a few.
-    bound = 2 * rounding_at_one(table) * EPS if 1 in shape else 2e-5
-    assert relative_error(newton_schulz(x, table), truth) < bound
+    # A single row has singular value 1, which CUBIC first sends to 0.02: 280 times its rounding.
+    bound = 280 * EPS if table is CUBIC else 2e-5
+    # Optimized as a user's program is: POLAR_EXPRESS lifts the rounding of a row 176 times.
+    optimized = jax.jit(
+        functools.partial(newton_schulz, coefficients=table),
+        compiler_options={"xla_backend_optimization_level": 3},
+    )
+    assert relative_error(optimized(x), truth) < bound
 
 
 def test_bfloat16_is_the_iteration_of_torch():
@@ -91,9 +95,11 @@ def test_bfloat16_is_the_iteration_of_torch():
     x = gaussian(96, 192)
     peer = _zeropower_via_newtonschulz(torch.tensor(np.asarray(x)), KELLER.rows[0], 5, 1e-7)
     truth = naive_loop(x, KELLER.rows)
-    # How often torch rounds depends on its kernel for this processor: measured .012-.017.
-    assert relative_error(peer.float().numpy(), truth) < 0.03
-    assert relative_error(plain(x, dtype=jnp.bfloat16), truth) < 0.03
+    found = relative_error(newton_schulz(x, dtype=jnp.bfloat16), truth)
+    theirs = relative_error(peer.float().numpy(), truth)
+    # Both round to 8 bits: 2 % off on this spectrum. Rounding operands alone makes ours no worse.
+    assert 0 < found < 0.03
+    assert found < 1.2 * theirs
 
 
 @every_table
