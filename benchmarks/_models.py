@@ -49,7 +49,7 @@ def mixture(hidden_size: int, layers: int, context: int = 128) -> MoonlightConfi
 
 MODELS = {
     f"{width} x {layers}": llama(width, layers)
-    for width, layers in ((16, 2), (32, 2), (48, 2), (64, 3), (96, 3), (128, 3))
+    for width, layers in ((16, 2), (32, 2), (48, 2), (64, 3), (80, 3), (128, 3))
 }
 """The ladder of sizes, by width and depth."""
 LARGE = {

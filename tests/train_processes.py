@@ -4,6 +4,7 @@ Usage: train_processes.py DEVICES ARGUMENT..., with the devices of this process,
 command line gets. SLURM's variables say which process it is.
 """
 
+import os
 import sys
 
 import jax
@@ -32,7 +33,18 @@ SAME = HyperParams(6e-3, 0.3)
 TOY = Preset(CONFIG, 16, 4, {"adamw": SAME, "muon": SAME}, "", bias_update_speed=2e-2)
 
 
+def discard_output_of_libraries():
+    """Leave the standard output to Python alone.
+
+    Gloo reports its connections there, from several threads that break each other's lines, so that
+    no pattern would find them all.
+    """
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 if __name__ == "__main__":
+    discard_output_of_libraries()
     PRESETS["moonlight-toy"] = TOY
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
     main(sys.argv[2:])
