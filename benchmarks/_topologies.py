@@ -57,6 +57,8 @@ CHIPS = {
     "v5p": Chip(2 * 8 * 128**2, 1.75e9),
     "v5e": Chip(2 * 4 * 128**2, 1.5e9),
     "v6e": Chip(2 * 4 * 256**2, 1.75e9),
+    # A device is one of the chip's two cores.
+    "7x": Chip(2 * 4 * 256**2, 2.2e9),
 }
 
 

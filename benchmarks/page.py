@@ -197,17 +197,17 @@ def with_evidence(readme: str) -> str:
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
     options = scaling_law.Options()
-    experiment = scaling_law.experiment(options)
-    outcome = experiment.summary(_experiment.load(options, experiment))
-    name = f"benchmarks/results/{experiment.name}/{experiment.name}"
-    words = (
-        "The evidence is a ladder of model sizes, each trained to the end of its schedule, with "
-        f"rates and decay tuned for both optimizers. For the same loss, Muon needs {outcome}. The "
-        f"paper has 0.52 at 399M to 1.5B parameters. [Every run and its numbers]({name}.md), and "
-        "[all claims, one by one](benchmarks/README.md)."
+    name = f"benchmarks/results/{options.name}/{options.name}"
+    words, *table = scaling_law.headline(options)
+    after_table = (
+        f"The paper has 0.52 at 399M to 1.5B parameters. [Every run and its numbers]({name}.md), "
+        "and [all claims, one by one](benchmarks/README.md)."
     )
     alt = "Held-out loss over FLOPs, AdamW above Muon at AdamW's rate above Muon at its own"
-    lines = [BEGIN, "", f"![{alt}]({name}.png)", "", textwrap.fill(words, 120), "", END]
+    lines = [
+        *(BEGIN, "", f"![{alt}]({name}.png)", "", textwrap.fill(words, 120)),
+        *(*table, "", textwrap.fill(after_table, 120), "", END),
+    ]
     return before + "\n".join(lines) + after
 
 

@@ -84,6 +84,11 @@ class Protocol:
     """Names of the models, the smallest first."""
     tokens_per_parameter: float
 
+    @classmethod
+    def of(cls, options: Options) -> Protocol:
+        """That of the options."""
+        return cls([*options.models], 1.0 if options.quick else options.tokens_per_parameter)
+
     def needed(self, finished: Sequence[Finished]) -> Iterator[Run]:
         """The searches, each from where the one below it ended, and the seeds of their best."""
         for size in self._sizes(finished):
@@ -144,8 +149,7 @@ def _at(row: Finished, model: str, name: str) -> Run:
 
 def experiment(options: Options) -> Experiment:
     """The experiment."""
-    ratio = options.tokens_per_parameter
-    protocol = Protocol([*options.models], 1.0 if options.quick else ratio)
+    ratio, protocol = options.tokens_per_parameter, Protocol.of(options)
 
     def points(results: Results) -> Points[Finished]:
         return protocol.points(results.finished)
@@ -217,14 +221,45 @@ def _fit_lines(points: Points[Finished], results: Results) -> Iterator[str]:
     yield f"{_curves.RATIOS} The paper's ratio of 6ND is 0.52."
 
 
-def summary(points: Points[Finished], results: Results) -> str:
-    """The ratios at the largest size."""
+def headline(options: Options) -> Iterator[str]:
+    """The ratios at the largest size as a table, and what was trained, in Markdown."""
+    results = _experiment.load(options, experiment(options))
+    points = Protocol.of(options).points(results.finished)
+    first, last = points["adamw"][0][0], points["adamw"][-1][0]
+    yield (
+        f"Llamas of {first.parameters:,} to {last.parameters:,} parameters were trained on "
+        f"{last.tokens_per_parameter:g} tokens per parameter, each run to the end of its schedule. "
+        "The learning rate is tuned for both optimizers at every size, weight decay at the two "
+        "smallest, and the batch for AdamW. For the loss that it reaches at the largest size, Muon "
+        "needs this fraction of the FLOPs that AdamW needs (three seeds; in brackets the 5th and "
+        "the 95th percentile of resamples):"
+    )
+    yield ""
+    rows = (
+        (title, *(_ratio(points, results, name, of) for of in ("model_flops", "flops")))
+        for title, name in (("tuned", "muon"), ("with AdamW's numbers", "muon-carried"))
+    )
+    heads = ("Muon", "6ND, the paper's measure", "all matmuls, Newton-Schulz included")
+    yield from _table.markdown(heads, rows)
+
+
+def _ratio(
+    points: Points[Finished], results: Results, name: str, of: str
+) -> power_law.Interval | None:
+    """What an optimizer's largest size costs over AdamW's fit; None before there are fits."""
     curves = _curves.fitted(points, results)
     if set(curves) != set(OPTIMIZERS):
+        return None
+    return power_law.ratio(curves["adamw"], curves[name], len(points[name]) - 1, of)
+
+
+def summary(points: Points[Finished], results: Results) -> str:
+    """The ratios at the largest size."""
+    if _ratio(points, results, "muon", "flops") is None:
         return ""
 
-    def ratio(name: str, of: str) -> power_law.Interval:
-        return power_law.ratio(curves["adamw"], curves[name], len(points[name]) - 1, of)
+    def ratio(name: str, of: str) -> power_law.Interval | None:
+        return _ratio(points, results, name, of)
 
     rows = points["muon"]
     first, last = rows[0][0], rows[-1][0]

@@ -65,6 +65,7 @@ TOPOLOGIES = {
     "v5p": "v5p:2x2x1",
     "v5e": "v5e:2x2",
     "v6e": "v6e:2x2",
+    "7x": "tpu7x:1x2x1",
 }
 """A slice of each chip that libtpu knows, with four devices."""
 
@@ -79,6 +80,8 @@ SHAPES = {
     "Llama 1B, attention": (2048, 2048),
     "Moonlight, attention": (2048, 3072),
     "Moonlight, expert, 8 of them": (8, 1408, 2048),
+    "Llama 70B, attention": (8192, 8192),
+    "Llama 70B, MLP": (8192, 28672),
 }
 
 
@@ -172,6 +175,7 @@ CASES = {
     "v5p": tuple(SHAPES),
     "v5e": _TOGETHER[:4],
     "v6e": ("Llama 8B, attention", "Llama 1B, MLP", "DeepSeek, expert"),
+    "7x": ("Llama 8B, attention", "Llama 8B, MLP", "Llama 1B, MLP", "DeepSeek, expert"),
 }
 """What is compiled for each chip."""
 WITH_PEERS = {"v5p": _TOGETHER, "v5e": _TOGETHER}

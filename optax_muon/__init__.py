@@ -14,8 +14,8 @@ AdamW for the parameters that are not matrices:
 which devices each one is processed. The links of its chain (`orthogonalize`, `scale_by_shape`,
 `cautious_decay`, `normuon` ...) and the functions on matrices (`newton_schulz` ...) can be used
 alone. `checkpoint` saves states and refuses to restore what does not fit. `compat.muon` is
-`optax.contrib.muon` on this engine. `compiler_options` are those under which messages hide behind
-products, and `hlo` counts collectives, bytes and operations of a compiled program.
+`optax.contrib.muon`, drop-in. `compiler_options` are those under which communication overlaps with
+matmuls, and `hlo` counts collectives, bytes and operations of a compiled program.
 """
 
 from optax_muon import checkpoint, compat, hlo

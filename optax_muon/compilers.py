@@ -1,4 +1,4 @@
-"""Options of XLA that overlap messages with products, and give large products enough VMEM.
+"""Options of XLA that overlap communication with matmuls, and give large matmuls enough VMEM.
 
 One row per kind of device, because some compilers refuse what others need: libtpu 0.0.52 rejects
 continuation fusion on all TPUs but v5e, and asynchronous all-to-alls over the limited interconnect
@@ -54,7 +54,7 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 def compiler_options(platform: str | jax.Device) -> dict[str, str]:
-    """Options that hide an update's messages and, on v5p, give its products enough VMEM.
+    """Options that overlap an update's communication with its matmuls, and give these enough VMEM.
 
     For `jax.jit(step, compiler_options=...)`; `optax-muon train` uses them. On TPUs they can also
     be set for all programs, as `LIBTPU_INIT_ARGS="--name=value ..."` before JAX is imported.

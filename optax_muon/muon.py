@@ -86,16 +86,19 @@ def muon(
             of several. It reads matrices by these `views`, unless it is given its own.
         scale: `(fan_in, fan_out) -> factor`, or a link such as `scale_by_update_norm(0.2)`; None is
             `match_rms(0.2)`.
-        views: Which parameters are matrices, and how. None decides by role; otherwise a tree of
-            views or a prefix of one, a `{path: view}` dict, or a callable of the parameters, with
-            None for the fallback. `print(optax_muon.label(params, views))` shows the result.
+        views: Which parameters are matrices, and how. None decides from the tree; otherwise a
+            `{path or glob: entry}` dict, a tree of entries or a prefix of one, a list of `Rule`s,
+            `"matrices"`, or a callable of the parameters; see `Views`. An entry is a `View`, None
+            for the fallback, `Stacked`, dimension numbers, or logical axis names.
+            `print(optax_muon.label(params, views))` shows the result.
         fallback: The optimizer of the other parameters, with its own learning rate; None is AdamW
             with this learning rate and decay, betas 0.9 and 0.95, eps 1e-8.
         mu_dtype: The dtype of the stored momenta; None is float32, whatever the parameters are.
             Complex momenta stay complex, in the complex dtype of that precision.
         shardings: How the parameters are sharded, needed on Auto mesh axes only: a tree or prefix
             of `NamedSharding` or `PartitionSpec`, a `{path: ...}` dict, or a callable of the
-            leaves. None takes those that dimension numbers in `views` carry.
+            leaves. None takes those that dimension numbers in `views` carry; without any, `update`
+            warns there and the compiler chooses the communication.
         plan: Where each matrix is processed, made by `optax_muon.plan`; None makes a plan.
 
     Returns:
@@ -199,6 +202,14 @@ def scale_by_muon(
         mu_dtype: As in `muon`.
         shardings: As in `muon`.
         plan: As in `muon`.
+
+    Returns:
+        A transformation whose updates are not negated: `optax.scale_by_learning_rate` does that.
+        They keep shapes and shardings, and have the dtype that gradient and parameter promote to.
+
+    Raises:
+        ValueError: As in `muon`.
+        TypeError: As in `muon`.
 
     >>> import jax.numpy as jnp
     >>> tx = optax.chain(scale_by_muon(beta=0.9), optax.scale_by_learning_rate(1e-3))

@@ -316,7 +316,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask):
 def test_shardings_of_no_parameter_are_refused():
     mesh = jax.make_mesh((1,), ("data",))
     whole = NamedSharding(mesh, PartitionSpec())
-    with pytest.raises(ValueError, match=r"shardings\['dense/kernal'\] fits no parameter"):
+    with pytest.raises(ValueError, match=r"shardings\['dense/kernal'\] matches no parameter"):
         muon(0.1, shardings={"dense": {"kernal": whole, "bias": whole}}).init(PLAIN)
 
 

@@ -90,7 +90,7 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
         where: What the checkpoint is called in the message.
 
     Raises:
-        ValueError: Something differs, with a line for each; or one of them is no description.
+        ValueError: Something differs, with a line for each; or one of them is not a description.
 
     >>> check(describe({}, {"beta": 0.95}), describe({}, {"beta": 0.9}))
     Traceback (most recent call last):
@@ -100,7 +100,9 @@ def check(saved: Mapping[str, Any], new: Mapping[str, Any], where: str = "The ch
     """
     for name, description in (("saved", saved), ("new", new)):
         if not isinstance(description, Mapping) or not description.keys() >= _KEYS:
-            raise ValueError(f"{where}: {name} is no description; give one that describe has made.")
+            raise ValueError(
+                f"{where}: {name} is not a description; give one that describe has made."
+            )
     found = list(_differences(saved, new))
     if found:
         lines = "\n  ".join(shortened(found))
@@ -119,7 +121,7 @@ def to_json(settings: Any) -> Any:
     try:
         return json.loads(json.dumps(settings, default=_to_json))
     except ValueError as error:  # json's own sentence, "Circular reference detected", names nothing
-        raise TypeError("settings hold themselves; give them without the cycle.") from error
+        raise TypeError("settings contain themselves; remove the cycle.") from error
 
 
 # ---- describing ----------------------------------------------------------------------------------

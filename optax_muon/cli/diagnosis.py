@@ -237,7 +237,8 @@ def _flags(variable: str, value: str | None, wanted: Mapping[str, str]) -> Itera
     kept = " ".join(flag for flag in flags if flag not in against)
     yield Finding(
         variable,
-        f"{' '.join(against)} contradicts the options above, which hide messages behind products",
+        f"{' '.join(against)} contradicts the options above, which overlap communication with"
+        " matmuls",
         f"export {variable}={shlex.quote(kept)}" if kept else f"unset {variable}",
     )
 
@@ -274,7 +275,7 @@ CLUSTERS = (
         "SLURM_JOB_ID",
         "SLURM_NTASKS",
         "SLURM_PROCID",
-        "start it with: srun --ntasks-per-node=GPUS optax-muon train --distributed",
+        "start it with: srun --ntasks-per-node=GPUS optax-muon train --distributed --mesh data=N",
     ),
     Cluster(
         "Open MPI",

@@ -20,7 +20,7 @@ import optax_muon
 from optax_muon.cli.reports.plan import png
 from optax_muon.errors import UsageError
 from optax_muon.models import abstract, spec
-from optax_muon.platforms import PLATFORMS
+from optax_muon.platforms import KINDS, PLATFORMS, is_known
 from optax_muon.training.presets import PRESETS
 
 REPLICAS = "data"
@@ -55,7 +55,8 @@ class PlanModel:
     layout: str | None = None
     """home or gather, for all matrices; by default the cheapest layout for each shape."""
     platform: str = "tpu"
-    """Kind of the devices: tpu, gpu or cpu."""
+    """tpu (with the rates of a v5p), gpu (of an H100), cpu, or a kind of device as JAX names it,
+    such as 'TPU v5 lite'."""
     png: Path | None = None
     """Write a picture of the plan to this file."""
     json: Path | None = None
@@ -77,7 +78,8 @@ class PlanModel:
     def _check(self) -> None:
         """Check the options before any file is written."""
         _one_of("model", self.model, MODELS)
-        _one_of("platform", self.platform, tuple(PLATFORMS))
+        if not is_known(self.platform):
+            _one_of("platform", self.platform, (*PLATFORMS, *KINDS))
         if self.layout is not None:
             _one_of("layout", self.layout, tuple(optax_muon.LAYOUTS))
         for option, path in (("png", self.png), ("json", self.json)):

@@ -116,7 +116,9 @@ class Scaling(DeviceOptions):
         folder = RunFolder(self.out)
         resume = folder.config.exists()
         if self.out.exists() and not resume:
-            raise UsageError(f"--out {self.out} exists and is no ladder; give another folder")
+            raise UsageError(
+                f"--out {self.out} exists and is not a scaling run; give another folder"
+            )
         asked = {
             "ladder": {rung.name: dataclasses.asdict(rung.config) for rung in rungs},
             "fingerprint": corpus.fingerprint,

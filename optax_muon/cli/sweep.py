@@ -35,7 +35,7 @@ class Sweep(Experiment):
     out: Path = Path("runs/sweep")
     """Folder of the result."""
     optimizers: tuple[str, ...] = ("adamw", "muon")
-    """Optimizers to tune: adamw, muon, normuon, lion."""
+    """Optimizers to tune: adamw, muon, muon-adamw-router, normuon, lion."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """Peak learning rates to try, such as adamw.lr=3e-3,6e-3 muon.lr=6e-3,1.2e-2: the same number
     of them for each optimizer. By default half, once and twice the preset's. muon.adamw_lr=3e-3
@@ -60,7 +60,7 @@ class Sweep(Experiment):
         }
         resume = folder.config.exists()
         if self.out.exists() and not resume:
-            raise UsageError(f"--out {self.out} exists and is no sweep; give another folder")
+            raise UsageError(f"--out {self.out} exists and is not a sweep; give another folder")
         folder.create_or_resume(asked, resume=resume, overwrite=False, option="--out")
         table = sweep.SweepTable(self.out / "sweep.csv")
         with task.devices.mesh_context():

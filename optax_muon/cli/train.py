@@ -178,7 +178,7 @@ class Train(Experiment, RunOptions):
 
     On several machines, start the same command on each, with --distributed and --mesh, in a shared
     folder. A TPU pod: gcloud compute tpus tpu-vm ssh NAME --worker=all --command="...".
-    SLURM: srun --ntasks-per-node=GPUS optax-muon train --distributed --mesh data=4,fsdp=8.
+    SLURM: srun --ntasks-per-node=8 optax-muon train --model base --distributed --mesh fsdp=32.
     """
 
     name: str | None = None
@@ -188,8 +188,8 @@ class Train(Experiment, RunOptions):
     the model are then those of the run; batch, steps and hyperparameters are still --model's."""
     optimizers: tuple[str, ...] = DEFAULT
     """Optimizers to train, one after the other: adamw, muon-carried (Muon at AdamW's
-    hyperparameters), muon, normuon, lion. The first one is the baseline of the comparison; one
-    that would repeat an earlier one is skipped."""
+    hyperparameters), muon, muon-adamw-router (routers on AdamW), normuon, lion. The first one is
+    the baseline of the comparison; one that would repeat an earlier one is skipped."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """Hyperparameters that replace the preset's, such as muon.lr=1.2e-2 adamw.weight_decay=0.1.
     Optimizers without hyperparameters of their own in the preset follow those of another one:
@@ -260,7 +260,7 @@ class Train(Experiment, RunOptions):
             return corpus.tokenizer
         if corpus.tokenizer is None and (self.data is None or not self.data.endswith(".npy")):
             raise UsageError(
-                f"--from {self.source} has a tokenizer and --data is bytes; make tokens of it: "
+                f"--from {self.source} has a tokenizer and --data is raw text; tokenize it first: "
                 f"optax-muon tokenize FILES --tokenizer {start.tokenizer} --out TOKENS"
             )
         if corpus.tokenizer and not tokenizer.is_same(corpus.tokenizer, start.tokenizer):

@@ -33,7 +33,7 @@ from optax_muon.matrices.views import Axes, View
 __all__ = ["DEFAULT_RULES", "MATRICES", "Rule", "Stacked", "assign", "label"]
 
 MATRICES = "matrices"
-"""As `views=`, or as an entry of it: parameters of two axes are matrices, whatever their names."""
+"""As `views=`, or as an entry of it: ambiguous parameters with two axes are matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,17 @@ class Stacked:
 
     The tree still decides everything else. Use it where the tree does not show the stack:
     `views={"decoder/layers": Stacked(1)}`. `Stacked()` says that nothing is stacked.
+
+    Raises:
+        ValueError: (in `label` and `init`) a parameter has no such axis.
+
+    >>> tree = {"net": {"mix": {"kernel": jnp.zeros((64, 3, 96))}}}
+    >>> label(tree, {"net": Stacked(1)}).rows[0].blocks
+    (Block(batch=3, rows=64, cols=96),)
     """
 
     axes: Axes
+    """Axes of a parameter that count layers; negative axes count from the end."""
 
     def __init__(self, *axes: int) -> None:
         object.__setattr__(self, "axes", tuple(axes))
@@ -83,13 +91,13 @@ def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
               decides, and the exact path before all.
             - A list of `Rule`s, tried in order.
             - A function from the tree to any of these.
-            - `"matrices"`: parameters of two axes without a telling name are matrices.
+            - `"matrices"`: ambiguous parameters with two axes are matrices.
 
     Returns:
         Path to view, None for the fallback, for every leaf in the tree's order.
 
     Raises:
-        ValueError: a parameter is ambiguous; an entry or rule fits no parameter; a view does not
+        ValueError: a parameter is ambiguous; an entry or rule matches no parameter; a view does not
             fit its shape.
         TypeError: `views` holds something else.
 
@@ -114,6 +122,8 @@ def assign(tree: Any, views: Any = None) -> dict[str, View | None]:
 def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
     """Show which parameters go to Muon, as what matrices, and why: `print(label(params))`.
 
+    In the table `adamw` stands for the fallback, whichever it is.
+
     Args:
         params: Parameters or `jax.ShapeDtypeStruct`s.
         views: As for `muon`.
@@ -123,8 +133,8 @@ def label(params: Any, views: Any = None, *, strict: bool = True) -> Labels:
         The table, to be printed, as data in `.rows`, and as views in `.views`.
 
     Raises:
-        ValueError: A parameter is ambiguous; an entry of `views` fits no parameter; a view does not
-            fit its shape. The message names the path.
+        ValueError: A parameter is ambiguous; an entry of `views` matches no parameter; a view does
+            not fit its shape. The message names the path.
         TypeError: `views` holds something else.
 
     >>> params = {"layers": {"norm": jnp.zeros((12, 64)), "up_proj": jnp.zeros((12, 64, 256))}}
@@ -289,7 +299,7 @@ def _by_rules(positions: Mapping[str, Any], rules: tuple[Rule, ...]) -> _UserDec
     for rule in own:
         if not hidden and not any(map(rule.fits, infos)):
             raise ValueError(
-                f"The rule {rule.pattern!r} ({rule.reason}) fits no parameter of"
+                f"The rule {rule.pattern!r} ({rule.reason}) matches no parameter of"
                 f" {listed(info.role for info in infos)}."
             )
 

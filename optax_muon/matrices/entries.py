@@ -3,8 +3,8 @@
 Such an argument is a tree like the parameters, a prefix of one, a dict from paths or globs, a
 single entry, or a function of the parameters that returns one of these. An entry holds for the
 parameter at its path and for all below it. Where several fit, the exact path decides before all
-others, then the longest. What fits no parameter is an error, and so is a parameter without an entry
-where every parameter needs one.
+others, then the longest. What matches no parameter is an error, and so is a parameter without an
+entry where every parameter needs one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def broadcast(
         `{path: entry}` of every array in the tree, in its order.
 
     Raises:
-        ValueError: an entry fits no parameter, a parameter has none, or two that are equally long
-            disagree.
+        ValueError: an entry matches no parameter, a parameter has none, or two that are equally
+            long disagree.
         TypeError: something in the argument is no entry.
 
     >>> params = {"up": {"kernel": jax.numpy.ones(2), "bias": jax.numpy.ones(2)}}
@@ -52,7 +52,7 @@ def broadcast(
     {'up/bias': False, 'up/kernel': True}
     >>> broadcast("mask", {"up": {"kernl": True}}, params, **options)
     Traceback (most recent call last):
-    ValueError: mask['up/kernl'] fits no parameter; there are 'up/kernel', 'up/bias'.
+    ValueError: mask['up/kernl'] matches no parameter; there are 'up/kernel', 'up/bias'.
     """
     if is_function(argument):
         argument = argument(tree)
@@ -84,7 +84,7 @@ def keys_of(
         positions: path to leaf, to None or to a masked leaf.
 
     Raises:
-        ValueError: an entry fits no parameter, or two that are equally long disagree.
+        ValueError: an entry matches no parameter, or two that are equally long disagree.
     """
     globs = [(key, re.compile(fnmatch.translate(key))) for key in entries if _GLOB.search(key)]
     fitting = {path: _fitting(entries, globs, path) for path in positions}
@@ -157,7 +157,7 @@ def _check_used(
         if not fits and not any(_may_hide(path, key) for path in hidden):
             close = difflib.get_close_matches(key, positions, n=3, cutoff=0.4)
             raise ValueError(
-                f"{name}[{key!r}] fits no parameter; there are"
+                f"{name}[{key!r}] matches no parameter; there are"
                 f" {listed(close or positions) or 'none'}."
             )
 

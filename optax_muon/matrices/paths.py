@@ -33,8 +33,15 @@ def path_name(path: tuple[Any, ...]) -> str:
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Flatten a tree into `{path: leaf}`, in the tree's own order.
 
+    Args:
+        tree: Any tree, of parameters or of views.
+        is_leaf: As in `jax.tree.leaves`.
+
     Raises:
         ValueError: two leaves have one path, as in `{"a/b": x, "a": {"b": y}}`.
+
+    >>> named_leaves({"layer": [1.0, {"norm": 2.0}]})
+    {'layer/0': 1.0, 'layer/1/norm': 2.0}
     """
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):

@@ -94,6 +94,13 @@ class Split:
     ) -> Split:
         """Split a fused query-key-value axis laid out as all queries, all keys, all values.
 
+        Args:
+            axis: The fused axis.
+            heads: Number of query heads.
+            head_dim: Features of a head.
+            kv_heads: Number of key heads and of value heads; None is `heads`.
+            per_head: Whether every head is a matrix of its own.
+
         >>> Split.qkv(1, heads=8, kv_heads=2, head_dim=64).sizes
         (512, 128, 128)
         """
@@ -104,6 +111,11 @@ class Split:
     @classmethod
     def equal(cls, axis: int, size: int, *, parts: int) -> Split:
         """Split an axis of `size` entries into equal matrices: gate and up, or one per head.
+
+        Args:
+            axis: The fused axis.
+            size: Its length.
+            parts: Number of matrices; it divides `size`.
 
         >>> Split.equal(-1, 128, parts=2).lengths
         (64,)
@@ -155,9 +167,11 @@ class View:
 
 
 Views: TypeAlias = Any
-"""Which parameters are matrices, and how: None (decided from the tree), a tree of `View`s or a
-prefix of one with None for the fallback, a `{path or glob: View or None}` dict, a list of `Rule`s,
-or a function of the parameters that returns any of these."""
+"""Which parameters are matrices, and how. None decides from the tree. Otherwise a tree of entries
+or a prefix of one, a `{path or glob: entry}` dict, a list of `Rule`s, `"matrices"`, or a function
+of the parameters that returns any of these. An entry is a `View`, None for the fallback, `Stacked`,
+dimension numbers, or logical axis names. Of several that match, the exact path decides, then the
+longest."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Coefficients:
     >>> POLAR_EXPRESS.take(4)
     Traceback (most recent call last):
       ...
-    ValueError: steps=4 does not fit polar_express, which is taken whole: 5 steps.
+    ValueError: steps=4 does not fit polar_express, which has exactly 5 steps.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Coefficients:
 
     def _accepted(self) -> str:
         if self.tail is None:
-            return f"which is taken whole: {len(self.rows)} steps"
+            return f"which has exactly {len(self.rows)} steps"
         return f"a table of {len(self.rows)} rows that accepts {self._fewest()} steps or more"
 
 

@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Modelled time of an update: what a device computes, and the messages it waits for."""
+        """Modelled time of an update: what a device computes, and its exposed communication."""
         return self.product_seconds + self.pass_seconds + self.exposed_seconds
 
     @property
@@ -82,12 +82,12 @@ class Plan:
 
     @property
     def message_seconds(self) -> float:
-        """Modelled time of an update's messages, hidden or not."""
+        """Modelled time of an update's communication, overlapped or not."""
         return self.model.message_seconds(self.cost)
 
     @property
     def exposed_seconds(self) -> float:
-        """The part of `message_seconds` in which a device has nothing to compute."""
+        """The part of `message_seconds` in which a device has nothing to compute: it is exposed."""
         resharding = self.model.message_seconds(self._resharding)
         return resharding + exposed_seconds(self.in_order, self.model, self.device)
 

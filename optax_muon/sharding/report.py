@@ -86,7 +86,7 @@ def _totals(plan: Plan) -> Iterator[str]:
         f"modelled time {plan.seconds * 1e3:.3g} ms:"
         f" {plan.product_seconds * 1e3:.2g} ms of products"
         f" + {plan.pass_seconds * 1e3:.2g} ms of passes over the arrays"
-        f" + {plan.exposed_seconds * 1e3:.2g} ms of messages that nothing hides"
+        f" + {plan.exposed_seconds * 1e3:.2g} ms of exposed communication"
         f" (of {plan.message_seconds * 1e3:.2g} ms)"
     )
     yield (

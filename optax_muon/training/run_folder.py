@@ -226,7 +226,7 @@ class Journal:
                 row = None
             if not isinstance(row, dict) or not row.keys() <= _COLUMNS or not row.keys() >= _NEEDED:
                 raise UsageError(
-                    f"{self.path}, line {number} is no step of a run; --overwrite begins anew"
+                    f"{self.path}, line {number} is not a step of a run; --overwrite begins anew"
                 )
             yield line, row
 

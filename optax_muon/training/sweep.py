@@ -97,7 +97,7 @@ class SweepTable:
         """All finished points, in the order of their runs.
 
         Raises:
-            UsageError: When a line is no point.
+            UsageError: When a line is not a point.
         """
         if not self.path.exists():
             return []
@@ -117,7 +117,7 @@ class SweepTable:
         except (KeyError, TypeError, ValueError) as error:
             columns = ", ".join(self.FIELDS)
             raise UsageError(
-                f"{self.path}, line {number} is no point of a sweep, with {columns}; delete it"
+                f"{self.path}, line {number} is not a point of a sweep, with {columns}; delete it"
             ) from error
 
     def append(self, point: Point) -> None:

@@ -68,7 +68,7 @@ def check_mu_dtype(mu_dtype: jax.typing.DTypeLike | None) -> None:
     """Check the dtype of stored momenta.
 
     Raises:
-        TypeError: It is no dtype of real floating-point numbers.
+        TypeError: It is not a dtype of real floating-point numbers.
 
     >>> check_mu_dtype(jnp.int32)
     Traceback (most recent call last):

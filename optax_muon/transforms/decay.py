@@ -50,7 +50,7 @@ def decoupled_decay(
         ValueError: `rate` is negative; `update` is called without `params`, and the rate is not the
             number 0; (in `init` and `update`) a parameter has no entry in the mask, or an entry no
             parameter.
-        TypeError: `rate` is no number, or an entry of the mask no boolean.
+        TypeError: `rate` is not a number, or an entry of the mask not a boolean.
 
     >>> link = decoupled_decay(0.1)
     >>> params = {"w": jnp.full(2, 3.0)}
@@ -99,7 +99,7 @@ def settle_mask(mask: Mask, tree: Any) -> dict[str, bool]:
 
     Raises:
         ValueError: A parameter has no entry, or an entry no parameter.
-        TypeError: An entry is no boolean.
+        TypeError: An entry is not a boolean.
 
     >>> settle_mask({"norm": False, "mlp": True}, {"norm": jnp.ones(2), "mlp": {"w": jnp.ones(2)}})
     {'mlp/w': True, 'norm': False}

@@ -34,7 +34,7 @@ def scale_by_momentum(
     nesterov: bool = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """Replace gradients by their momentum, in float32 or wider.
+    """Replace gradients by their momentum, in float32 or wider (arXiv 2502.16982, Eq. 1).
 
     Args:
         beta: The fraction of the momentum kept at each step, in [0, 1]; a number, an array or a
@@ -45,11 +45,12 @@ def scale_by_momentum(
             least in complex64.
 
     Returns:
-        A transformation whose updates are `U` of the equation above, in float32 or wider.
+        A transformation whose updates are `g + beta M` with Nesterov and `M` without, where
+        `M <- beta M + g`.
 
     Raises:
         ValueError: `beta` is a number outside of [0, 1].
-        TypeError: `beta` is no number, or `mu_dtype` no dtype of real floating-point numbers.
+        TypeError: `beta` is not a number, or `mu_dtype` not a dtype of real floating-point numbers.
 
     >>> tx = scale_by_momentum(beta=0.5)
     >>> state = tx.init(jnp.zeros(()))

@@ -37,17 +37,20 @@ def normuon(
 ) -> optax.GradientTransformation:
     """Normalize an orthogonal update per neuron, by a moving average of the mean square.
 
-    It comes after `orthogonalize` and before `scale_by_shape`: `muon(3e-4, post=normuon())`. A
-    neuron is an output of the layer, a column of the view.
+    NorMuon, arXiv 2510.05491, Algorithm 1: `v_j <- beta2 v_j + (1 - beta2) mean_i O_ij^2` and
+    `O_ij <- O_ij / (sqrt(v_j) + eps)`; the matrix keeps its Frobenius norm. It comes after
+    `orthogonalize` and before `scale_by_shape`: `muon(3e-4, post=normuon())`. A neuron is an output
+    of the layer, a column of the view.
 
     Args:
-        beta2: The fraction of the mean square kept at each step; 0.95 is the paper's.
+        beta2: The fraction of the mean square kept at each step; the default is the paper's.
         eps: Added to the root of the mean square, which is about `1 / sqrt(max(m, n))`.
         views: Which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
             pass unchanged. None takes those of the `muon` around this link, if there is one.
 
     Raises:
         ValueError: `beta2` is outside of [0, 1), or `eps` is negative.
+        TypeError: One of them is not a number; schedules are not.
 
     >>> link = normuon()
     >>> params = {"kernel": jnp.zeros((4, 2))}

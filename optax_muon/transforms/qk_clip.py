@@ -197,7 +197,7 @@ def qk_clip(
     Args:
         attentions: One attention, or several in the order of the rows of `max_logits`. An attention
             with stacked layers has one row per layer, any other has one row.
-        threshold: The largest allowed logit; 100 is the paper's.
+        threshold: The largest allowed logit; 100 is Kimi K2's (arXiv 2507.20534, Algorithm 1).
 
     Raises:
         ValueError: `threshold` is not positive; the attentions have different numbers of heads; (in

@@ -27,17 +27,18 @@ ScaleRule = Callable[[int, int], float]
 def match_rms(rms: float = 0.2) -> ScaleRule:
     """Give every update the RMS of an AdamW update: `rms sqrt(max(fan_in, fan_out))`.
 
-    The paper's choice ("Adjusted LR", Eq. 4): AdamW's learning rate and weight decay carry over. A
-    matrix and its transpose get the same factor.
+    The choice of arXiv 2502.16982 ("Adjusted LR", Eq. 4): AdamW's learning rate and weight decay
+    carry over. A matrix and its transpose get the same factor.
 
     Args:
         rms: RMS of the update per unit of learning rate, where all singular values are sent to 1;
-            AdamW's own lies between 0.2 and 0.4. `KELLER` leaves a band around 1, and of Gaussian
-            matrices 0.17 to 0.21 up to sides of 1 to 4, and 0.146 at 64 x 2048; `POLAR_EXPRESS`
-            0.20 to 0.21.
+            AdamW's own lies between 0.2 and 0.4. `KELLER` ends in a band around 1: updates of
+            Gaussian matrices have an RMS of 0.17 to 0.21 for aspect ratios up to 4, and of 0.146 at
+            64 x 2048. With `POLAR_EXPRESS` it is 0.20 to 0.21.
 
     Raises:
         ValueError: `rms` is not positive.
+        TypeError: `rms` is not a number; schedules are not.
 
     >>> match_rms(0.2)(512, 2048) == 0.2 * 2048**0.5
     True
@@ -65,7 +66,7 @@ def spectral_scale() -> ScaleRule:
 
 
 def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
-    """`rms sqrt(hidden)` whatever the shape: the paper's "Baseline" (Eq. 5), for its Table 1.
+    """`rms sqrt(hidden)` whatever the shape: "Baseline" in Table 1 of arXiv 2502.16982 (Eq. 5).
 
     Args:
         hidden: The model's hidden size.
@@ -73,6 +74,7 @@ def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
 
     Raises:
         ValueError: `rms` is not positive.
+        TypeError: `rms` is not a number; schedules are not.
     """
     check_number("rms", rms, above=0, scheduled=False)
     return lambda fan_in, fan_out: rms * math.sqrt(hidden)
@@ -111,9 +113,10 @@ def scale_by_shape(
 
 @static_args("views")
 def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.GradientTransformation:
-    """Give every matrix exactly this RMS: `rms O / RMS(O)`, the paper's "Update Norm" (Eq. 6).
+    """Give every matrix exactly this RMS: `rms O / RMS(O)`.
 
-    Differs from `match_rms` where an update is not of full rank. A zero matrix stays zero.
+    "Update Norm" in arXiv 2502.16982 (Eq. 6). It differs from `match_rms` where an update is not of
+    full rank. A zero matrix stays zero.
 
     Args:
         rms: RMS of every matrix per unit of learning rate.
@@ -121,6 +124,7 @@ def scale_by_update_norm(rms: float = 0.2, *, views: Views = None) -> optax.Grad
 
     Raises:
         ValueError: `rms` is not positive.
+        TypeError: `rms` is not a number; schedules are not.
 
     >>> link = scale_by_update_norm(0.2)
     >>> updates, _ = link.update({"kernel": jnp.full((3, 4), 7.0)}, link.init(None))

@@ -215,7 +215,7 @@ def test_a_setting_of_thousands_of_numbers_is_cut_in_the_message():
         ({"x": 1j}, "settings hold 1j, a complex"),
         ({"x": b"text"}, "settings hold b'text', a bytes"),
         ({(1, 2): 3}, "keys must be str"),
-        (Cycle(), "settings hold themselves"),
+        (Cycle(), "settings contain themselves"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -230,9 +230,9 @@ def test_settings_that_json_cannot_hold_are_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize("saved", [None, {}, [], {"leaves": {}}], ids=str)
 def test_what_is_no_description_is_refused(saved):
-    with pytest.raises(ValueError, match="The checkpoint: saved is no description; give one"):
+    with pytest.raises(ValueError, match="The checkpoint: saved is not a description; give one"):
         checkpoint.check(saved, checkpoint.describe({}))
-    with pytest.raises(ValueError, match="The checkpoint: new is no description; give one"):
+    with pytest.raises(ValueError, match="The checkpoint: new is not a description; give one"):
         checkpoint.check(checkpoint.describe({}), saved)
 
 

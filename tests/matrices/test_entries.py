@@ -47,9 +47,17 @@ def test_one_entry_holds_for_every_parameter(tree):
 @pytest.mark.parametrize(
     ("argument", "error", "message"),
     [
-        ({"up": {"kernl": True}, "norm": True}, ValueError, r"mask\['up/kernl'\] fits no p.*'up/k"),
-        ({"params": {"up": True, "norm": True}}, ValueError, r"mask\['params/norm'\] fits no para"),
-        ([True, False], ValueError, r"mask\['0'\] fits no parameter; there are 'norm"),
+        (
+            {"up": {"kernl": True}, "norm": True},
+            ValueError,
+            r"mask\['up/kernl'\] matches no p.*'up/k",
+        ),
+        (
+            {"params": {"up": True, "norm": True}},
+            ValueError,
+            r"mask\['params/norm'\] matches no para",
+        ),
+        ([True, False], ValueError, r"mask\['0'\] matches no parameter; there are 'norm"),
         ({"up": True}, ValueError, r"mask has no entry for 'norm/scale'; expected True or False"),
         ({"up": {"bias": True}, "norm": True}, ValueError, "mask has no entry for 'up/kernel';"),
         ({}, ValueError, "mask has no entry for 'norm/scale', 'up/bias', 'up/kernel'"),
@@ -58,7 +66,7 @@ def test_one_entry_holds_for_every_parameter(tree):
         ("all", TypeError, "mask is 'all'; expected True or False"),
         (None, TypeError, "mask is None; expected True or False"),
         ({"u?/*": True, "up/*": False, "norm": True}, ValueError, "which disagree; name it in ful"),
-        (lambda tree: {"nowhere": True}, ValueError, r"mask\['nowhere'\] fits no parameter"),
+        (lambda tree: {"nowhere": True}, ValueError, r"mask\['nowhere'\] matches no parameter"),
     ],
 )
 def test_what_an_argument_gets_wrong_is_named(argument, error, message):
@@ -70,7 +78,7 @@ def test_masked_leaves_get_no_entry_and_hide_their_own():
     tree = {"up": {"kernel": jnp.ones(2), "bias": optax.MaskedNode()}, "norm": optax.MaskedNode()}
     full = {"up": {"kernel": True, "bias": False}, "norm": {"scale": False}}
     assert mask(full, tree) == {"up/kernel": True}
-    with pytest.raises(ValueError, match=r"mask\['upp'\] fits no parameter"):
+    with pytest.raises(ValueError, match=r"mask\['upp'\] matches no parameter"):
         mask({"upp": True, "up": True}, tree)
 
 
@@ -80,7 +88,7 @@ def test_an_equinox_module_that_can_be_called_is_a_tree_of_entries():
     entries = jax.tree.map(lambda _: True, params)
     assert callable(entries)
     assert mask(entries, params) == {"weight": True}
-    with pytest.raises(ValueError, match=r"mask\['bias'\] fits no parameter; there are"):
+    with pytest.raises(ValueError, match=r"mask\['bias'\] matches no parameter; there are"):
         mask({"weight": True, "bias": True}, params)
 
 

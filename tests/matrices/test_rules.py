@@ -246,7 +246,7 @@ def test_a_mask_over_a_whole_module_hides_what_its_entries_are_for():
     entries = {"layers/mixer/kernel": View(1, 2), "layers/*/w": None}
     assert assign(tree, entries) == {"up/kernel": View(-2, -1)}
     assert assign(tree, [Rule("mixer/w", None, "")]) == {"up/kernel": View(-2, -1)}
-    with pytest.raises(ValueError, match="views\\['layer/mixer'\\] fits no parameter"):
+    with pytest.raises(ValueError, match="views\\['layer/mixer'\\] matches no parameter"):
         assign(tree, {"layer/mixer": None})
 
 
@@ -296,20 +296,21 @@ def test_the_views_of_a_table_give_the_same_table():
         (
             {"layers/up_proj/kernl": None},
             ValueError,
-            r"views\['layers/up_proj/kernl'\] fits no parameter; there are 'layers/up_proj/kernel'",
+            r"views\['layers/up_proj/kernl'\] matches no parameter; there are "
+            "'layers/up_proj/kernel'",
         ),
-        ({"*/mlp/*": None}, ValueError, r"views\['\*/mlp/\*'\] fits no parameter"),
+        ({"*/mlp/*": None}, ValueError, r"views\['\*/mlp/\*'\] matches no parameter"),
         ({"layers": {"mixr": None}}, ValueError, r"views\['layers/mixr'\] fits no"),
-        (lambda tree: {"nowhere": None}, ValueError, r"views\['nowhere'\] fits no parameter"),
+        (lambda tree: {"nowhere": None}, ValueError, r"views\['nowhere'\] matches no parameter"),
         (
             [Rule(r"mixr/w", MIXER, "mixer"), *DEFAULT_RULES],
             ValueError,
-            r"The rule 'mixr/w' \(mixer\) fits no parameter of 'embed/embedding', ",
+            r"The rule 'mixr/w' \(mixer\) matches no parameter of 'embed/embedding', ",
         ),
         (
             [Rule(r"mixer/w", MIXER, "mixer", axes=(2,))],
             ValueError,
-            r"The rule 'mixer/w' \(mixer\) fits no parameter",
+            r"The rule 'mixer/w' \(mixer\) matches no parameter",
         ),
         (
             {**SETTLED, "mixer/w": View(0, 3)},
@@ -335,10 +336,13 @@ def test_what_views_gets_wrong_is_named(views, error, message):
 @pytest.mark.parametrize(
     ("views", "message"),
     [
-        ({"b/bias": View(0, 1)}, r"views\['b/bias'\] fits no parameter"),
-        ({"a": {"weight": View(1, 0), "bias": View(1, 0)}}, r"views\['a/bias'\] fits no parameter"),
-        ([View(1, 0)], r"views\['0'\] fits no parameter; there are 'a/weight'"),
-        ({"params": {"a": None}}, r"views\['params/a'\] fits no parameter"),
+        ({"b/bias": View(0, 1)}, r"views\['b/bias'\] matches no parameter"),
+        (
+            {"a": {"weight": View(1, 0), "bias": View(1, 0)}},
+            r"views\['a/bias'\] matches no parameter",
+        ),
+        ([View(1, 0)], r"views\['0'\] matches no parameter; there are 'a/weight'"),
+        ({"params": {"a": None}}, r"views\['params/a'\] matches no parameter"),
     ],
 )
 def test_a_view_where_there_is_no_parameter_is_named(views, message):

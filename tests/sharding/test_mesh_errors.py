@@ -69,7 +69,7 @@ def test_a_parameter_that_is_no_matrix_needs_no_spec():
 
 def test_a_spec_for_a_parameter_that_does_not_exist():
     text = refused(on_q(P()) | {"k/kernel": P()})
-    assert text.startswith("shardings['k/kernel'] fits no parameter; there are ")
+    assert text.startswith("shardings['k/kernel'] matches no parameter; there are ")
     assert "'q/kernel'" in text
 
 

@@ -179,8 +179,8 @@ NUMBERS = {
     f"{SWEEP} --set adamw.adamw_lr=1e-3": (
         "--set has adamw.adamw_lr; sweep takes adamw.lr, muon.lr, muon.adamw_lr, and --weight-decay"
     ),
-    f"{SWEEP} --out file": "--out file exists and is no sweep; give another folder",
-    f"{SWEEP} --out empty": "--out empty exists and is no sweep; give another folder",
+    f"{SWEEP} --out file": "--out file exists and is not a sweep; give another folder",
+    f"{SWEEP} --out empty": "--out empty exists and is not a sweep; give another folder",
     f"{SWEEP} --out run": "or another --out",
     f"{SWEEP} --out file/x": "cannot make file/x",
     f"{FINETUNE} --lr nan": "lr is nan; it must be positive and finite",
@@ -357,7 +357,7 @@ def test_a_line_of_the_journal_that_is_none_is_named(line, tmp_path):
     text = f"{json.dumps(STEP)}\n{line}\n"
     journal.path.write_text(text)
     for action in (lambda: journal.read("muon"), lambda: journal.truncate("muon", 0)):
-        with pytest.raises(UsageError, match=r"metrics.jsonl, line 2 is no step of a run"):
+        with pytest.raises(UsageError, match=r"metrics.jsonl, line 2 is not a step of a run"):
             action()
     assert journal.path.read_text() == text
 
@@ -372,7 +372,7 @@ def test_a_line_of_the_journal_that_is_none_is_named(line, tmp_path):
 )
 def test_a_line_of_a_sweep_that_is_none_is_named(text, tmp_path):
     (tmp_path / "sweep.csv").write_text(text)
-    with pytest.raises(UsageError, match=r"sweep.csv, line 2 is no point of a sweep"):
+    with pytest.raises(UsageError, match=r"sweep.csv, line 2 is not a point of a sweep"):
         sweep.SweepTable(tmp_path / "sweep.csv").read()
 
 

@@ -232,7 +232,7 @@ def test_what_is_no_text_is_refused_with_its_line(tmp_path, capsys):
     for name, content, words in (
         ("a.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
         ("b.jsonl", b'{"body": "a"}', 'line 1 has no text "text"; --field names it'),
-        ("c.txt", b"\xff", "is no text in UTF-8"),
+        ("c.txt", b"\xff", "is not UTF-8 text"),
     ):
         (tmp_path / name).write_bytes(content)
         assert words in refused(capsys, "tokenize", tmp_path / name, *out)
@@ -300,7 +300,7 @@ def test_pairs_are_tokens_of_the_run_or_turns_of_its_template(run, checkpoint, t
 
 def test_another_tokenizer_than_the_runs_is_refused(run, checkpoint, inputs, tmp_path, capsys):
     start = ["train", "--model", "tiny", "--from", run, "--runs", tmp_path, "--name", "x"]
-    assert "--data is bytes; make tokens of it" in refused(capsys, *start)
+    assert "--data is raw text; tokenize it first" in refused(capsys, *start)
     job = TokenizeJob(
         [inputs / "rows.jsonl"], "text", tmp_path / "t", "x", lambda t: tokenizer.train(t, 290)
     )

@@ -41,7 +41,7 @@ def documents(path: Path, field: str) -> Iterator[Document]:
     try:
         yield Document(path.read_bytes().decode(), 1.0)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no text in UTF-8: {error.reason}") from error
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
 def are_few(files: Sequence[Path], field: str, fewest: int) -> bool:
