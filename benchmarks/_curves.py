@@ -21,7 +21,7 @@ COSTS = {
 }
 """What is compared at equal loss, with the titles of the columns."""
 BASELINE = "adamw"
-RATIOS = "Ratios are medians [5%, 95%] of the resamples."
+RATIOS = "Ratios are medians [5%, 95%] of 1000 draws of the mean losses."
 
 Points = Mapping[str, list[list[Row]]]
 """The runs of each size at an optimizer's best numbers, by optimizer; seeds inside."""

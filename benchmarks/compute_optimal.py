@@ -14,8 +14,10 @@ of the parabola through the best rate, or batch, and its two neighbours. Batches
 the two smallest sizes there, and are at a third one here. The rates of the budgets here, which lie
 between those of the searches, are those of lr(C); batch and decay are those of the scaling law.
 
-Intervals hold nine tenths of 1000 resamples: of the seeds for N and D; for rate and batch, whose
-searches have one seed, of normal errors as large as those between the seeds of the best runs.
+Intervals hold 90 % of 1000 draws of the losses. For N and D the errors of the means have Student's
+t distribution, and the variance between seeds is pooled over the sizes of a budget. For rate and
+batch, whose searches have one seed, errors are normal and as large as those between the seeds of
+the best runs.
 
     python benchmarks/compute_optimal.py
 """
@@ -43,7 +45,7 @@ from matplotlib.ticker import NullLocator
 
 from optax_muon.models import spec
 from optax_muon.models.spec import Config
-from optax_muon.training import power_law, styles
+from optax_muon.training import power_law, search, styles
 from optax_muon.training.power_law import Growth, Interval
 
 MODELS: Mapping[str, Config] = {
@@ -176,11 +178,8 @@ class IsoFlop:
         return float(self._vertex(self.losses.mean(axis=1)))
 
     def resamples(self, random: np.random.Generator) -> np.ndarray:
-        """The optimum with seeds drawn with replacement, again and again."""
-        sizes, seeds = self.losses.shape
-        drawn = random.integers(seeds, size=(sizes, power_law.RESAMPLES, seeds))
-        every = np.take_along_axis(self.losses[:, None], drawn, axis=2)
-        return self._vertex(every.mean(axis=2))
+        """The optimum of losses with errors, `[RESAMPLES]`; see `power_law.resampled_means`."""
+        return self._vertex(power_law.resampled_means(self.losses.tolist(), random).T)
 
     def _vertex(self, means: np.ndarray) -> np.ndarray:
         return power_law.vertex(self.parameters[self.fitted], means[self.fitted])
@@ -230,8 +229,7 @@ def searched() -> tuple[list[list[Finished]], list[Finished]]:
     """AdamW's best runs of each size in the scaling law, and all runs of it."""
     options = scaling_law.Options()
     finished = [*_experiment.load(options, scaling_law.experiment(options)).finished]
-    protocol = scaling_law.Protocol([*options.models], options.tokens_per_parameter)
-    return protocol.points(finished)["adamw"], finished
+    return scaling_law.Protocol.of(options).points(finished)["adamw"], finished
 
 
 def searched_law(name: str, more: Sequence[Finished]) -> Law:
@@ -241,12 +239,9 @@ def searched_law(name: str, more: Sequence[Finished]) -> Law:
     error = math.sqrt(statistics.fmean(statistics.variance(_runs.losses(each)) for each in best))
     random = np.random.default_rng(0)
     flops, optima, resampled = [], [], []
-    for run in (each[0].run for each in best):
-        value = getattr(run, name)
-        around = [
-            dataclasses.replace(run, seed=0, **{name: type(value)(f"{value * factor:.3g}")})
-            for factor in (0.5, 1, 2)
-        ]
+    for run in (dataclasses.replace(each[0].run, seed=0) for each in best):
+        low, high = search.neighbours(run, run, name)
+        around = [low, run, high]
         if not all(each in rows for each in around):
             continue
         values = [float(getattr(each, name)) for each in around]

@@ -16,7 +16,8 @@ an even share, in the layer where it is largest, and `largest logit` that of all
 both on held-out text at the end, means of the seeds. 6ND counts activated parameters. The FLOPs of
 the compiled step, beside it, count the rows with which the CPU's program pads each expert as well.
 The ratio is the FLOPs of an optimizer over those that AdamW's fit L = a C^-b needs for the same
-loss; its interval is of 1000 resamples of the seeds.
+loss; its interval is of 1000 draws of the mean losses: their errors have Student's t
+distribution, and the variance between seeds is pooled over the sizes.
 
     python benchmarks/moonlight_ladder.py
 """

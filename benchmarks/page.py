@@ -174,7 +174,7 @@ def text() -> str:
         "",
         "Evidence for the optimizer, from small models on two CPU cores: Llamas of 0.01 to 0.2M "
         "parameters, and mixtures of experts as small, that learn Python sources byte by byte. "
-        "Ratios and exponents have the range that holds nine tenths of resamples, differences a "
+        "Ratios and exponents have the range that holds 90 %, differences a "
         "95% interval by Student's t. Such models say whether the implementation does what the "
         "paper describes; they do not say what happens at billions of parameters. What is measured "
         "here is read from the files in `results` by `python benchmarks/page.py`, which writes "

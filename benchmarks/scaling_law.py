@@ -11,9 +11,10 @@ repeat the best one with three other seeds. FLOPs are those of all matrix produc
 step, the optimizer's included; 6ND, beside them, leaves those and the attention scores out, as the
 paper does. Seconds are those of one core.
 
-A fit is least squares in log space, of L = a C^-b and of L = e + a C^-b. The ratio is the FLOPs of
-Muon over those that AdamW's fit needs for the same loss. Its interval is of 1000 resamples of the
-seeds.
+A fit in log space is least squares of L = a C^-b, and with Huber's loss of L = e + a C^-b. The
+ratio is the FLOPs of Muon over those that AdamW's fit needs for the same loss. Its interval is of
+1000 draws of the mean losses: their errors have Student's t distribution, and the variance between
+seeds is pooled over the sizes.
 
     python benchmarks/scaling_law.py
 """
@@ -121,8 +122,10 @@ class Protocol:
                 muon = below["muon"][0]
                 start = dataclasses.replace(start, lr=muon.lr, weight_decay=muon.weight_decay)
             searched = ALL["muon"] if full else ("lr",)
-            missing, best["muon"] = _runs.tuned(finished, start, searched)
-            needed += carried + missing
+            needed += carried
+            if not below or below.get("muon"):  # else its search would start elsewhere
+                missing, best["muon"] = _runs.tuned(finished, start, searched)
+                needed += missing
             best["muon-carried"] = _runs.found(finished, carried)
             below = best
         return sizes
@@ -231,8 +234,8 @@ def headline(options: Options) -> Iterator[str]:
         f"{last.tokens_per_parameter:g} tokens per parameter, each run to the end of its schedule. "
         "The learning rate is tuned for both optimizers at every size, weight decay at the two "
         "smallest, and the batch for AdamW. For the loss that it reaches at the largest size, Muon "
-        "needs this fraction of the FLOPs that AdamW needs (three seeds; in brackets the 5th and "
-        "the 95th percentile of resamples):"
+        "needs this fraction of the FLOPs that AdamW needs (three seeds; in brackets the range "
+        "that holds 90 %):"
     )
     yield ""
     rows = (

@@ -45,11 +45,12 @@ def search(losses: Mapping[Run, float], start: Run, names: Sequence[str]) -> tup
     >>> search({**losses, Rate(4.0): 5.0}, Rate(1.0), ["lr"])
     ([], Rate(lr=2.0))
     """
+    best = start
     for name in names:
-        missing, start = _bracket(losses, start, name)
+        missing, best = _bracket(losses, start, best, name)
         if missing:
-            return missing, start
-    return [], start
+            return missing, best
+    return [], best
 
 
 def tune(
@@ -102,11 +103,12 @@ def _with_seeds(run: Any, seeds: Sequence[int]) -> list[Any]:
     return [dataclasses.replace(run, seed=seed) for seed in seeds]
 
 
-def _bracket(losses: Mapping[Run, float], start: Run, name: str) -> tuple[list[Run], Run]:
+def _bracket(
+    losses: Mapping[Run, float], start: Run, best: Run, name: str
+) -> tuple[list[Run], Run]:
     """Both neighbours of the best value of one field, and on from there."""
-    best = start
     while True:
-        around = [best, _neighbour(best, name, 1 / FACTOR), _neighbour(best, name, FACTOR)]
+        around = [best, *neighbours(start, best, name)]
         if missing := [run for run in around if run not in losses]:
             return missing, best
         lowest = min(around, key=lambda run: _finite(losses[run]))
@@ -115,13 +117,30 @@ def _bracket(losses: Mapping[Run, float], start: Run, name: str) -> tuple[list[R
         best = lowest
 
 
-def _neighbour(run: Any, name: str, factor: float) -> Any:
-    value = getattr(run, name)
-    # Three digits, as in tables: 1.2e-2 / 2 * 2 is the same run again.
-    moved = (
-        max(1, round(value * factor)) if isinstance(value, int) else float(f"{value * factor:.3g}")
-    )
-    return dataclasses.replace(run, **{name: moved})
+def neighbours(start: Run, run: Run, name: str) -> list[Run]:
+    """Return the runs with half and with twice the value of a field.
+
+    Values are powers of two of that of `start`, to three digits, as in tables: halved and doubled
+    again, a value is the same.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Rate:
+    ...     lr: float
+    >>> neighbours(Rate(2.35e-3), Rate(1.18e-3), "lr")
+    [Rate(lr=0.000588), Rate(lr=0.00235)]
+    """
+    origin, value = getattr(start, name), getattr(run, name)
+    power = round(math.log2(value / origin)) if origin else 0
+
+    def at(power: int) -> Any:
+        moved = origin * FACTOR**power
+        if isinstance(origin, int):
+            moved = max(1, round(moved))
+        elif power:
+            moved = float(f"{moved:.3g}")
+        return dataclasses.replace(cast(Any, run), **{name: moved})
+
+    return [at(power - 1), at(power + 1)]
 
 
 def _finite(loss: float) -> float:

@@ -300,7 +300,7 @@ def test_the_views_of_a_table_give_the_same_table():
             "'layers/up_proj/kernel'",
         ),
         ({"*/mlp/*": None}, ValueError, r"views\['\*/mlp/\*'\] matches no parameter"),
-        ({"layers": {"mixr": None}}, ValueError, r"views\['layers/mixr'\] fits no"),
+        ({"layers": {"mixr": None}}, ValueError, r"views\['layers/mixr'\] matches no"),
         (lambda tree: {"nowhere": None}, ValueError, r"views\['nowhere'\] matches no parameter"),
         (
             [Rule(r"mixr/w", MIXER, "mixer"), *DEFAULT_RULES],

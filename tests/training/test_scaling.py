@@ -48,6 +48,19 @@ def test_a_search_ends_where_both_neighbours_of_every_number_are_worse():
     assert len(finished) < 20
 
 
+@pytest.mark.parametrize("lr", [2.35e-3, 6.25e-3, 4.7 / 3e3])
+def test_a_number_that_is_halved_and_doubled_is_the_same_run(lr):
+    # The best rate falls with the decay: the second search of rates turns back.
+    def loss(run):
+        best = lr / 8 if run.weight_decay == 0.1 else lr / 2
+        return abs(math.log2(run.lr / best)) - 10 * (run.weight_decay == 0.2)
+
+    best, finished = searched(loss, Run(lr, 8, 0.1), ("lr", "weight_decay", "lr"))
+    rates = sorted({run.lr for run in finished})
+    assert all(high / low > 1.9 for low, high in itertools.pairwise(rates))
+    assert best.lr == rates[-3] and lr in rates
+
+
 def test_a_search_goes_around_runs_that_diverged():
     def loss(run):
         return math.nan if run.lr > 0.01 else -run.lr
@@ -98,6 +111,24 @@ def test_the_ratio_is_the_factor_between_two_curves_and_noise_widens_its_interva
     noisy = power_law.ratio(curve(1.0, 0.0), curve(0.5, 0.01), 4, "flops")
     assert noisy.low < noisy.middle < noisy.high
     assert noisy.high - noisy.low < 0.5
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    random, law, flops = np.random.default_rng(1), power_law.PowerLaw(0.3, 0.08), (1e11, 1e12, 1e13)
+
+    def curve(factor):
+        losses = law(np.divide(flops, factor))[:, None] + 0.01 * random.normal(size=(3, 3))
+        return power_law.Curve({"flops": flops}, tuple(map(tuple, losses.tolist())))
+
+    studies, inside = 400, np.zeros(4)
+    for _ in range(studies):
+        adamw, muon = curve(1.0), curve(0.5)
+        low, high = np.quantile(adamw.resamples(random), (0.05, 0.95), axis=0)
+        inside[:3] += (low <= law(flops)) & (law(flops) <= high)
+        ratio = power_law.ratio(adamw, muon, 2, "flops")
+        inside[3] += ratio.low <= 0.5 <= ratio.high
+    # 0.9, give or take three standard errors of 400 studies, 0.015 each.
+    np.testing.assert_allclose(inside / studies, 0.9, atol=0.045)
 
 
 @pytest.mark.parametrize("kind", ["llama", "moonlight"])

@@ -89,7 +89,7 @@ def _fits(results: Results) -> Iterator[str]:
         heading = f"FLOPs of {REGISTRY[name].title} over {REGISTRY[baseline].title}'s"
         yield markdown_table([("at the loss of", heading), *rows])
         yield ""
-    yield "A ratio is the median of resampled seeds, with the range that holds nine tenths of them."
+    yield "A ratio is a median, with the range that holds 90 %; errors are those between the seeds."
 
 
 def figure(curves: Mapping[str, Curve]) -> matplotlib.figure.Figure:
