@@ -122,7 +122,9 @@ class Finetune(RunOptions):
     def _create(self, folder: RunFolder, run: RunConfig, task: Finetuning) -> None:
         """Create the folder or resume in it, and print what is to be trained."""
         PretrainedSource(self.source, self.trial).check()
-        folder.create_or_resume(run.to_json(), resume=self.resume, overwrite=self.overwrite)
+        folder.create_or_resume(
+            run.to_json(), resume=self.resume, overwrite=self.overwrite, source=self.source
+        )
         if (start := RunFolder(self.source)).has_tokenizer:
             tokenizer.copy(start.tokenizer, folder.tokenizer)
         heading = f"{self.source}: {_describe(task.dataset)}, {task.config.steps} steps of"

@@ -273,7 +273,9 @@ class Train(Experiment, RunOptions):
     def _create(self, folder: RunFolder, run: RunConfig, task: Pretraining) -> None:
         """Create the folder or resume in it, and print what is to be trained."""
         tokens = self._tokenizer(task.corpus)
-        folder.create_or_resume(run.to_json(), resume=self.resume, overwrite=self.overwrite)
+        folder.create_or_resume(
+            run.to_json(), resume=self.resume, overwrite=self.overwrite, source=self.source
+        )
         params = shapes(spec.model(task.config.model), optax.identity()).params
         labels = optax_muon.label(params, views(task.config))
         (folder.path / "routing.txt").write_text(f"{labels}\n")

@@ -19,7 +19,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from optax_muon import checkpoint
 from optax_muon.errors import UsageError
@@ -66,7 +66,13 @@ class RunFolder:
         return self.path / "profile" / trial
 
     def create_or_resume(
-        self, config: dict[str, Any], *, resume: bool, overwrite: bool, option: str = "--name"
+        self,
+        config: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        source: Path | None = None,
+        option: str = "--name",
     ) -> None:
         """Create the folder with its `config.json`, or check that its run can be resumed.
 
@@ -74,16 +80,18 @@ class RunFolder:
             config: The configuration asked for, as JSON can hold it.
             resume: Continue the run in the folder; its config must be the same.
             overwrite: Delete the run in the folder.
+            source: Folder of the run that the new one starts from, which is never deleted.
             option: The option that names the folder, for messages.
 
         Raises:
-            UsageError: When the folder holds a run and neither is asked for, when there is no run
-                to resume, or when that run has another config.
+            UsageError: When the folder holds a run and neither is asked for, when what it holds
+                must not be deleted, when there is no run to resume, or when that run has another
+                config.
         """
         if resume:
             return self._check_same(config, option)
         if self.path.exists():
-            self._clear(overwrite)
+            self._clear(overwrite, source)
         with usage_errors(), folder_at_once(self.path) as draft:
             RunFolder(draft).config.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -106,7 +114,7 @@ class RunFolder:
             UsageError: When the config records none.
         """
         trials = self.read_config().get("trials")
-        if isinstance(trials, list) and all(map(_is_trial, trials)):
+        if _are_trials(trials):
             return trials
         raise UsageError(
             f"{self.config} has no list of trials with their names; train and finetune make such a"
@@ -176,13 +184,23 @@ class RunFolder:
                 f"{differences}; give the same options, or another {option}"
             ) from error
 
-    def _clear(self, overwrite: bool) -> None:
+    def _clear(self, overwrite: bool, source: Path | None) -> None:
         if not overwrite:
             raise UsageError(
                 f"{self.path} exists; --resume continues it, --overwrite deletes it, "
                 "--name makes another"
             )
-        self.read_config()  # nothing but a run is ever deleted
+        config = self.read_config()
+        if not (_are_trials(config.get("trials")) and isinstance(config.get("training"), dict)):
+            raise UsageError(
+                f"{self.path} is no run of train or finetune, and --overwrite deletes nothing "
+                "else; --name makes another"
+            )
+        if source is not None and (_is_in(source, self.path) or _is_in(self.path, source)):
+            raise UsageError(
+                f"--overwrite would delete {self.path}, and --from {source} is that folder, in it "
+                "or around it; --name makes another"
+            )
         parent, prefix = self.path.parent, f".{self.path.name}."
         with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as trash:
             self.path.rename(Path(trash) / self.path.name)  # atomic, should it be interrupted
@@ -241,8 +259,16 @@ _TUNED = ("lr", "weight_decay")
 """The hyperparameters that are shown."""
 
 
-def _is_trial(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str)
+def _are_trials(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value
+    )
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether it is the folder or lies in it, under whatever name: a link, other letters."""
+    path = path.resolve()
+    return any(each.samefile(folder) for each in (path, *path.parents))
 
 
 def _is_past(row: dict[str, Any], trial: str, step: int) -> bool:

@@ -174,19 +174,20 @@ def test_a_damaged_step_is_refused_and_the_others_named(tmp_path):
 def test_a_folder_that_cannot_be_claimed_whole_is_not_claimed(overwrite, tmp_path, monkeypatch):
     """A process that dies between making the folder and its config leaves no folder in the way."""
     folder = RunFolder(tmp_path / "run")
+    old, new = ({"trials": [], "training": {"seed": seed}} for seed in (1, 2))
     if overwrite:
-        folder.create_or_resume({"seed": 1}, resume=False, overwrite=False)
+        folder.create_or_resume(old, resume=False, overwrite=False)
 
     def die(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(json, "dumps", die)
     with pytest.raises(KeyboardInterrupt):
-        folder.create_or_resume({"seed": 2}, resume=False, overwrite=overwrite)
+        folder.create_or_resume(new, resume=False, overwrite=overwrite)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
-    folder.create_or_resume({"seed": 2}, resume=False, overwrite=False)
-    assert folder.read_config() == {"seed": 2}
+    folder.create_or_resume(new, resume=False, overwrite=False)
+    assert folder.read_config() == new
     assert list(tmp_path.iterdir()) == [folder.path]
 
 

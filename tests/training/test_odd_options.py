@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 
 import jax
 import numpy as np
@@ -57,12 +58,18 @@ def workspace(tmp_path_factory):
         "no-heads": json.dumps({"model": {**SIZES, "num_attention_heads": 0}}),
         "words": json.dumps({"model": {**SIZES, "hidden_size": "wide"}}),
         "half-moon": '{"model": {"hidden_size": 8}}',
+        "hub": '{"model_type": "deepseek_v3", "hidden_size": 8}',
+        "import": json.dumps({"model": SIZES, "huggingface": {}}),
+        "swept": json.dumps({"training": {"model": SIZES}, "fingerprint": ""}),
     }.items():
         (root / name).mkdir()
         (root / name / "config.json").write_text(content)
     (root / "bytes").mkdir()
     (root / "bytes/config.json").write_bytes(b"\xff\xfe")
     write_run(root)
+    for copy in ("around", "around/inner"):
+        shutil.copytree(root / "run", root / copy)
+    (root / "link").symlink_to("run")
     return root
 
 
@@ -92,7 +99,7 @@ def write_pairs(root):
 
 
 def write_run(root):
-    """What a run of one step of `tiny` leaves, a sweep, and runs with a damaged file."""
+    """What a run of one step of `tiny` leaves, and one that has not saved yet."""
     trial = Trial(optimizer("muon"), HyperParams(0.02, 0.1))
     run = RunConfig("tiny", "text", "", CONFIG, (trial,), save_every=2)
     folder = RunFolder(root / "run")
@@ -279,12 +286,33 @@ FOLDERS = {
     "import-hf file --out new": "cannot read file/config.json",
 }
 
+OVERWRITE = {
+    f"{command} --runs . --name {name} --from {source} --overwrite": (
+        f"--overwrite would delete {name}, and --from {source} is that folder, in it or around it"
+    )
+    for command in (TRAIN, "finetune --data good.jsonl")
+    for name, source in (
+        ("run", "run"),
+        ("run", "link"),
+        ("link", "run"),
+        ("around", "around/inner"),
+        ("around/inner", "around"),
+    )
+} | {
+    f"{TRAIN} --runs . --name {name} --overwrite": (
+        f"{name} is no run of train or finetune, and --overwrite deletes nothing else"
+    )
+    for name in ("nothing", "no-trials", "nameless", "hub", "import", "swept")
+}
+"""What `--overwrite` must not delete."""
+
 ROWS = {
     **OPTIONS,
     **NUMBERS,
     **{f"train --model tiny --data {data}": said for data, said in DATA.items()},
     **{f"finetune --from run --data {data}": said for data, said in PAIRS.items()},
     **FOLDERS,
+    **OVERWRITE,
 }
 
 
