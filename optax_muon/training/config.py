@@ -129,7 +129,8 @@ def _cosine(config: TrainConfig, peak: float) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,
-        warmup_steps=max(1, round(WARM_UP * config.steps)),
+        # A step of warm-up has a rate of 0, and a run of one step would do nothing.
+        warmup_steps=min(max(1, round(WARM_UP * config.steps)), config.steps - 1),
         decay_steps=config.steps,
         end_value=FINAL_LR * peak,
     )

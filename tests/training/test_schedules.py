@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_muon
-from optax_muon.training.config import TrainConfig
+from optax_muon.training.config import COSINE, LINEAR, MIN_STEPS, THREE_STAGE, TrainConfig
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.schedules import MOONLIGHT, three_stage_schedule
 
@@ -82,3 +82,14 @@ def test_it_drives_the_optimizer():
 def test_stages_without_steps_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         three_stage_schedule(1.0, **{**SMALL, **wrong})
+
+
+@pytest.mark.usefixtures("standard_promotion")  # optax's cosine needs it
+@pytest.mark.parametrize(
+    ("schedule", "fewest"), [(COSINE, 1), (LINEAR, 1), (THREE_STAGE, MIN_STEPS)]
+)
+def test_the_shortest_runs_learn_something(schedule, fewest):
+    """As `--steps 1` does: the peak is in the run, whatever is left of the stages."""
+    for steps in range(fewest, fewest + 12):
+        config = TrainConfig(PRESETS["tiny"].model, 8, steps, 0, 20, 1, schedule)
+        assert config.learning_rates(3.0).max() == pytest.approx(3.0)
