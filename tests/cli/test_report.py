@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 import scipy.stats
 from commands import refused
 
@@ -17,7 +18,7 @@ from optax_muon.training.styles import STYLES, nth
 STEPS = (10, 20, 40)
 
 
-def run(folder, name, seed=0, lr=0.01, losses=None, steps=40, text="hash"):
+def run(folder, name, seed=0, lr=0.01, losses=None, steps=40, text="hash", **config):
     """A folder as `train` leaves it, of the optimizers and their held-out losses."""
     losses = losses or {"adamw": (4.0, 3.0, 2.0), "muon": (3.0, 2.0, 1.0)}
     path = RunFolder(folder / name)
@@ -25,7 +26,7 @@ def run(folder, name, seed=0, lr=0.01, losses=None, steps=40, text="hash"):
     numbers = {"lr": lr, "weight_decay": 0.1}
     trials = [{"name": n, "title": n.upper(), "hyper_params": numbers} for n in losses]
     training = {"steps": steps, "seed": seed, "model": {"vocab_size": 256}}
-    config = {"training": training, "trials": trials, "fingerprint": text}
+    config |= {"training": training, "trials": trials, "fingerprint": text}
     path.config.write_text(json.dumps(config))
     for name, values in losses.items():
         for step, loss in zip(STEPS, values, strict=False):
@@ -76,9 +77,54 @@ def test_a_run_under_way_is_shown_and_no_seed_of_a_finished_one(tmp_path):
     assert muon.cells(adamw)[-1] == "50%"
 
 
-def test_the_same_seed_twice_is_no_repetition(tmp_path):
-    trials = [t for name in "ab" for t in runs.read(run(tmp_path, name))]
-    assert [len(group.trials) for group in runs.grouped(trials)] == [1, 1]
+def test_repetitions_under_way_have_mean_and_interval_of_one_step(tmp_path):
+    curves = [(4.0, 3.0), (4.2, 3.2, 1.0), (4.1, 3.4)]
+    paths = [
+        run(tmp_path, f"s{i}", seed=i, losses={"adamw": curve}, steps=80)
+        for i, curve in enumerate(curves)
+    ]
+    [group] = runs.grouped([trial for path in paths for trial in runs.read(path)])
+    cells = group.cells(group)
+    finals = [3.0, 3.2, 3.4]
+    assert (cells[4], cells[6]) == ("20 of 80", "3.2000")
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(finals), scipy.stats.sem(finals))
+    assert cells[7] == f"± {(high - low) / 2:.4f}"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"pretrained": "runs/small"}, {"pretrained": "runs/base"}),
+        ({"pretrained": "runs/small"}, {}),
+        (
+            {"pretrained": "runs/small", "pretrained_trial": "adamw"},
+            {"pretrained": "runs/small", "pretrained_trial": "muon"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_runs_of_different_starts_are_rows_of_their_own(one, other, seed, tmp_path):
+    paths = [run(tmp_path, "one", **one), run(tmp_path, "other", seed=seed, **other)]
+    groups = runs.grouped([trial for path in paths for trial in runs.read(path)])
+    assert [group.label for group in groups] == [
+        "ADAMW, one",
+        "MUON, one",
+        "ADAMW, other",
+        "MUON, other",
+    ]
+
+
+def test_the_same_seed_twice_is_refused_by_name(tmp_path, capsys):
+    one, other = run(tmp_path, "one"), run(tmp_path, "other")
+    said = refused(capsys, "report", one, other, "--out", tmp_path / "out")
+    assert f"{one} and {other} have the same run of ADAMW, with the same seed 0; give one" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_repeated_whole_is_shown_once(tmp_path):
+    stopped, whole = run(tmp_path, "a", losses={"adamw": (4.0, 3.0)}), run(tmp_path, "b")
+    [adamw, _] = runs.grouped([*runs.read(stopped), *runs.read(whole)])
+    assert adamw.runs == "b"
 
 
 def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path, capsys):

@@ -35,8 +35,8 @@ HEADINGS = ("optimizer", "runs", "lr", "decay", "steps", "seeds", "loss", "95%",
 class RunTrial:
     """One trial of a run, as its folder records it."""
 
-    run: str
-    """Name of the run's folder."""
+    path: Path
+    """Folder of the run."""
     name: str
     """Name of the optimizer."""
     title: str
@@ -49,15 +49,21 @@ class RunTrial:
     """Seed of the parameters and of the data's order."""
     text: str
     """Hash of the data."""
+    source: tuple[str | None, str | None]
+    """The run that it started from and the trial of that run, as its config records them."""
     curve: Sequence[tuple[int, float]]
     """Steps and held-out losses."""
 
     @property
+    def run(self) -> str:
+        """Name of the run's folder."""
+        return self.path.resolve().name
+
+    @property
     def key(self) -> str:
         """Equal for trials that differ in their seed alone."""
-        return json.dumps(
-            [self.name, self.hyper_params, self.training, self.text], sort_keys=True, default=str
-        )
+        same = [self.name, self.hyper_params, self.training, self.text, self.source]
+        return json.dumps(same, sort_keys=True, default=str)
 
     @property
     def is_finished(self) -> bool:
@@ -98,12 +104,12 @@ class Repetitions:
 
     @property
     def loss(self) -> float:
-        """Mean of the last held-out losses."""
+        """Mean of the held-out losses at the last step that all have."""
         return self.curve[-1][1]
 
     def cells(self, baseline: Repetitions) -> tuple[str, ...]:
         """A row under `HEADINGS`."""
-        first, half = self.first, half_width([trial.curve[-1][1] for trial in self.trials])
+        first, half = self.first, half_width([*self.losses.values()][-1])
         steps = first.training["steps"]
         reached = crossing(self.curve, baseline.loss)
         share = None if reached is None else reached / baseline.first.training["steps"]
@@ -137,13 +143,14 @@ def read(path: Path) -> list[RunTrial]:
         if curve:
             found.append(
                 RunTrial(
-                    path.resolve().name,
+                    path,
                     trial["name"],
                     trial["title"],
                     trial["hyper_params"],
                     training,
                     config["training"]["seed"],
                     config["fingerprint"],
+                    (config.get("pretrained"), config.get("pretrained_trial")),
                     curve,
                 )
             )
@@ -153,12 +160,15 @@ def read(path: Path) -> list[RunTrial]:
 
 
 def grouped(trials: Sequence[RunTrial]) -> list[Repetitions]:
-    """The trials by what they have in common, in order, each with a name of its own."""
-    by_key: dict[str, dict[int, RunTrial]] = {}
-    for trial in sorted(trials, key=lambda trial: not trial.is_finished):
-        by_key.setdefault(trial.key, {}).setdefault(trial.seed, trial)
-    order = list(dict.fromkeys(trial.key for trial in trials))
-    groups = [Repetitions(_comparable([*by_key[key].values()])) for key in order]
+    """The trials by what they have in common, in order, each with a name of its own.
+
+    Raises:
+        UsageError: Two runs differ in nothing, not even in the seed.
+    """
+    by_key: dict[str, list[RunTrial]] = {}
+    for trial in trials:
+        by_key.setdefault(trial.key, []).append(trial)
+    groups = [Repetitions(_comparable(each)) for each in by_key.values()]
     names = next(
         (names for name in _NAMES if len(set(names := [*map(name, groups)])) == len(groups)),
         [f"{number}. {group.first.title}" for number, group in enumerate(groups, 1)],
@@ -167,8 +177,15 @@ def grouped(trials: Sequence[RunTrial]) -> list[Repetitions]:
 
 
 def _comparable(trials: list[RunTrial]) -> list[RunTrial]:
-    """The finished ones, if there are any."""
-    return [trial for trial in trials if trial.is_finished] or trials
+    """The finished ones, if there are any; each of a seed of its own."""
+    trials = [trial for trial in trials if trial.is_finished] or trials
+    for one, other in itertools.combinations(trials, 2):
+        if one.seed == other.seed:
+            raise UsageError(
+                f"{one.path} and {other.path} have the same run of {one.title}, with the same seed "
+                f"{one.seed}; give one of them"
+            )
+    return trials
 
 
 _NAMES: tuple[Callable[[Repetitions], str], ...] = (
