@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -78,12 +79,21 @@ class Finetuning:
 
     def held_out_loss(self, state: State) -> float:
         """Mean over the tokens of the held-out completions, nats."""
-        return self.evaluate(state.params, state.bias).loss
+        return mean_loss(*self._evaluated(state.params, state.bias))
 
     def evaluate(self, params: optax.Params, bias: jax.Array | None) -> EvalResult:
         """Evaluate parameters on the held-out completions."""
-        model, held_out = spec.model(self.config.model), self.dataset.held_out
-        return evaluate(model, params, bias, held_out, self.config.batch, self.devices)
+        return evaluate(*self._evaluated(params, bias))
+
+    def _evaluated(self, params: optax.Params, bias: jax.Array | None) -> Evaluated:
+        """What is evaluated, as many examples at a time as a micro-batch has."""
+        rows = self.config.batch // self.devices.accumulate
+        model = spec.model(self.config.model)
+        return model, params, bias, self.dataset.held_out, rows, self.devices
+
+
+Evaluated = tuple[Model, optax.Params, jax.Array | None, TokenBatch, int, Devices]
+"""The arguments of `evaluate`."""
 
 
 def evaluate(
@@ -95,28 +105,60 @@ def evaluate(
     devices: Devices = SINGLE_DEVICE,
 ) -> EvalResult:
     """Evaluate a model on examples, `batch` of them at a time."""
+    loss = mean_loss(model, params, bias, examples, batch, devices)
+    parts = _parts(examples, batch, devices)
+    exact = sum(int(_exact(model, params, bias, *part)) for part in parts)
+    return EvalResult(loss, exact / len(examples))
+
+
+def mean_loss(
+    model: Model,
+    params: optax.Params,
+    bias: jax.Array | None,
+    examples: TokenBatch,
+    batch: int,
+    devices: Devices = SINGLE_DEVICE,
+) -> float:
+    """The loss of `EvalResult`; logits are in memory as far as they are in training."""
+    parts = _parts(examples, batch, devices)
+    loss = sum(float(_loss(model, params, bias, *part)) for part in parts)
+    return loss / float(examples.weights.sum())
+
+
+def _parts(
+    examples: TokenBatch, batch: int, devices: Devices
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Tokens and weights `[1, batch, ..]` on the devices; rows of weight 0 fill up the last."""
     places = np.arange(-(-len(examples) // batch) * batch)
     places[len(examples) :] = -1
-    found = [
-        _evaluate(model, params, bias, *(devices.put(array[None]) for array in examples.take(part)))
-        for part in places.reshape(-1, batch)
-    ]
-    loss, exact = np.sum(np.asarray(found, np.float64), axis=0)
-    return EvalResult(loss / float(examples.weights.sum()), exact / len(examples))
+    for part in places.reshape(-1, batch):
+        tokens, weights = examples.take(part)
+        yield devices.put(tokens[None]), devices.put(weights[None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate(
+def _loss(
     model: Model,
     params: optax.Params,
     bias: jax.Array | None,
     tokens: jax.Array,
     weights: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the losses of all completions' tokens, and how many completions are exact."""
+) -> jax.Array:
+    """Sum of the losses of all completions' tokens."""
+    losses, _ = model.losses(params, tokens[0, :, :-1], tokens[0, :, 1:], bias)
+    return (losses * weights[0]).sum()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _exact(
+    model: Model,
+    params: optax.Params,
+    bias: jax.Array | None,
+    tokens: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """How many completions are exact; needs all logits of its rows, as `losses` names no token."""
     tokens, weights = tokens[0], weights[0]
     scores, _ = model.forward(params, tokens[:, :-1], bias)
-    losses = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
     right = (scores.argmax(axis=-1) == tokens[:, 1:]) | (weights == 0)
-    exact = right.all(axis=1) & (weights.sum(axis=1) > 0)
-    return (losses * weights).sum(), exact.sum()
+    return (right.all(axis=1) & (weights.sum(axis=1) > 0)).sum()

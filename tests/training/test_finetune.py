@@ -17,11 +17,13 @@ from commands import refused
 from optax_muon.cli.main import EXIT_CODES, main
 from optax_muon.errors import Interrupted, UsageError
 from optax_muon.models import llama, moonlight, spec
-from optax_muon.training import export
+from optax_muon.models.cross_entropy import BLOCK
+from optax_muon.training import export, finetune
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.config import TrainConfig
 from optax_muon.training.data import prompts
-from optax_muon.training.data.prompts import TokenBatch
+from optax_muon.training.data.prompts import PromptDataset, TokenBatch
+from optax_muon.training.devices import Devices
 from optax_muon.training.finetune import Finetuning, evaluate, finetune_config
 from optax_muon.training.initialize import PretrainedSource, initial_state
 from optax_muon.training.loop import train
@@ -233,6 +235,37 @@ def test_exact_answers_are_those_that_greedy_decoding_writes(data):
         written += (own == tokens).all()
     assert found.exact == written / len(held_out)
     assert 0 < found.exact <= 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_evaluating_takes_the_memory_of_a_micro_batch(accumulate, monkeypatch):
+    """The loss that of a block of logits, exactness that of the logits of a micro-batch."""
+    config = dataclasses.replace(MOONLIGHT, vocab_size=8192, context=256)
+    model = spec.model(config)
+    params, random = jax.jit(model.init)(jax.random.key(1)), np.random.default_rng(0)
+    tokens = random.integers(0, config.vocab_size, [16, config.context + 1], np.int32)
+    pairs = TokenBatch(tokens, np.ones([16, config.context], np.float32))
+    train_config = TrainConfig(config, 16, 4, 0, 2, 16, epochs=1)
+    task = Finetuning(train_config, PromptDataset(pairs, pairs), Devices(None, accumulate))
+    needed = {}
+
+    def measured(name):
+        program = getattr(finetune, name)
+
+        def run(model, *arrays):
+            compiled = program.lower(model, *arrays).compile()
+            needed[name] = compiled.memory_analysis().temp_size_in_bytes
+            return compiled(*arrays)
+
+        return run
+
+    for name in ("_loss", "_exact"):
+        monkeypatch.setattr(finetune, name, measured(name))
+    task.evaluate(params, model.zero_bias())
+    logits = 4 * config.vocab_size  # of a token
+    # Logits of a block and what they are exponentiated to, and 1 MiB for all else.
+    assert needed["_loss"] < 2 * BLOCK * logits + 2**20
+    assert needed["_exact"] < 16 // accumulate * config.context * logits + 2**21
 
 
 def learned(data):
