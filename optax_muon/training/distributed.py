@@ -39,16 +39,17 @@ def on_main_process(action: Callable[[], None]) -> None:
     """Run an action in the main process while the others wait; an error of it ends all of them.
 
     Raises:
-        ValueError: What the action raised in the main process; elsewhere, that it raised.
+        Exception: What the action raised in the main process.
+        UsageError: Elsewhere, that it raised.
     """
-    refusal = None
+    failure = None
     if is_main_process():
         try:
             action()
-        except ValueError as error:
-            refusal = error
-    if any_process(refusal is not None):
-        raise refusal or UsageError("the main process has failed; its message says why")
+        except Exception as error:  # of any kind: the others wait until they are told
+            failure = error
+    if any_process(failure is not None):
+        raise failure or UsageError("the main process has failed; its message says why")
 
 
 def any_process(condition: bool) -> bool:

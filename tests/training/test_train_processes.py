@@ -8,6 +8,7 @@ from processes import free_port, run_together
 
 from optax_muon.cli.main import main
 from optax_muon.errors import UsageError
+from optax_muon.extras import MissingExtraError
 from optax_muon.training import distributed as together
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.run_folder import RunFolder
@@ -64,6 +65,24 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     assert codes == [2, 2]
     assert "exists; --resume continues it" in outputs[0], "the first one knows why"
     assert "the main process has failed" in outputs[1]
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("no"), PermissionError(13, "no"), MissingExtraError("no"), KeyError("no")]
+)
+def test_an_error_of_any_kind_is_agreed_on_before_it_is_raised(error, monkeypatch):
+    told = []
+    monkeypatch.setattr(together, "any_process", lambda failed: told.append(failed) or True)
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error), match="no"):
+        together.on_main_process(fail)
+    assert told == [True]
+    monkeypatch.setattr(together, "is_main_process", lambda: False)
+    with pytest.raises(UsageError, match="the main process has failed"):
+        together.on_main_process(fail)
 
 
 def test_without_an_environment_the_start_is_refused(monkeypatch):
