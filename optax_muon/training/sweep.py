@@ -122,10 +122,11 @@ class SweepTable:
 
     def append(self, point: Point) -> None:
         """Add one finished point."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            # A process that was killed may have left the file without a header.
+            header = [] if file.tell() else [self.FIELDS]
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerows(([self.FIELDS] if new else []) + [dataclasses.astuple(point)])
+            writer.writerows([*header, dataclasses.astuple(point)])
 
 
 Rates = Mapping[str, Sequence[float]]

@@ -404,10 +404,16 @@ def test_a_line_of_a_sweep_that_is_none_is_named(text, tmp_path):
         sweep.SweepTable(tmp_path / "sweep.csv").read()
 
 
-@pytest.mark.parametrize("text", ["", "optimizer,lr,weight_decay,val_loss\n"])
-def test_an_empty_sweep_has_no_points(text, tmp_path):
-    (tmp_path / "sweep.csv").write_text(text)
-    assert sweep.SweepTable(tmp_path / "sweep.csv").read() == []
+@pytest.mark.parametrize("text", ["", ",".join(sweep.SweepTable.FIELDS) + "\n"])
+def test_an_empty_sweep_has_no_points_and_takes_some(text, tmp_path):
+    """A process that was killed may leave a file of nothing."""
+    table = sweep.SweepTable(tmp_path / "sweep.csv")
+    table.path.write_text(text)
+    assert table.read() == []
+    points = [sweep.Point("muon", 0.01, 0.1, loss) for loss in (2.5, 2.4)]
+    for point in points:
+        table.append(point)
+    assert table.read() == points
 
 
 # ---- numbers in configs --------------------------------------------------------------------------
