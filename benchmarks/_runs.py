@@ -128,28 +128,42 @@ class Ladder:
         return list(_table.read(self.table, self.kind))
 
     def complete(self, needed: Needed, workers: int) -> list[Finished]:
-        """Do all runs that are needed and not in the table; returns the table."""
-        console = Console(stderr=True, highlight=False)
+        """Do all runs that are needed and not in the table; returns the table.
+
+        When a run fails, those that are under way beside it end first, and are written.
+        """
         _corpus.load(self.corpus)  # once, before the workers
         self.table.parent.mkdir(parents=True, exist_ok=True)
-        cores = multiprocessing.get_context("spawn").Queue()
-        for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), workers):
-            cores.put(core)
-        with concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), _take_core, (cores,)
-        ) as pool:
+        failure: BaseException | None = None
+        with _pool(workers) as pool:
             pending: dict[concurrent.futures.Future[list[Finished]], list[Run]] = {}
             while True:
-                under_way = set(itertools.chain.from_iterable(pending.values()))
-                missing = [run for run in self._missing(needed) if run not in under_way]
-                pending |= {pool.submit(train, self, group): group for group in _groups(missing)}
+                if failure:
+                    pending = {each: runs for each, runs in pending.items() if not each.cancel()}
+                else:
+                    under_way = set(itertools.chain.from_iterable(pending.values()))
+                    missing = [run for run in self._missing(needed) if run not in under_way]
+                    pending |= {
+                        pool.submit(train, self, group): group for group in _groups(missing)
+                    }
                 if not pending:
-                    return self.finished()
+                    break
                 for each in concurrent.futures.wait(pending, return_when=FIRST_COMPLETED).done:
-                    _table.write(self.table, self.kind, [*self.finished(), *each.result()])
-                    for row in each.result():
-                        console.print(f"{row.run}: {row.val_loss:.4f}")
                     del pending[each]
+                    if error := each.exception():
+                        failure = failure or error
+                    else:
+                        self._add(each.result())
+        if failure:
+            raise failure
+        return self.finished()
+
+    def _add(self, rows: Sequence[Finished]) -> None:
+        """Write finished runs to the table, and say so."""
+        _table.write(self.table, self.kind, [*self.finished(), *rows])
+        console = Console(stderr=True, highlight=False)
+        for row in rows:
+            console.print(f"{row.run}: {row.val_loss:.4f}")
 
     def _missing(self, needed: Needed) -> list[Run]:
         finished = self.finished()
@@ -173,9 +187,14 @@ class Ladder:
         return _last(config, [run], self.corpus).seconds / (steps - 1)
 
 
+def _on_cpu() -> bool:
+    """Whether each run has a core, and not all of them an accelerator."""
+    return jax.config.jax_platforms in (None, "cpu") and jax.default_backend() == "cpu"
+
+
 def _groups(runs: Iterable[Run]) -> list[list[Run]]:
     """Runs that are done as one program: on CPUs each for itself, see `ensemble.py`."""
-    if jax.config.jax_platforms in (None, "cpu") and jax.default_backend() == "cpu":
+    if _on_cpu():
         return [[run] for run in runs]
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
@@ -184,9 +203,20 @@ def _groups(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
+def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """The worker processes."""
+    context = multiprocessing.get_context("spawn")
+    if not _on_cpu():
+        return concurrent.futures.ProcessPoolExecutor(workers, context)
+    cores = context.Queue()
+    for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), workers):
+        cores.put(core)
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _take_core, (cores,))
+
+
 def _take_core(cores: Any) -> None:
-    if jax.config.jax_platforms in (None, "cpu"):
-        os.sched_setaffinity(0, {cores.get()})
+    """Stay on a core of its own; called before jax starts its threads, which stay there too."""
+    os.sched_setaffinity(0, {cores.get()})
 
 
 @functools.cache

@@ -25,11 +25,13 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
 
 
 def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    """Save all rows."""
-    with path.open("w", newline="") as file:
+    """Save all rows at once: a process that is killed meanwhile leaves the file as it was."""
+    draft = path.with_suffix(".draft")
+    with draft.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(kind)])
         writer.writeheader()
         writer.writerows(map(dataclasses.asdict, rows))
+    draft.replace(path)
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -1,8 +1,11 @@
 """The experiments of benchmarks/: what they need, what they report, and their own optimizers."""
 
+import concurrent.futures
 import dataclasses
 import importlib
 import math
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -187,6 +190,68 @@ def test_a_mixture_is_trained_and_its_routing_measured(tmp_path):
     # With 2 of 8 experts for a token, an expert has at most 4 times its even share.
     assert 1 <= row.largest_share <= 4
     assert row.max_logit > 0
+
+
+def some_run(lr):
+    return importlib.import_module("_runs").Run("16 x 2", "muon", 0.1, 2, lr, weight_decay=0.1)
+
+
+def test_a_run_that_fails_loses_none_that_is_under_way(tmp_path, monkeypatch):
+    runs, failed = importlib.import_module("_runs"), threading.Event()
+
+    def train(ladder, group):
+        [run] = group
+        if run.lr == 2:
+            failed.set()
+            raise MemoryError("run 2")
+        failed.wait()
+        time.sleep(0.1)
+        return [outcome(runs.Finished, run)]
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "_pool", concurrent.futures.ThreadPoolExecutor)
+    monkeypatch.setattr(runs._corpus, "load", lambda folder: None)
+    ladder = runs.Ladder({}, tmp_path / "runs.csv", tmp_path)
+    with pytest.raises(MemoryError, match="run 2"):
+        ladder.complete(lambda finished: map(some_run, range(1, 50)), workers=2)
+    done = {row.lr for row in ladder.finished()}
+    assert 1 in done and 2 not in done
+    assert len(done) < 10, "what had not begun is not begun"
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path):
+    runs, table = map(importlib.import_module, ("_runs", "_table"))
+    first, path = outcome(runs.Finished, some_run(1.0)), tmp_path / "runs.csv"
+    table.write(path, runs.Finished, [first])
+
+    def killed():
+        yield first
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.write(path, runs.Finished, killed())
+    assert table.read(path, runs.Finished) == [first]
+
+
+@pytest.mark.parametrize(
+    ("platforms", "backend", "alone"),
+    [(None, "cpu", True), ("cpu", "cpu", True), (None, "gpu", False), ("cuda", "gpu", False)],
+)
+def test_a_run_has_a_core_where_it_is_a_program(platforms, backend, alone, monkeypatch):
+    runs, given = importlib.import_module("_runs"), []
+    monkeypatch.setattr(runs.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(
+        concurrent.futures, "ProcessPoolExecutor", lambda *options: given.extend(options)
+    )
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        runs._pool(2)
+        groups = runs._groups([some_run(1.0), some_run(2.0)])
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert (runs._take_core in given) == alone
+    assert len(groups) == (2 if alone else 1)
 
 
 def test_the_page_is_made_of_the_committed_results():
