@@ -229,7 +229,11 @@ def _flags(variable: str, value: str | None, wanted: Mapping[str, str]) -> Itera
     if value is None:
         yield Finding(variable, "is not set")
         return
-    flags = shlex.split(value)
+    try:
+        flags = shlex.split(value)
+    except ValueError:
+        yield Finding(variable, f"{value} has a quotation that does not end", f"unset {variable}")
+        return
     against = [flag for flag in flags if _contradicts(flag, wanted)]
     if not against:
         yield Finding(variable, value or "is empty")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from optax_muon.cli.options import at_least
 from optax_muon.errors import UsageError
+from optax_muon.training.data.documents import whole_characters
 from optax_muon.training.data.tokenizer import Subwords, Tokenizer
 from optax_muon.training.generate import generate
 from optax_muon.training.initialize import PretrainedSource
@@ -56,6 +57,8 @@ class Sample:
         at_least(1, "length", self.length)
         at_least(0, "temperature", self.temperature)
         at_least(0, "seed", self.seed)
+        if self.prompt != whole_characters(self.prompt):
+            raise UsageError(f"--prompt is {self.prompt!r}; it must be text in UTF-8")
         named = self.runs / self.run
         folder = Path(self.run) if Path(self.run).is_dir() and not named.is_dir() else named
         source = PretrainedSource(folder, self.trial)

@@ -125,6 +125,8 @@ ALL_TO_ALL = "--xla_tpu_enable_async_all_to_all"
     [
         (f"{ALL_TO_ALL}=false", "unset LIBTPU_INIT_ARGS"),
         (f"--other=3 {ALL_TO_ALL}=0", "export LIBTPU_INIT_ARGS=--other=3"),
+        (f"--other='3 {ALL_TO_ALL}=0", "unset LIBTPU_INIT_ARGS"),
+        ('"', "unset LIBTPU_INIT_ARGS"),
         (f"{ALL_TO_ALL}=True {ALL_TO_ALL}", None),
         ("--other=3", None),
         ("", None),

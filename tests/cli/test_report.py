@@ -127,6 +127,30 @@ def test_a_run_that_was_repeated_whole_is_shown_once(tmp_path):
     assert adamw.runs == "b"
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ("training",),
+        ("fingerprint",),
+        *(("training", key) for key in ("seed", "steps", "model")),
+        ("training", "model", "vocab_size"),
+        ("trials", 0, "hyper_params"),
+        ("trials", 1, "hyper_params", "lr"),
+    ],
+    ids=str,
+)
+def test_a_config_that_lacks_what_is_compared_is_refused_in_a_line(lost, tmp_path, capsys):
+    path = run(tmp_path, "a")
+    config = json.loads((path / "config.json").read_text())
+    *places, key = lost
+    part = config
+    for place in places:
+        part = part[place]
+    del part[key]
+    (path / "config.json").write_text(json.dumps(config))
+    assert f"does not record how {path} was trained" in refused(capsys, "report", path)
+
+
 def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path, capsys):
     path = run(tmp_path, "a", losses={"adamw": ()})
     assert "has no held-out loss yet" in refused(capsys, "report", path)

@@ -118,6 +118,15 @@ def both(loaded):
         yield from zip(part.tokens, part.weights, strict=True)
 
 
+def test_half_a_character_of_json_is_a_question_mark(tmp_path):
+    path = tmp_path / "half.jsonl"
+    path.write_text(
+        '{"prompt": "a\\ud800", "completion": "\\udc00b"}\n{"prompt": "b", "completion": "c"}\n'
+    )
+    rows = [bytes(t.astype(np.uint8)) for t, _ in both(prompts.load_prompts(path, context=8))]
+    assert b"\0a??b" in [row.rstrip(b"\0") for row in rows]
+
+
 def test_no_prompt_is_in_both_parts_and_a_twentieth_is_held_out(tmp_path):
     pairs = [(f"{i % 50} =", str(i)) for i in range(200)]
     loaded = prompts.load_prompts(write(tmp_path / "many.jsonl", pairs), context=24)

@@ -204,6 +204,7 @@ NUMBERS = {
     "sample --runs . --run run --temperature nan": "--temperature is nan; it must be at least 0",
     "sample --runs . --run run --temperature inf": "--temperature is inf; it must be at least 0",
     "sample --runs . --run run --temperature -1": "--temperature is -1.0; it must be at least 0",
+    "sample --runs . --run run --prompt \udcff": "--prompt is '\\udcff'; it must be text in UTF-8",
     "sample --runs . --run run --seed -1": "--seed is -1; it must be at least 0",
     "plan --mesh ''": "--mesh is ''; write different axes and sizes",
     "plan --mesh fsdp=0": "--mesh is 'fsdp=0'; write different axes and sizes",

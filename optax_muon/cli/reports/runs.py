@@ -135,6 +135,11 @@ def read(path: Path) -> list[RunTrial]:
     folder = RunFolder(path)
     trials = folder.trials
     config = folder.read_config()
+    if not _is_whole(config):
+        raise UsageError(
+            f"{folder.config} does not record how {path} was trained; train and finetune make such "
+            "a run"
+        )
     training = {name: value for name, value in config["training"].items() if name != "seed"}
     found = []
     for trial in trials:
@@ -145,7 +150,7 @@ def read(path: Path) -> list[RunTrial]:
                 RunTrial(
                     path,
                     trial["name"],
-                    trial["title"],
+                    trial.get("title", trial["name"]),
                     trial["hyper_params"],
                     training,
                     config["training"]["seed"],
@@ -157,6 +162,24 @@ def read(path: Path) -> list[RunTrial]:
     if not found:
         raise UsageError(f"{path} has no held-out loss yet; let it train up to an evaluation")
     return found
+
+
+def _is_whole(config: Mapping[str, Any]) -> bool:
+    """Whether a config with trials has all that is compared."""
+    training = config.get("training")
+    return (
+        isinstance(training, dict)
+        and {"seed", "steps", "model"} <= training.keys()
+        and isinstance(training["model"], dict)
+        and "vocab_size" in training["model"]
+        and "fingerprint" in config
+        and all(_has_numbers(trial) for trial in config["trials"])
+    )
+
+
+def _has_numbers(trial: Mapping[str, Any]) -> bool:
+    numbers = trial.get("hyper_params")
+    return isinstance(numbers, dict) and {"lr", "weight_decay"} <= numbers.keys()
 
 
 def grouped(trials: Sequence[RunTrial]) -> list[Repetitions]:

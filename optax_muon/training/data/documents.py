@@ -50,6 +50,15 @@ def are_few(files: Sequence[Path], field: str, fewest: int) -> bool:
     return len(files) < fewest and len(list(itertools.islice(found, fewest))) < fewest
 
 
+def whole_characters(text: str) -> str:
+    r"""A text of JSON, which can spell half a character that has no UTF-8, with `?` in its place.
+
+    >>> whole_characters(json.loads('"n\\u00e9 \\ud800"'))
+    'né ?'
+    """
+    return text.encode(errors="replace").decode()
+
+
 def _lines(path: Path, field: str) -> Iterator[Document]:
     size, read = max(path.stat().st_size, 1), 0
     with path.open("rb") as file:
@@ -64,8 +73,7 @@ def _lines(path: Path, field: str) -> Iterator[Document]:
             text = row.get(field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise UsageError(f'{path}, line {number} has no text "{field}"; --field names it')
-            # JSON can spell half a character, which has no UTF-8.
-            yield Document(text.encode(errors="replace").decode(), read / size)
+            yield Document(whole_characters(text), read / size)
 
 
 def _rows(path: Path, field: str) -> Iterator[Document]:

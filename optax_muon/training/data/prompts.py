@@ -26,6 +26,7 @@ import numpy as np
 
 from optax_muon.errors import UsageError
 from optax_muon.training.data.corpus import HELD_OUT
+from optax_muon.training.data.documents import whole_characters
 from optax_muon.training.data.tokenizer import Bytes, Subwords, Tokenizer
 
 KEYS = ("prompt", "completion")
@@ -156,7 +157,8 @@ def _pair(path: Path, number: int, line: str) -> tuple[int, str, str]:
             )
     if not row["completion"]:
         raise UsageError(f"{where} has an empty completion")
-    return number, row["prompt"], row["completion"]
+    prompt, completion = (whole_characters(row[key]) for key in KEYS)
+    return number, prompt, completion
 
 
 def _encode(
