@@ -6,6 +6,7 @@ import pytest
 from optax_muon.polar import COEFFICIENTS, Coefficients
 
 every_table = pytest.mark.parametrize("table", COEFFICIENTS.values(), ids=COEFFICIENTS.keys())
+not_finite = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 
 
 def orthonormal(rows, columns, seed):

@@ -17,6 +17,7 @@ from optax import contrib
 
 from optax_muon.matrices.views import View
 from optax_muon.muon import MUON, muon, scale_by_muon
+from optax_muon.polar import polar_svd
 from optax_muon.transforms.decay import cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
@@ -232,11 +233,38 @@ def test_accumulating_micro_batches_is_one_big_batch():
     assert_trees_close(found, trained(muon(0.1), tree(), gradients), rtol=1e-4, atol=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_can_be_skipped():
-    good = steps(2)
-    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), good[0])
-    found = trained(optax.apply_if_finite(muon(0.1), 3), tree(), [good[0], bad, good[1]])
-    assert_trees_close(found, trained(muon(0.1), tree(), good))
+CHAINS = {
+    "plain": {},
+    "normuon": {"post": normuon()},
+    "update norm": {"scale": scale_by_update_norm()},
+    "exact": {"orthogonalizer": polar_svd},
+}
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("options", CHAINS.values(), ids=CHAINS)
+def test_a_gradient_that_is_not_finite_can_be_skipped(options, bad):
+    tx, good = muon(0.1, **options), steps(2)
+    expected = trained(tx, tree(), good)
+    struck = [jax.tree.map(lambda g: g.at[0].set(bad), good[0])]
+    # One entry of one matrix is enough.
+    leaves, structure = jax.tree.flatten(good[0])
+    for i, leaf in enumerate(leaves):
+        one = leaf.at[(0,) * leaf.ndim].set(bad)
+        struck.append(jax.tree.unflatten(structure, [*leaves[:i], one, *leaves[i + 1 :]]))
+    for gradient in struck:
+        found = trained(optax.apply_if_finite(tx, 3), tree(), [good[0], gradient, good[1]])
+        assert_trees_close(found, expected)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("options", CHAINS.values(), ids=CHAINS)
+def test_a_gradient_that_is_not_finite_is_seen_in_the_parameters(options, bad):
+    gradient = tree(1)
+    gradient["tall"]["kernel"] = gradient["tall"]["kernel"].at[0, 0].set(bad)
+    found = trained(muon(0.1, **options), tree(), [gradient, tree(2)])
+    assert not jnp.isfinite(found.pop("tall")["kernel"]).all()
+    chex.assert_tree_all_finite(found)
 
 
 def test_schedule_free_averages_the_iterates():

@@ -10,6 +10,7 @@ import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -492,6 +493,29 @@ def test_stages_of_a_pipeline_on_meshes_of_their_own():
     expected = one_update(tx, {"kernel": big[::-1]}, {"kernel": big})
     for stage in updates.values():
         chex.assert_trees_all_close(jax.device_get(stage), expected, rtol=1e-5, atol=1e-6)
+
+
+SHARED = {
+    "whole at home": {"layout": "home"},
+    "gathered": {"layout": "gather"},
+    "columns on several devices": {"model": meshes.FREE_MESSAGES},
+}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("options", SHARED.values(), ids=SHARED)
+def test_a_matrix_on_a_mesh_that_is_not_finite_becomes_nan_and_no_other_does(options, bad):
+    case = meshes.case({"fsdp": 8}, meshes.layers(3, (64, 128), PartitionSpec("fsdp")), **options)
+    assert (" split " in str(case.plan())) == ("model" in options)
+    gradient = {path: np.array(x) for path, x in meshes.gradients_of(case).items()}
+    gradient["1/kernel"][2, 3] = bad
+    link = optax_muon.orthogonalize(views=case.views, plan=case.plan())
+    given = jax.device_put(gradient, case.shardings("explicit"))
+    found = jax.device_get(jax.jit(lambda g: link.update(g, optax.EmptyState())[0])(given))
+    assert np.isnan(found.pop("1/kernel")).all()
+    # Shared matrices are summed in pieces, in float32.
+    truth = {path: x for path, x in meshes.alone_of(case).items() if path in found}
+    assert meshes.error(found, truth) <= 1e-4
 
 
 @every_optimizer

@@ -2,7 +2,7 @@ r"""Four numbers that describe a matrix or an update.
 
 How orthogonal (`orthogonality_error`), how large per entry (`update_rms`), how evenly spread over
 directions (`svd_entropy`), and over how many (`stable_rank`). Each maps [..., m, n] to [...] in
-float32, and each is finite for a zero matrix.
+float32. Each is finite for a zero matrix, and not for a matrix that is not finite.
 """
 
 import math
@@ -121,7 +121,7 @@ def stable_rank(x: ArrayLike, /) -> jax.Array:
     """
     energy = _energies(x)
     most = jnp.max(energy, -1)
-    return jnp.where(most > 0, 1 / jnp.where(most > 0, most, 1), 0).astype(jnp.float32)
+    return jnp.where(most == 0, 0, 1 / jnp.where(most == 0, 1, most)).astype(jnp.float32)
 
 
 def _energies(x: ArrayLike) -> jax.Array:

@@ -35,11 +35,15 @@ def as_matrices(x: ArrayLike) -> jax.Array:
 def normalize(
     x: jax.Array, safety: float = 1.0, column_shards: ColumnShards = ALL_COLUMNS
 ) -> jax.Array:
-    """Divide each matrix by `safety` times its Frobenius norm, in float32 at least; 0 stays 0."""
+    """Divide each matrix by `safety` times its Frobenius norm, in float32 at least; 0 stays 0.
+
+    A matrix with an entry that is not finite becomes NaN, all of it.
+    """
     x, norm = scale_out(x, column_shards)
     unit = x / (safety * jnp.maximum(norm, 1.0)).astype(x.dtype)
-    # Selecting zeros makes the derivative at a zero matrix zero as well.
-    return jnp.where(norm > 0, unit, jnp.zeros_like(unit))
+    # Selecting zeros makes the derivative at a zero matrix zero as well. The norm is NaN where the
+    # matrix is not finite, and that must not look like zero.
+    return jnp.where(norm == 0, jnp.zeros_like(unit), unit)
 
 
 def normalize_in_first_step(
@@ -62,7 +66,7 @@ def normalize_in_first_step(
     """
     x, norm = scale_out(x, column_shards)
     # A factor of 0 makes the derivative at a zero matrix zero as well.
-    s = jnp.where(norm > 0, 1.0 / (safety * jnp.maximum(norm, 1.0)), 0.0)
+    s = jnp.where(norm == 0, 0.0, 1.0 / (safety * jnp.maximum(norm, 1.0)))
     x = x.astype(dtype)
     s = s.astype(at_least_float32(x).dtype)
     a, b, c = rows[0]
@@ -75,7 +79,8 @@ def scale_out(
     """Divide each matrix by its largest entry, in float32 at least.
 
     Returns:
-        The matrices, and their Frobenius norms [..., 1, 1]: below 1 only where a matrix is zero.
+        The matrices, and their Frobenius norms [..., 1, 1]: below 1 only where a matrix is zero,
+        and NaN where an entry is not finite.
     """
     x = at_least_float32(x)
     x = x / largest_entry(x, column_shards).astype(x.dtype)

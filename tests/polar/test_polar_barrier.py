@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from polar_reference import every_table, naive_loop, relative_error
+from polar_reference import every_table, naive_loop, not_finite, relative_error
 
 from optax_muon.platforms import PLATFORMS
-from optax_muon.polar import Barrier, Gram, NewtonSchulz, Plain
+from optax_muon.polar import KELLER, Barrier, Gram, NewtonSchulz, Plain
 
 FORMS = {"plain": Plain(Barrier()), "gram": Gram((3,), Barrier())}
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -59,6 +59,17 @@ def test_a_batch_is_a_loop_whatever_the_scales(form, dtype):
     tolerance = 1e-5 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
     for each, alone in zip(y, map(run, x), strict=True):
         np.testing.assert_allclose(each, alone, atol=tolerance)
+
+
+@every_form
+@not_finite
+@pytest.mark.parametrize("shape", [(12, 24), (24, 12)], ids=["wide", "tall"])
+def test_a_matrix_that_is_not_finite_becomes_nan_and_its_neighbours_do_not(form, shape, bad):
+    x = gaussian(3, *shape).at[1, 2, 3].set(bad)
+    y = NewtonSchulz(form=form)(x)
+    assert jnp.isnan(y[1]).all()
+    for alone in (0, 2):
+        assert relative_error(y[alone], naive_loop(x[alone], KELLER.rows)) < 3e-5
 
 
 @every_form

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from polar_reference import orthonormal, relative_error, with_spectrum
+from polar_reference import not_finite, orthonormal, relative_error, with_spectrum
 
 from optax_muon.polar import DEEPSEEK_V4, newton_schulz, polar_svd, update_rms
 
@@ -41,6 +41,16 @@ def test_zero_in_is_zero_out_beside_matrices_that_are_not():
     y = polar_svd(x)
     assert not np.asarray(y[1]).any()
     np.testing.assert_allclose(y[2], polar_svd(x[2]), atol=1e-6)
+
+
+@not_finite
+def test_a_matrix_that_is_not_finite_becomes_nan_and_its_neighbours_do_not(bad):
+    x = gaussian(3, 6, 9).at[1, 2, 3].set(bad)
+    y = polar_svd(x)
+    assert jnp.isnan(y[1]).all()
+    for alone in (0, 2):
+        u, _, vt = np.linalg.svd(np.asarray(x[alone], np.float64), full_matrices=False)
+        assert relative_error(y[alone], u @ vt) < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

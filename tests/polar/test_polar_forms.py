@@ -5,8 +5,17 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from polar_reference import SPECTRA, every_spectrum, every_table, relative_error, true_update
+from polar_reference import (
+    SPECTRA,
+    every_spectrum,
+    every_table,
+    naive_loop,
+    not_finite,
+    relative_error,
+    true_update,
+)
 
 from optax_muon import hlo
 from optax_muon.platforms import PLATFORMS
@@ -69,6 +78,22 @@ def test_all_forms_have_the_error_of_the_plain_one_in_bfloat16(table, spectrum):
     for form in forms(table, jnp.bfloat16):
         # Measured 0.8 to 1.84.
         assert error(form) < 2 * plain, form
+
+
+@not_finite
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+@pytest.mark.parametrize("shape", [(12, 24), (24, 12)], ids=["wide", "tall"])
+def test_a_matrix_that_is_not_finite_becomes_nan_and_its_neighbours_do_not(shape, dtype, bad):
+    x = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
+    x[1, 2, 3], x[3] = bad, 0
+    for form in (None, Plain(), *forms(KELLER, dtype)):
+        y = np.asarray(newton_schulz(jnp.asarray(x), dtype=dtype, form=form))
+        assert np.isnan(y[1]).all(), form
+        for alone in (0, 2):
+            # The loop without rounding: two or three digits of half precision are left.
+            bound = 1e-4 if dtype == jnp.float32 else 0.05
+            assert relative_error(y[alone], naive_loop(x[alone], KELLER.rows)) < bound, form
+        assert not y[3].any(), form
 
 
 @every_table

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from polar_reference import orthonormal, with_spectrum
+from polar_reference import not_finite, orthonormal, with_spectrum
 
 from optax_muon.polar import orthogonality_error, stable_rank, svd_entropy, update_rms
 
@@ -69,6 +69,15 @@ def test_zero_matrices_have_the_documented_value(measure, value):
     found = measure(x)
     assert found[1] == value
     np.testing.assert_allclose(found[2], measure(x[2]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.__name__)
+@not_finite
+def test_a_matrix_that_is_not_finite_has_no_finite_measure(measure, bad):
+    x = gaussian(3, 6, 9).at[1, 2, 3].set(bad)
+    found = measure(x)
+    assert not jnp.isfinite(found[1])
+    np.testing.assert_allclose(found[::2], loop(x[::2], TRUTH[measure]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 20), (20, 8)])

@@ -357,6 +357,33 @@ def test_normuon_remembers_one_number_per_neuron_and_keeps_zero_zero():
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == sum(sizes.values())
 
 
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "link",
+    [orthogonalize(views=VIEWS), scale_by_update_norm(views=VIEWS), normuon(views=VIEWS)],
+    ids=["orthogonalize", "update norm", "normuon"],
+)
+def test_what_is_not_finite_stays_so_and_stays_in_its_matrix(link, bad):
+    updates = gaussian()
+    expected = {path: np.asarray(x) for path, x in applied(link, updates).items()}
+    struck = {"experts": (1, 2, 3, 4), "out": (5, 2), "qkv": (3, 9), "tall": (0, 0)}
+    for path, entry in struck.items():
+        updates[path][entry] = bad
+    # The other matrices of a struck parameter: slices of `experts`, a third of `out`, PARTS of qkv.
+    own = {"experts": np.s_[1, 2], "out": np.s_[4:8], "qkv": np.s_[:, 8:12], "tall": np.s_[:]}
+    found = applied(link, updates)
+    for path, update in found.items():
+        update = np.array(update)
+        if path in struck:
+            assert not np.isfinite(update[own[path]]).all(), path
+            update[own[path]] = expected[path][own[path]]
+        # Compiled alike; five steps multiply rounding of 6e-8 by up to 485.
+        np.testing.assert_allclose(update, expected[path], atol=3e-5, err_msg=path)
+
+
 # Dtypes
 
 
