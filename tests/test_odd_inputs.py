@@ -262,6 +262,51 @@ def test_the_derivative_through_an_update_is_finite(tx, point):
         np.testing.assert_array_equal(derivative, 0.0)
 
 
+DIFFERENTIATED = {
+    "wide": [(4, 8)],
+    "tall": [(8, 4)],
+    "square": [(6, 6)],
+    "a row": [(1, 8)],
+    "a column": [(8, 1)],
+    "one tall layer": [(1, 8, 4)],
+    "wide layers": [(3, 4, 8)],
+    "tall layers": [(3, 8, 4)],
+    "two tall layers at a time": [(2, 512, 128)],
+    "one shape, both ways": [(4, 8), (8, 4), (4, 8)],
+    "several shapes": [(8, 4), (6, 6), (2, 8, 3)],
+}
+
+
+@pytest.mark.parametrize("shapes", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+def test_the_derivative_through_orthogonalization_is_that_of_a_loop_in_float64(shapes):
+    rng = np.random.default_rng(0)
+    link = optax_muon.orthogonalize(views=View(-2, -1))
+    point, direction, weight = (
+        {str(i): rng.normal(size=shape) for i, shape in enumerate(shapes)} for _ in range(3)
+    )
+    as_float32 = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+
+    def found(x):
+        updates = link.update(x, optax.EmptyState())[0]
+        return optax.tree.vdot(as_float32(weight), updates)
+
+    def truth(by):
+        total = 0.0
+        for path, x in point.items():
+            axes = (x.ndim - 2,), (x.ndim - 1,)
+            moved = x + by * direction[path]
+            update = reference.each_matrix(moved, *axes, reference.newton_schulz)
+            total += np.sum(weight[path] * update)
+        return total
+
+    slope = jax.grad(found)(as_float32(point))
+    along = sum(np.sum(direction[path] * np.asarray(slope[path], np.float64)) for path in point)
+    expected = (truth(1e-5) - truth(-1e-5)) / 2e-5
+    size = sum(np.linalg.norm(direction[path]) * np.linalg.norm(slope[path]) for path in point)
+    # The rounding of float32, multiplied by slopes of up to 485, in units of the whole derivative.
+    assert abs(along - expected) < 1e-4 * size
+
+
 # Arguments
 
 REFUSED = {

@@ -22,7 +22,7 @@ def opaque_ints(numbers: Sequence[int], x: jax.Array) -> tuple[jax.Array, ...]:
     """Return the numbers as int32 `[]` that the compiler cannot fold into constants.
 
     They come from a conditional on `x` with two equal branches. If they were constants, XLA would
-    compile one kernel for every offset of a slice, and unroll a loop that runs once.
+    compile one kernel for every offset of a slice, and take a branch as it compiles.
 
     >>> [int(number) for number in opaque_ints((3, 5), jnp.ones((2, 2, 2)))]
     [3, 5]
@@ -108,22 +108,27 @@ def _few_at_a_time(orthogonalizer: Orthogonalizer, transposed: bool, x: jax.Arra
 
     If a transpose is all that precedes (`transposed`), XLA fuses it into every product instead of
     computing it once: 1.4 times as long for one 4096 x 1024 in float32, 3.5 times in bfloat16. A
-    loop makes XLA store the transposed matrix, provided that XLA cannot tell that it runs once.
+    loop makes XLA store the transposed matrix; where it would run once, and XLA would unroll it, a
+    branch does. A loop of a length that is not known has no derivative in reverse.
     """
     count, rows, cols = x.shape
     middling = 2**16 <= rows * cols < 2**19
     together = next(n for n in ((2, 3, 1) if middling else (1,)) if count % n == 0)
     one = jax.jit(orthogonalizer)  # traced once, for all of them
 
+    def each(some: jax.Array) -> jax.Array:
+        return jnp.concatenate([one(some[i : i + 1]) for i in range(together)])
+
     def body(index: jax.Array, x: jax.Array) -> jax.Array:
         start = index * together
         some = lax.dynamic_slice_in_dim(x, start, together)
-        done = [one(some[i : i + 1]) for i in range(together)]
-        return lax.dynamic_update_slice_in_dim(x, jnp.concatenate(done), start, 0)
+        return lax.dynamic_update_slice_in_dim(x, each(some), start, 0)
 
-    # In place: `lax.map` would fill a second stack with zeros, and copy the first to slice it.
-    iterations: int | jax.Array = count // together
-    if transposed and iterations == 1:
-        [iterations] = opaque_ints([1], x)
-    done: jax.Array = lax.fori_loop(0, iterations, body, x)
+    done: jax.Array
+    if transposed and count == together:
+        [always] = opaque_ints([1], x)
+        done = lax.cond(always == 1, each, lambda x: x, x)
+    else:
+        # In place: `lax.map` would fill a second stack with zeros, and copy the first to slice it.
+        done = lax.fori_loop(0, count // together, body, x)
     return done
