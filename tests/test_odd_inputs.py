@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_muon
 from optax_muon import View, compat, muon
+from optax_muon.transforms.momentum import scale_by_momentum
 
 OPTIMIZERS = {"muon": muon, "compat": compat.muon}
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -417,6 +418,69 @@ def test_compats_functions_are_no_schedules_under_inject_hyperparams():
     expected, _ = jax.jit(plain.update)(GRADIENT, plain.init(PLAIN), PLAIN)
     found, _ = jax.jit(injected.update)(GRADIENT, jax.jit(injected.init)(PLAIN), PLAIN)
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+BY_SHAPE = {"views": lambda tree: {"dense/kernel": View(1, 0), "dense/bias": None}}
+FACTORIES = {
+    "muon": (muon, {"learning_rate": 0.1, "scale": optax_muon.keller_scale(), **BY_SHAPE}),
+    "scale_by_muon": (
+        optax_muon.scale_by_muon,
+        {"scale": optax_muon.keller_scale(), "orthogonalizer": jnp.sign, **BY_SHAPE},
+    ),
+    "orthogonalize": (optax_muon.orthogonalize, {"orthogonalizer": jnp.sign, **BY_SHAPE}),
+    "orthogonalize by default": (optax_muon.orthogonalize, {}),
+    "scale_by_momentum": (scale_by_momentum, {"beta": 0.9, "mu_dtype": jnp.bfloat16}),
+    "scale_by_shape": (
+        optax_muon.scale_by_shape,
+        {"rule": optax_muon.spectral_scale(), **BY_SHAPE},
+    ),
+    "scale_by_update_norm": (optax_muon.scale_by_update_norm, {"rms": 0.3, **BY_SHAPE}),
+    "normuon": (optax_muon.normuon, {"beta2": 0.9, **BY_SHAPE}),
+    "decoupled_decay": (optax_muon.decoupled_decay, {"rate": 0.5, "mask": is_kernel}),
+    "cautious_decay": (optax_muon.cautious_decay, {"rate": 0.5, "mask": is_kernel}),
+    "compat.muon": (compat.muon, {"learning_rate": 0.1, "weight_decay_mask": is_kernel}),
+    "compat.scale_by_muon": (
+        compat.scale_by_muon,
+        {"weight_dimension_numbers": lambda tree: jax.tree.map(lambda x: None, tree)},
+    ),
+}
+PARTIALS = {
+    "bound": lambda factory, options: (functools.partial(factory, **options), {}),
+    "given": lambda factory, options: (functools.partial(factory), options),
+    "bound twice": lambda factory, options: (
+        functools.partial(functools.partial(factory, **options), **options),
+        {},
+    ),
+    "some of both": lambda factory, options: (
+        functools.partial(factory, **dict([*options.items()][1:])),
+        dict([*options.items()][:1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("partial", PARTIALS.values(), ids=PARTIALS)
+@pytest.mark.parametrize(("factory", "options"), FACTORIES.values(), ids=FACTORIES)
+def test_a_partial_of_a_factory_takes_hyperparameters(factory, options, partial):
+    bound, given = partial(factory, options)
+    injected = optax.inject_hyperparams(bound)(**given)
+    state = injected.init(PLAIN)
+    numbers = {name for name, value in options.items() if isinstance(value, float)}
+    assert numbers <= state.hyperparams.keys()
+    plain = factory(**options)
+    expected, _ = jax.jit(plain.update)(GRADIENT, plain.init(PLAIN), PLAIN)
+    found, _ = jax.jit(injected.update)(GRADIENT, state, PLAIN)
+    # The numbers are constants in one program and arguments of the other.
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_every_factory_that_takes_functions_is_among_these():
+    marked = {
+        factory
+        for module in (optax_muon, compat)
+        for factory in vars(module).values()
+        if callable(factory) and hasattr(factory, "__signature__")
+    }
+    assert {muon, compat.muon} <= marked <= {factory for factory, _ in FACTORIES.values()}
 
 
 def test_a_link_after_the_orthogonalization_reads_matrices_as_muon_does():

@@ -126,16 +126,27 @@ class _Static:
     function: Any
 
 
-class _StaticSignature(inspect.Signature):
-    """A signature that puts functions into boxes as it binds arguments."""
+class _StaticParameter(inspect.Parameter):
+    """A parameter that is never a schedule: a function that it defaults to is in a box.
 
-    static: frozenset[str]
+    The class is the mark, because copies keep it: `functools.partial` replaces the signature and
+    the parameters that it binds by copies, whose defaults are what it binds.
+    """
+
+    @property
+    def default(self) -> Any:
+        default = super().default
+        return default if default is inspect.Parameter.empty else _boxed(default)
+
+
+class _StaticSignature(inspect.Signature):
+    """A signature that puts functions into boxes as it binds static parameters."""
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
-        for name in self.static & bound.arguments.keys():
-            if callable(value := bound.arguments[name]):
-                bound.arguments[name] = _Static(value)
+        for name, value in bound.arguments.items():
+            if isinstance(self.parameters[name], _StaticParameter):
+                bound.arguments[name] = _boxed(value)
         return bound
 
 
@@ -168,14 +179,21 @@ def static_args(*names: str) -> Callable[[F], F]:
             return factory(*map(_open, args), **{key: _open(v) for key, v in kwargs.items()})
 
         own = inspect.signature(factory)
-        signature = _StaticSignature(
-            [*own.parameters.values()], return_annotation=own.return_annotation
-        )
-        signature.static = frozenset(names)
+        parameters = [
+            _StaticParameter(name, each.kind, default=each.default, annotation=each.annotation)
+            if name in names
+            else each
+            for name, each in own.parameters.items()
+        ]
+        signature = _StaticSignature(parameters, return_annotation=own.return_annotation)
         opened.__signature__ = signature  # type: ignore[attr-defined]
         return opened  # type: ignore[return-value]
 
     return decorate
+
+
+def _boxed(value: Any) -> Any:
+    return _Static(value) if callable(value) else value
 
 
 def _open(value: Any) -> Any:
