@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from optax_muon.matrices.rules import ParamInfo, is_stacked_name
 from optax_muon.matrices.views import Axes
@@ -169,8 +169,8 @@ class Tree:
 
     @functools.cached_property
     def common(self) -> int:
-        """How many names in front all roles share: `params`, or a model of one module."""
-        roles = [info.role.split("/")[:-1] for info in self.plain.values()] or [[]]
+        """How many names in front all series share: `params`, or a model of one module."""
+        roles = [info.series.split("/")[:-1] for info in self.plain.values()] or [[]]
         pairs = zip(min(roles), max(roles), strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -223,47 +223,51 @@ class Tree:
 
     @functools.cached_property
     def repeats(self) -> collections.Counter[tuple[str, tuple[int, ...]]]:
-        """In how many modules a role occurs with a shape; layers of one module count once."""
+        """In how many modules a series occurs with a shape; layers of one module count once."""
         places = {
-            (info.role, info.shape, module_of(path).rpartition("/")[0])
+            (info.series, info.shape, module_of(path).rpartition("/")[0])
             for path, info in self.plain.items()
         }
-        return collections.Counter((role, shape) for role, shape, _ in places)
+        return collections.Counter((series, shape) for series, shape, _ in places)
 
     @functools.cached_property
     def layers(self) -> collections.Counter[tuple[str, str]]:
-        """How many layers of a role a module has."""
+        """How many layers of a series a module has."""
         homes = ((module_of(path).rpartition("/")[0], info) for path, info in self.plain.items())
-        return collections.Counter((home, info.role) for home, info in homes)
+        return collections.Counter((home, info.series) for home, info in homes)
 
     def inside(self, path: str) -> bool:
         """Whether a parameter lies in a block that is repeated or stacked."""
         info = self.info(path)
-        if info.stack or self.repeats[info.role, info.shape] > 1:
+        if info.stack or self.repeats[info.series, info.shape] > 1:
             return True
         if not info.indexed:
             return False
-        # `layers/3/weight` may be one layer of a sequence, `layers/3/mlp/weight` is in a block.
-        above, _, number = module_of(path).rpartition("/")
-        listed = f"{above.rpartition('/')[0]}/kernel"
-        return not number.isdigit() or ParamInfo.of(listed, ()).indexed
+        # `layers/3/weight` and `layer3/weight` may be one layer of a sequence, but
+        # `layers/3/mlp/weight` is in a block.
+        above, _, last = module_of(path).rpartition("/")
+        around = above.rpartition("/")[0] if last.isdigit() else above
+        return not last[-1:].isdigit() or ParamInfo.of(f"{around}/kernel", ()).indexed
 
     def is_last(self, path: str) -> bool:
-        """Whether it is in the last of several numbered modules, and no other is of its shape."""
+        """Whether all numbers in its path are the last of their rows, and no other is of its shape.
+
+        It is in the last of several blocks, whatever it is called there, or their last layer.
+        """
         info = self.info(path)
-        if info.stack or self.repeats[info.role, info.shape] > 1 or not info.indexed:
+        if info.stack or self.repeats[info.series, info.shape] > 1:
             return False
-        same = self._roles[info.role]
-        modules = {module_of(other).rpartition("/")[0] for other in same}
-        return len(modules) > 1 and path == max(same, key=_numbers)
+        places = [(self._rows[row], number) for row, number in _numbered(path)]
+        return any(len(row) > 1 for row, _ in places) and all(n == row[-1] for row, n in places)
 
     @functools.cached_property
-    def _roles(self) -> dict[str, list[str]]:
-        """Role to the parameters that have it."""
-        found: dict[str, list[str]] = collections.defaultdict(list)
-        for path, info in self.plain.items():
-            found[info.role].append(path)
-        return found
+    def _rows(self) -> dict[tuple[str, str], list[int]]:
+        """Module and name without a number to the numbers that end it there, in order."""
+        found: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
+        for path in self.shapes:
+            for row, number in _numbered(path):
+                found[row].add(number)
+        return {row: sorted(numbers) for row, numbers in found.items()}
 
     def head_norms(self, path: str) -> frozenset[int]:
         """Lengths that norms of queries and keys beside a parameter scale."""
@@ -488,8 +492,14 @@ def is_norm(role: str) -> bool:
     return _NORM.fullmatch(role) is not None
 
 
-def _numbers(path: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", path)]
+def _numbered(path: str) -> Iterator[tuple[tuple[str, str], int]]:
+    """The names in a path that end in a number: the module that has it, the rest of it, the number.
+
+    >>> list(_numbered("mlp/layer_3/w"))
+    [(('mlp/', 'layer'), 3)]
+    """
+    for found in re.finditer(r"([^/.]*?)_?(\d+)(?=[/.]|$)", path):
+        yield (path[: found.start()], found[1]), int(found[2])
 
 
 def _paths(node: _Node) -> Iterable[str]:

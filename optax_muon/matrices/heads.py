@@ -73,9 +73,12 @@ def _decide(
 
 def _may_be_last(info: ParamInfo, tree: Tree, flow: _Flow) -> bool:
     """Whether its name and its place allow it to be the last layer of a model."""
+    last = tree.is_last(info.path) and not tree.partial
+    if _is_inner(info, tree):
+        return last and not flow.has_head
     # Beside repeated blocks, a layer at the root may be the last, whatever its name.
     at_root = len(info.role.split("/")) - tree.common <= 2 and not tree.partial
-    return not _is_inner(info, tree) and (_is_generic(info, tree) or (at_root and flow.has_blocks))
+    return _is_generic(info, tree) or last or (at_root and flow.has_blocks)
 
 
 def _doubt(info: ParamInfo, bound: BoundView, tree: Tree, flow: _Flow) -> str:
@@ -83,7 +86,8 @@ def _doubt(info: ParamInfo, bound: BoundView, tree: Tree, flow: _Flow) -> str:
     fan_in, fan_out = (_size(bound, axes) for axes in (bound.row_axes, bound.col_axes))
     fused = fan_out % fan_in == 0 and fan_out // fan_in < _FUSED_AT_MOST
     fed = flow.is_fed(info.path, bound)
-    if tree.partial or fused or not fed or not _is_generic(info, tree) or tree.inside(info.path):
+    placed = _is_generic(info, tree) and not _is_inner(info, tree) and not tree.inside(info.path)
+    if tree.partial or fused or not fed or not placed:
         return "a layer that nothing reads may be the output head"
     if flow.has_other_writers(info.path, fan_out):
         return "layers apart write what nothing reads"
@@ -91,10 +95,10 @@ def _doubt(info: ParamInfo, bound: BoundView, tree: Tree, flow: _Flow) -> str:
 
 
 def _is_generic(info: ParamInfo, tree: Tree) -> bool:
-    """Whether its name says nothing, or it is one of layers in a row: `hidden_0`, `hidden_1`."""
+    """Whether its name says nothing, or it is one of layers in a row: `hidden0`, `hidden1`."""
     home = module_of(info.path).rpartition("/")[0]
     named = _ANYWHERE.fullmatch(_last_name(info)) is not None
-    return named or tree.layers[home, info.role] > 1
+    return named or tree.layers[home, info.series] > 1
 
 
 def _vocabulary(info: ParamInfo, tree: Tree) -> Decision | None:
@@ -114,7 +118,7 @@ def _vocabulary(info: ParamInfo, tree: Tree) -> Decision | None:
 
 def _is_inner(info: ParamInfo, tree: Tree) -> bool:
     """Whether its module stands inside a model, which the only module of a tree does not."""
-    role = info.role.split("/")[tree.common :]
+    role = info.series.split("/")[tree.common :]
     if role[0] == "mlp" and len(role) > 2:
         # `mlp` with a norm and one layer, outside all others, is a model's last layer.
         top = "/".join(info.path.split("/")[: 1 + tree.common])
@@ -156,6 +160,7 @@ class _Flow:
         for width in tree.all_widths():
             self.readers[width] += 1
             self.writers[width] += 1
+        self.has_head = any(d.reason.startswith("output head") for d in decisions.values())
         self.has_blocks = any(count > 1 for count in tree.repeats.values())
         self.channels = {
             size

@@ -63,6 +63,11 @@ class ParamInfo:
         return tuple(axis for axis in self.own_axes if self.shape[axis] > 1)
 
     @property
+    def series(self) -> str:
+        """The role without the numbers that its names end in: `layer/w` of `layer3/w`."""
+        return _without_numbers(self.role)
+
+    @property
     def out_first(self) -> bool:
         """Whether it is stored (out, in), as torch and equinox do, who call it `weight`."""
         last = self.role.rpartition("/")[2]
@@ -215,6 +220,11 @@ def _parted(axes: Axes, out_first: bool) -> list[View]:
 @functools.lru_cache(maxsize=65536)
 def _matches(pattern: str, role: str) -> bool:
     return re.fullmatch(rf"(?:.*/)?(?:{pattern})", role) is not None
+
+
+@functools.lru_cache(maxsize=65536)
+def _without_numbers(role: str) -> str:
+    return re.sub(r"_?\d+(?=/|$)", "", role)
 
 
 @functools.lru_cache(maxsize=65536)
