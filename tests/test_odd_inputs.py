@@ -195,6 +195,52 @@ def test_decay_of_float32_parameters_survives_bfloat16_gradients():
     np.testing.assert_allclose(params["kernel"], (1 - 1e-4) ** 50, rtol=1e-6)
 
 
+def by_dtype(entry, otherwise):
+    return lambda tree: jax.tree.map(lambda x: entry if x.dtype == "float32" else otherwise, tree)
+
+
+def views_by_dtype(tree):
+    wide = {"dense/kernel": View(1, 0), "dense/bias": None}
+    return wide if tree["dense"]["kernel"].dtype == "float32" else {"": None}
+
+
+DECIDED = {
+    "mask": ("weight_decay_mask", by_dtype(True, False), None),
+    "a mask of some": (
+        "weight_decay_mask",
+        lambda tree: {
+            "dense": {"kernel": tree["dense"]["kernel"].dtype == "float32", "bias": False}
+        },
+        {"dense": {"kernel": True, "bias": False}},
+    ),
+    "views": ("views", views_by_dtype, {"dense/kernel": View(1, 0), "dense/bias": None}),
+}
+
+
+@pytest.mark.parametrize("name, function, entries", DECIDED.values(), ids=DECIDED)
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "jit"])
+def test_a_function_of_the_parameters_is_called_with_the_parameters(
+    name, function, entries, compile_it
+):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), GRADIENT)
+    found, expected = muon(0.1, **{name: function}), muon(0.1, **{name: entries})
+    states = [tx.init(PLAIN) for tx in (found, expected)]
+    for _ in range(2):
+        updates = []
+        for i, tx in enumerate((found, expected)):
+            update = jax.jit(tx.update) if compile_it else tx.update
+            one, states[i] = update(narrow, states[i], PLAIN)
+            updates.append(one)
+        chex.assert_trees_all_equal(*updates)
+
+
+def test_an_update_of_another_shape_than_its_parameter_is_refused_by_path():
+    tx = muon(0.1)
+    turned = {"dense": {"kernel": KERNEL.T, "bias": BIAS}}
+    with pytest.raises(ValueError, match=r"update of dense/kernel has the shape \(6, 4\)"):
+        tx.update(turned, tx.init(PLAIN), PLAIN)
+
+
 @pytest.mark.parametrize("mu_dtype", [jnp.bfloat16, jnp.float32, "float16", None])
 def test_complex_momenta_keep_their_imaginary_part(mu_dtype):
     gradients = [

@@ -235,6 +235,9 @@ def with_settled_views(
     It is the outermost wrapper of an optimizer, and so it takes trees as users have them
     (`on_trainable_leaves`).
 
+    `update` decides for its `params`, as `init` does, and for the updates where it has none: what a
+    user's function says of parameters, it need not say of gradients in another dtype.
+
     Links used alone decide for themselves. In a chain they would each decide again, and a link
     inside `optax.partition` sees a tree in which the other optimizer's leaves are masked. Links
     without views of their own, such as a user's `normuon()`, take those of the chain around them.
@@ -276,11 +279,30 @@ def with_settled_views(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        settled, chain = built(updates)
+        if params is not None:
+            _check_shapes(updates, params)
+        settled, chain = built(updates if params is None else params)
         with settled_views(settled):
             return chain.update(updates, state, params, **extra_args)
 
     return on_trainable_leaves(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _check_shapes(updates: optax.Updates, params: optax.Params) -> None:
+    """Check that every update has the shape of its parameter.
+
+    Raises:
+        ValueError: One has another shape, or no parameter.
+    """
+    shapes, wanted = (list(map(np.shape, jax.tree.leaves(tree))) for tree in (updates, params))
+    if shapes == wanted:
+        return
+    named = paths.named_leaves(params)
+    for path, update in paths.named_leaves(updates).items():
+        if path not in named:
+            raise ValueError(f"There is an update of {path}, which is no parameter.")
+        if (shape := np.shape(update)) != (right := np.shape(named[path])):
+            raise ValueError(f"The update of {path} has the shape {shape}, the parameter {right}.")
 
 
 def _promoted(*dtypes: jnp.dtype) -> jnp.dtype:
