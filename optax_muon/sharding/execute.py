@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from optax_muon.sharding import cpu
 from optax_muon.sharding.assignment import Assignment, Orthogonalizer, Step
 from optax_muon.sharding.bucket_plan import BucketPlan
 from optax_muon.sharding.buckets import Stacks
 from optax_muon.sharding.device_groups import exchange
-from optax_muon.sharding.mesh import AnyMesh, Spec, explicit_spec, keep_explicit
+from optax_muon.sharding.mesh import (
+    AnyMesh,
+    Spec,
+    axis_sizes,
+    explicit_spec,
+    keep_explicit,
+    taken_axes,
+)
 from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.shards import LeafShard
 
@@ -31,7 +39,6 @@ _BucketRun = Generator[list[jax.Array], list[jax.Array], jax.Array]
 """Yields what arrives first for a bucket, is sent it back, and returns the finished stack."""
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
 def execute(
     plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: jax.tree_util.Partial
 ) -> dict[str, jax.Array]:
@@ -49,24 +56,72 @@ def execute(
         Path to array.
 
     Raises:
-        ValueError: A leaf is not sharded as planned, on mesh axes of type Explicit.
+        ValueError: A leaf is not sharded as planned, on mesh axes of type Explicit; or devices have
+            values of their own along an axis that the plan uses.
     """
+    try:
+        return _execute(plan, leaves, orthogonalizer)
+    except ValueError as error:
+        if "spmd_axis_name" not in str(error):
+            raise
+        raise ValueError(
+            "vmap(spmd_axis_name=...) maps over mesh axes along which the plan shares work; use"
+            " jax.shard_map over them in its place, or make them Explicit and leave out the name."
+        ) from error
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _execute(
+    plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: jax.tree_util.Partial
+) -> dict[str, jax.Array]:
     if plan.mesh is None:
         return _run_shards(plan, orthogonalizer, leaves)
+    _check_axes(plan, plan.mesh)
     for leaf in plan.leaves:
         _check_sharding(leaf, leaves[leaf.path], plan.mesh)
     specs = {leaf.path: _partition_spec(leaf.spec) for leaf in plan.leaves}
+    shared = _shared_auto_axes(plan, plan.mesh)
+
+    def run_shards(
+        orthogonalizer: Orthogonalizer, shards: Mapping[str, jax.Array], named: jax.Array
+    ) -> dict[str, jax.Array]:
+        del named
+        return _run_shards(plan, orthogonalizer, shards)
+
     run = jax.shard_map(
-        functools.partial(_run_shards, plan),
+        run_shards,
         mesh=plan.mesh,
-        in_specs=(PartitionSpec(), specs),
+        axis_names={*plan.mesh_axes},
+        # JAX refuses `vmap(spmd_axis_name=...)` over axes that a spec names. No leaf's spec names
+        # the axes of copies, along which the mapped values would be mixed.
+        in_specs=(PartitionSpec(), specs, PartitionSpec(shared)),
         out_specs=specs,
         # The result of an all-gather over replicas is the same on all of them; JAX cannot see it.
         check_vma=False,
     )
+    named = jnp.zeros(math.prod(plan.mesh_axes[axis] for axis in shared), jnp.int8)
     padded = {p.path: _pad(leaves[p.path], p.shape) for p in plan.leaves}
-    done = run(orthogonalizer, padded)
+    done = run(orthogonalizer, padded, named)
     return {path: _trim(done[path], leaves[path].shape) for path in done}
+
+
+def _check_axes(plan: Plan, mesh: AnyMesh) -> None:
+    """Check that where this is traced the plan can use its axes."""
+    here = jax.sharding.get_abstract_mesh()
+    free = axis_sizes(mesh if here.empty else here, taken_axes(mesh))
+    if missing := [axis for axis in plan.mesh_axes if axis not in free]:
+        raise ValueError(
+            f"the plan shares work over {', '.join(missing)}, but inside this shard_map, pmap or"
+            " vmap devices have values of their own along it; make the plan inside too."
+        )
+
+
+def _shared_auto_axes(plan: Plan, mesh: AnyMesh) -> tuple[str, ...]:
+    """The Auto axes whose devices take part in the work on one matrix."""
+    assignments = (each for bucket_plan in plan.buckets for each in bucket_plan.assignments)
+    axes = {role.axis for assignment in assignments for role in assignment.roles}
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if axis in axes and kind == AxisType.Auto)
 
 
 def _check_sharding(leaf: LeafShard, x: jax.Array, mesh: AnyMesh) -> None:

@@ -1,14 +1,15 @@
 """How parameters are sharded: a mesh, and for every axis of every leaf the mesh axes that cut it.
 
 On Explicit mesh axes this is part of an array's type, also under a trace. On Auto axes only the
-compiler knows it, so the shardings come from the user or from concrete arrays.
+compiler knows it, so the shardings come from the user or from concrete arrays. Along the axes of a
+`shard_map`, `pmap` or `vmap` around, devices have values of their own, and must not share work.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -43,8 +44,15 @@ class LeafShardings:
     """None on one device, or if nothing is known."""
     specs: Mapping[str, Spec]
     """Path to spec; empty without a mesh."""
+    taken: frozenset[str] = frozenset()
+    """Mesh axes along which devices have values of their own; see `taken_axes`."""
     unknown_shardings: bool = False
     """True if the leaves are traced, the mesh has Auto axes, and no shardings were given."""
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Names and sizes of the mesh axes that are not taken; empty without a mesh."""
+        return axis_sizes(self.mesh, self.taken)
 
 
 def resolve_shardings(
@@ -58,6 +66,9 @@ def resolve_shardings(
             or a callable of `{path: leaf}` that returns one. None reads the types.
         mesh: The mesh of bare `PartitionSpec`s; None is the ambient mesh of `jax.set_mesh`.
 
+    Returns:
+        The mesh is None where all of its axes are taken, as on one device.
+
     Raises:
         ValueError: A spec names an axis that the mesh lacks or uses an axis twice, is longer than
             the leaf's rank, or is missing for a leaf; or leaves lie on different meshes.
@@ -69,12 +80,15 @@ def resolve_shardings(
     mesh = _one_mesh(named, mesh)
     if mesh is None:
         return _off_mesh(given)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
+    taken = taken_axes(mesh) if traced else manual_axes(mesh)
+    if not axis_sizes(mesh, taken):
+        return LeafShardings(None, {})
     specs = {
         path: _spec(path, leaf, given.get(path, own[path]), mesh) for path, leaf in leaves.items()
     }
-    return LeafShardings(
-        mesh, specs, unknown_shardings=shardings is None and _are_unknown(leaves, mesh)
-    )
+    unknown = shardings is None and traced and _has_auto(mesh)
+    return LeafShardings(mesh, specs, taken, unknown_shardings=unknown)
 
 
 def check_names(tree: Any, shardings: Shardings) -> None:
@@ -102,9 +116,36 @@ def keep_explicit(spec: Spec, mesh: AnyMesh) -> Spec:
     return tuple(tuple(axis for axis in over if axis in kept) for over in spec)
 
 
-def axis_sizes(mesh: AnyMesh | None) -> dict[str, int]:
-    """Axis names and sizes of a mesh, in its order."""
-    return {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+def axis_sizes(mesh: AnyMesh | None, taken: Collection[str] = ()) -> dict[str, int]:
+    """Axis names and sizes of a mesh, in its order, without those that are taken."""
+    sizes = () if mesh is None else zip(mesh.axis_names, mesh.axis_sizes, strict=True)
+    return {axis: size for axis, size in sizes if axis not in taken}
+
+
+def taken_axes(mesh: AnyMesh) -> frozenset[str]:
+    """Mesh axes along which devices have values of their own, where this is traced.
+
+    They are those that a `shard_map` or `pmap` around has made Manual, and the Explicit ones over
+    which a `vmap` around maps. The types of arrays do not name the latter; but a `shard_map` over
+    the whole mesh leaves them out, and its body sees which axes it got.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    mesh = mesh if here.empty else here
+    got: set[str] = set()
+    look = jax.shard_map(
+        lambda: got.update(manual_axes(jax.sharding.get_abstract_mesh())),
+        mesh=mesh,
+        in_specs=(),
+        out_specs=PartitionSpec(),
+    )
+    jax.eval_shape(look)
+    return manual_axes(mesh) | (frozenset(mesh.axis_names) - got)
+
+
+def manual_axes(mesh: AnyMesh) -> frozenset[str]:
+    """Mesh axes of type Manual: those of a `shard_map` or `pmap` around."""
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(axis for axis, kind in axes if kind == AxisType.Manual)
 
 
 def slow_axes(mesh: AnyMesh | None) -> frozenset[str]:
@@ -182,6 +223,10 @@ def _of_type(entries: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 def _one_mesh(named: Mapping[str, NamedSharding], mesh: AnyMesh | None) -> AnyMesh | None:
     """The one mesh that all leaves share."""
+    here = jax.sharding.get_abstract_mesh()
+    if manual_axes(here):
+        # Inside a `shard_map` or `pmap` there is no other, though a user may give an outer one.
+        return here
     meshes = {path: sharding.mesh for path, sharding in named.items()}
     if mesh is not None:
         meshes = {"the argument mesh": mesh, **meshes}
@@ -192,7 +237,7 @@ def _one_mesh(named: Mapping[str, NamedSharding], mesh: AnyMesh | None) -> AnyMe
                 f"{path} lies on the mesh {axis_sizes(other)}, but {first} on"
                 f" {axis_sizes(reference)}; put all parameters on one mesh."
             )
-    found = next(iter(meshes.values()), None) or jax.sharding.get_abstract_mesh()
+    found = next(iter(meshes.values()), here)
     several = math.prod(found.axis_sizes) > 1
     return found if several or any(map(_matters, named.values())) else None
 
@@ -225,14 +270,15 @@ def _spec(path: str, leaf: Any, sharding: Any, mesh: AnyMesh) -> Spec:
             )
     if len(set(flat)) < len(flat):
         raise ValueError(f"{path}: its spec {spec} uses a mesh axis twice.")
+    # A leaf is already the part of its device along Manual axes.
+    manual = manual_axes(mesh)
+    axes = [tuple(name for name in entry if name not in manual) for entry in axes]
     return (*axes, *((),) * (len(leaf.shape) - len(axes)))
 
 
-def _are_unknown(leaves: Mapping[str, Any], mesh: AnyMesh) -> bool:
-    """Whether leaves are traced and the mesh has Auto axes, on which only the compiler knows."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
-    auto = any(
+def _has_auto(mesh: AnyMesh) -> bool:
+    """Whether there are Auto axes, on which only the compiler knows the shardings of tracers."""
+    return any(
         kind == AxisType.Auto and size > 1
         for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     )
-    return traced and auto

@@ -41,13 +41,15 @@ class Plan:
     """The rates behind modelled times."""
     device: str
     """What it runs on: `tpu`, `gpu`, `cpu`, or JAX's `device_kind`."""
+    taken: frozenset[str] = frozenset()
+    """Mesh axes that it leaves alone, as those of a `shard_map` or `vmap` that it was made in."""
     unknown_shardings: bool = False
     """True if the shardings are unknown (Auto axes under trace): the compiler then moves tiles."""
 
     @property
     def mesh_axes(self) -> dict[str, int]:
-        """Names and sizes of the mesh axes; empty on one device."""
-        return axis_sizes(self.mesh)
+        """Names and sizes of the mesh axes that it uses; empty on one device."""
+        return axis_sizes(self.mesh, self.taken)
 
     @property
     def in_order(self) -> tuple[BucketPlan, ...]:

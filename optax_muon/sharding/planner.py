@@ -19,7 +19,7 @@ from optax_muon.sharding.buckets import Bucket, Member
 from optax_muon.sharding.cost import CostModel, WorkModel
 from optax_muon.sharding.exchange import Owned
 from optax_muon.sharding.gather import Gathered
-from optax_muon.sharding.mesh import LeafShardings, axis_sizes, mesh_device, slow_axes
+from optax_muon.sharding.mesh import LeafShardings, mesh_device, slow_axes
 from optax_muon.sharding.plan import Plan
 from optax_muon.sharding.search import BucketGeometry, LayoutClass, LayoutSearch
 from optax_muon.sharding.shards import LeafShard, shard_leaf
@@ -64,7 +64,7 @@ def make_plan(
     kind = platform or (shardings.mesh and mesh_device(shardings.mesh)) or "cpu"
     device = get_device(kind)
     work = work.with_platform(device.name)
-    sizes = axis_sizes(shardings.mesh)
+    sizes = shardings.axis_sizes
     leaves = tuple(
         shard_leaf(path, bound, shardings.specs.get(path, ((),) * len(bound.shape)), sizes)
         for path, bound in bounds.items()
@@ -81,6 +81,7 @@ def make_plan(
         work,
         model,
         kind,
+        taken=shardings.taken,
         unknown_shardings=shardings.mesh is None and shardings.unknown_shardings,
     )
 

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_muon.errors import shortened
 from optax_muon.matrices import paths
+from optax_muon.sharding.mesh import axis_sizes, manual_axes
 
 
 def state_shardings(
@@ -109,11 +110,13 @@ def zero1_shardings(
                 f"shardings has no NamedSharding for {path!r}; give every parameter one."
             )
         mesh = entries[entry].mesh
+        # Along Manual axes, those of a `shard_map` around, a leaf is not a copy.
+        usable = axis_sizes(mesh, manual_axes(mesh))
         for name in names:
-            if name not in mesh.axis_names:
+            if name not in usable:
                 raise ValueError(
                     f"there is no axis {name!r} to cut {path} over; its mesh has"
-                    f" {', '.join(mesh.axis_names)}."
+                    f" {', '.join(usable)}."
                 )
         found[path] = _cut_further(shape, entries[entry], names)
     return found
