@@ -45,7 +45,7 @@ class LeafShardings:
     specs: Mapping[str, Spec]
     """Path to spec; empty without a mesh."""
     taken: frozenset[str] = frozenset()
-    """Mesh axes along which devices have values of their own; see `taken_axes`."""
+    """Mesh axes that a plan leaves alone: those of `taken_axes`, and Auto ones if unknown."""
     unknown_shardings: bool = False
     """True if the leaves are traced, the mesh has Auto axes, and no shardings were given."""
 
@@ -82,12 +82,14 @@ def resolve_shardings(
         return _off_mesh(given)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
     taken = taken_axes(mesh) if traced else manual_axes(mesh)
+    auto = _auto_axes(mesh) if shardings is None and traced else frozenset()
+    unknown = math.prod(size for axis, size in axis_sizes(mesh).items() if axis in auto) > 1
+    taken |= auto
     if not axis_sizes(mesh, taken):
-        return LeafShardings(None, {})
+        return LeafShardings(None, {}, unknown_shardings=unknown)
     specs = {
         path: _spec(path, leaf, given.get(path, own[path]), mesh) for path, leaf in leaves.items()
     }
-    unknown = shardings is None and traced and _has_auto(mesh)
     return LeafShardings(mesh, specs, taken, unknown_shardings=unknown)
 
 
@@ -276,9 +278,7 @@ def _spec(path: str, leaf: Any, sharding: Any, mesh: AnyMesh) -> Spec:
     return (*axes, *((),) * (len(leaf.shape) - len(axes)))
 
 
-def _has_auto(mesh: AnyMesh) -> bool:
-    """Whether there are Auto axes, on which only the compiler knows the shardings of tracers."""
-    return any(
-        kind == AxisType.Auto and size > 1
-        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    )
+def _auto_axes(mesh: AnyMesh) -> frozenset[str]:
+    """Mesh axes of type Auto, on which only the compiler knows the shardings of tracers."""
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(axis for axis, kind in axes if kind == AxisType.Auto)

@@ -42,9 +42,10 @@ class Plan:
     device: str
     """What it runs on: `tpu`, `gpu`, `cpu`, or JAX's `device_kind`."""
     taken: frozenset[str] = frozenset()
-    """Mesh axes that it leaves alone, as those of a `shard_map` or `vmap` that it was made in."""
+    """Mesh axes that it leaves alone: those of a `shard_map` or `vmap` that it was made in, and
+    those of `unknown_shardings`."""
     unknown_shardings: bool = False
-    """True if the shardings are unknown (Auto axes under trace): the compiler then moves tiles."""
+    """True if shardings are unknown (Auto axes under trace): the compiler moves tiles there."""
 
     @property
     def mesh_axes(self) -> dict[str, int]:

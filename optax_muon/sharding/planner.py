@@ -82,7 +82,7 @@ def make_plan(
         model,
         kind,
         taken=shardings.taken,
-        unknown_shardings=shardings.mesh is None and shardings.unknown_shardings,
+        unknown_shardings=shardings.unknown_shardings,
     )
 
 

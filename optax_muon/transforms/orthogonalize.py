@@ -7,6 +7,7 @@ chosen (`sharding/plan.py`).
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -19,7 +20,7 @@ from optax_muon.matrices.views import BoundView, Views
 from optax_muon.planning import bind_views, make_plan
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
-from optax_muon.sharding.mesh import LeafShardings, Shardings, resolve_shardings
+from optax_muon.sharding.mesh import Shardings, resolve_shardings
 from optax_muon.sharding.plan import Plan
 from optax_muon.transforms.arguments import check_orthogonalizer, static_args
 
@@ -122,8 +123,20 @@ def _plan(
     if where.unknown_shardings:
         warnings.warn(
             "Muon cannot see how its updates are sharded on the Auto axes of this mesh, and leaves"
-            " the communication to the compiler; pass shardings= (or use Explicit axes).",
-            stacklevel=2,
+            " the communication along them to the compiler; pass shardings= (to compat.muon in the"
+            " dimension numbers), or use Explicit axes.",
+            stacklevel=_depth_below_user(),
         )
-        where = LeafShardings(None, {}, unknown_shardings=True)
     return make_plan(leaves, bounds, where, orthogonalizer)
+
+
+def _depth_below_user() -> int:
+    """The `stacklevel`, for the caller, of the nearest frame outside of this package and of optax.
+
+    Between a user's step and this link lie the chain, its wrappers and partitions.
+    """
+    ours = {"optax_muon", "optax", "jax"}
+    frame, depth = inspect.currentframe(), 0
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in ours:
+        frame, depth = frame.f_back, depth + 1
+    return depth
