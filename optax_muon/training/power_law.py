@@ -101,7 +101,9 @@ def fit(flops: Sequence[float], losses: Sequence[float], *, irreducible: bool = 
         return np.log(e + np.exp(log_a - b * c)) - log_losses
 
     lowest = min(losses)
-    start, bounds = (lowest / 2, intercept, -slope), ([0, -np.inf, 0], [lowest, np.inf, np.inf])
+    bounds = [0, -np.inf, 0], [lowest, np.inf, np.inf]
+    # Losses that rise would start at a negative exponent.
+    start = np.clip((lowest / 2, intercept, -slope), *bounds)
     found = scipy.optimize.least_squares(
         residuals, start, bounds=bounds, loss="huber", f_scale=1e-3, x_scale=(1, 1, 0.1)
     )

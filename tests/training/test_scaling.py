@@ -97,6 +97,14 @@ def test_a_fit_finds_the_law_that_the_losses_follow(e):
     assert found.inverse(float(law(1e12))) == pytest.approx(1e12, rel=1e-2)
 
 
+@pytest.mark.parametrize("losses", [(2.0, 2.1, 2.2), (2.0, 2.0, 2.0), (3.0, 2.5, 2.6)])
+def test_a_law_with_an_offset_never_rises(losses):
+    found = power_law.fit([1e15, 1e16, 1e17], losses, irreducible=True)
+    curve = found([1e15, 1e16, 1e17])
+    assert found.b >= 0
+    assert min(losses) - 1e-3 < curve.min() <= curve.max() < max(losses) + 1e-3
+
+
 def test_the_ratio_is_the_factor_between_two_curves_and_noise_widens_its_interval():
     law, flops = power_law.PowerLaw(0.3, 0.08), np.geomspace(1e11, 1e14, 5)
     noise = np.random.default_rng(0).normal(size=(5, 3))
