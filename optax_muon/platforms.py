@@ -393,7 +393,7 @@ def bfloat16_instructions(info: Path = CPU_INFO) -> bool | None:
 
     Linux lists the instructions in `/proc/cpuinfo`, as does `lscpu`.
     """
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     split = (line.partition(":") for line in lines)
     flags = [value.split() for key, _, value in split if key.strip() in ("flags", "Features")]
     return any(not BFLOAT16_FLAGS.isdisjoint(each) for each in flags) if flags else None

@@ -1,5 +1,6 @@
 """What a user installs: typed, complete, with every public name documented."""
 
+import ast
 import importlib
 import inspect
 import pathlib
@@ -131,3 +132,26 @@ def test_a_missing_extra_is_named_in_one_line(code, user, missing, extra):
     line = done.stderr.strip().splitlines()[-1]
     assert f"{user} needs {missing}" in line
     assert line.endswith(f"install optax-muon with its extra {extra!r}: optax-muon[{extra}]")
+
+
+BINARY = ("'rb'", "'wb'", "'r+b'", "'w+b'")
+
+
+def names_no_encoding(call):
+    """Whether a call opens a text in whatever encoding the machine's locale has."""
+    function = ast.unparse(call.func)
+    if function in ("Image.open", "os.open", "TRACKERS[name].open"):  # no texts
+        return False
+    if function.endswith(".open") and any(mode in ast.unparse(call) for mode in BINARY):
+        return False
+    is_text = function == "open" or function.endswith((".open", ".read_text", ".write_text"))
+    return is_text and "encoding" not in {word.arg for word in call.keywords}
+
+
+def test_every_text_names_its_encoding():
+    """What was written in UTF-8 is read as UTF-8 under every locale."""
+    for path in sorted((ROOT / "optax_muon").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        lines = [call.lineno for call in calls if names_no_encoding(call)]
+        assert not lines, f"{path.relative_to(ROOT)}, lines {lines}"

@@ -59,7 +59,7 @@ class Spectra:
 
 def write(path: Path, lines: Sequence[SpectraRow]) -> None:
     """Save the lines as CSV, numbers to six digits; None becomes an empty cell."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(SpectraRow)])
         writer.writeheader()
         for line in lines:

@@ -278,7 +278,7 @@ class Train(Experiment, RunOptions):
         )
         params = shapes(spec.model(task.config.model), optax.identity()).params
         labels = optax_muon.label(params, views(task.config))
-        (folder.path / "routing.txt").write_text(f"{labels}\n")
+        (folder.path / "routing.txt").write_text(f"{labels}\n", encoding="utf-8")
         if tokens is not None:
             tokenizer.copy(tokens, folder.tokenizer)
         description = report.describe(self.model, task.config)

@@ -52,7 +52,7 @@ def as_imported(
         shapes = checkpoints.shapes(step)  # before anything is written
         near.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{near.name}.", dir=near.parent) as draft:
-            (Path(draft) / huggingface.CONFIG).write_text(json.dumps(contents))
+            (Path(draft) / huggingface.CONFIG).write_text(json.dumps(contents), encoding="utf-8")
             _write(checkpoints, step, shapes, Path(draft) / huggingface.PARAMS)
             yield Path(draft)
 

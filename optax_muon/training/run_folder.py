@@ -93,7 +93,9 @@ class RunFolder:
         if self.path.exists():
             self._clear(overwrite, source)
         with usage_errors(), folder_at_once(self.path) as draft:
-            RunFolder(draft).config.write_text(json.dumps(config, indent=2) + "\n")
+            RunFolder(draft).config.write_text(
+                json.dumps(config, indent=2) + "\n", encoding="utf-8"
+            )
 
     def read_config(self) -> dict[str, Any]:
         """The config of the run that is here.
@@ -214,7 +216,7 @@ class Journal:
 
     def write(self, trial: str, metrics: StepMetrics) -> None:
         """Add a step."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"trial": trial, **dataclasses.asdict(metrics)}) + "\n")
 
     def read(self, trial: str) -> list[StepMetrics]:
@@ -226,7 +228,7 @@ class Journal:
         """Drop the steps of a trial after its checkpoint: they will be repeated."""
         kept = [line for line, row in self._rows() if not _is_past(row, trial, after)]
         draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(kept))
+        draft.write_text("".join(kept), encoding="utf-8")
         draft.replace(self.path)
 
     def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -235,7 +237,7 @@ class Journal:
         Raises:
             UsageError: When a line is none that `write` has written.
         """
-        text = self.path.read_text() if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         for number, line in enumerate(lines, 1):
             try:

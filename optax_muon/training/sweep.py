@@ -101,7 +101,7 @@ class SweepTable:
         """
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             return [self._point(number, row) for number, row in enumerate(csv.DictReader(file), 2)]
 
     def _point(self, number: int, row: Mapping[str, str]) -> Point:

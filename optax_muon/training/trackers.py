@@ -90,7 +90,7 @@ class Service:
         self._file = tracked.folder / "tracking" / f"{module}-{tracked.trial}.json"
         saved: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "steps": 0}
         if self._file.exists():
-            saved = json.loads(self._file.read_text())
+            saved = json.loads(self._file.read_text(encoding="utf-8"))
         self._id, self.since = saved["id"], saved["steps"]
         self._file.parent.mkdir(exist_ok=True)
         self._save()
@@ -114,7 +114,7 @@ class Service:
 
     def _save(self) -> None:
         draft = self._file.with_suffix(".draft")  # a killed process leaves a whole file
-        draft.write_text(json.dumps({"id": self._id, "steps": self.since}))
+        draft.write_text(json.dumps({"id": self._id, "steps": self.since}), encoding="utf-8")
         draft.replace(self._file)
 
 

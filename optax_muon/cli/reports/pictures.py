@@ -58,7 +58,7 @@ def svg(figure: matplotlib.figure.Figure) -> str:
 def save(figure: matplotlib.figure.Figure, path: Path) -> None:
     """Write the figure to `path`, a PNG, and beside it as an SVG."""
     figure.savefig(path)
-    path.with_suffix(".svg").write_text(svg(figure))
+    path.with_suffix(".svg").write_text(svg(figure), encoding="utf-8")
 
 
 def alt(figure: matplotlib.figure.Figure) -> str:

@@ -277,9 +277,9 @@ def write(trials: Sequence[RunTrial], folder: Path) -> list[Repetitions]:
     """Write report.md, .png, .svg and .csv, the held-out losses of all trials."""
     groups = grouped(trials)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(markdown(groups))
+    (folder / "report.md").write_text(markdown(groups), encoding="utf-8")
     pictures.save(picture(groups), folder / "report.png")
-    with (folder / "report.csv").open("w", newline="") as file:
+    with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["run", "optimizer", "lr", "weight_decay", "seed", "step", "val_loss"])
         for trial in trials:

@@ -37,7 +37,7 @@ def plan_table(rungs: Sequence[Rung]) -> Table:
 
 def publish(results: Results, kind: str, folder: Path) -> None:
     """Write both files."""
-    (folder / "scaling.md").write_text(markdown(results, kind))
+    (folder / "scaling.md").write_text(markdown(results, kind), encoding="utf-8")
     curves = {name: curve(sizes) for name, sizes in results.items()}
     pictures.save(figure(curves), folder / "scaling.png")
 

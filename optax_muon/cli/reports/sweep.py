@@ -21,7 +21,7 @@ COLUMNS = ("optimizer", "lr", "decay", "held-out loss")
 
 def publish(points: Sequence[Point], heading: str, unit: str, folder: Path) -> None:
     """Write both files; `unit` is what a token is."""
-    (folder / "sweep.md").write_text(markdown(points, heading, unit))
+    (folder / "sweep.md").write_text(markdown(points, heading, unit), encoding="utf-8")
     plot(points, unit, folder / "sweep.png")
 
 

@@ -184,7 +184,7 @@ def publish(run: RunConfig, origin: str, folder: RunFolder, seconds: Seconds) ->
     """Write `summary.md` and the pictures, and print the tables."""
     comparisons = compare(run, folder, seconds)
     heading = describe(run.preset, run.training)
-    (folder.path / "summary.md").write_text(markdown(run, origin, comparisons))
+    (folder.path / "summary.md").write_text(markdown(run, origin, comparisons), encoding="utf-8")
     plot(comparisons, heading, run.training.unit, folder.path / "loss.png")
     console = Console()
     console.print(terminal_table(heading, [COLUMNS, *(each.cells for each in comparisons)]))

@@ -196,7 +196,7 @@ def _write_tensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(shard: Any, place: Place) -> np.ndarray:

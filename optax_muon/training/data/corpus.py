@@ -163,7 +163,7 @@ def describe_tokens(folder: Path) -> dict[str, Any]:
         UsageError: It cannot be read.
     """
     try:
-        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"cannot read {folder / DESCRIPTION}: {error}") from error
     return description

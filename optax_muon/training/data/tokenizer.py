@@ -187,9 +187,11 @@ class Subwords:
         """Write the files that `load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         self._rules.save(str(folder / RULES))
-        (folder / SETTINGS).write_text(json.dumps(self._settings, indent=2) + "\n")
+        (folder / SETTINGS).write_text(
+            json.dumps(self._settings, indent=2) + "\n", encoding="utf-8"
+        )
         if self._template is not None:
-            (folder / TEMPLATE).write_text(self._template)
+            (folder / TEMPLATE).write_text(self._template, encoding="utf-8")
 
     def _special(self, name: str) -> tuple[int, ...]:
         """The token of a setting, as a tuple of one or none."""
@@ -249,7 +251,9 @@ def load(path: Path) -> Subwords:
 
     folder = path if path.is_dir() else path.parent
     settings = _json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-    template = (folder / TEMPLATE).read_text() if (folder / TEMPLATE).exists() else None
+    template = (
+        (folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).exists() else None
+    )
     file = path / RULES if path.is_dir() else path
     if not file.exists() and (folder / TIKTOKEN).exists():
         return Subwords(_from_tiktoken(folder / TIKTOKEN, settings), settings, template)
@@ -345,7 +349,9 @@ def _from_tiktoken(path: Path, settings: dict[str, Any]) -> Any:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
     try:
-        lines = (line.split() for line in path.read_text().splitlines() if line.strip())
+        lines = (
+            line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        )
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     except ValueError as error:
         raise UsageError(f"cannot read {path}: {error}") from error

@@ -111,7 +111,7 @@ class TokenizeJob:
             "tokenizer": self.tokenizer,
         }
         if (self.draft / PROGRESS).exists():
-            saved: dict[str, Any] = json.loads((self.draft / PROGRESS).read_text())
+            saved: dict[str, Any] = json.loads((self.draft / PROGRESS).read_text(encoding="utf-8"))
             if saved["asked"] != asked:
                 raise UsageError(
                     f"{self.draft} was begun with other files or another tokenizer; delete it, or "
@@ -154,7 +154,7 @@ class TokenizeJob:
 
     def _save(self, state: dict[str, Any]) -> None:
         fresh = self.draft / f"{PROGRESS}.draft"
-        fresh.write_text(json.dumps(state))
+        fresh.write_text(json.dumps(state), encoding="utf-8")
         fresh.replace(self.draft / PROGRESS)
 
     def _finish(self, encoder: Subwords, state: dict[str, Any]) -> None:
@@ -165,7 +165,9 @@ class TokenizeJob:
             "how": how_held_out(state["few"]),
             **{part: state[part] for part in PARTS},
         }
-        (self.draft / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        (self.draft / DESCRIPTION).write_text(
+            json.dumps(description, indent=2) + "\n", encoding="utf-8"
+        )
         self.draft.rename(self.out)
         (self.out / PROGRESS).unlink(missing_ok=True)
 
