@@ -17,14 +17,14 @@ def dimension_numbers(params: Any) -> Any:
     """What tells optax.contrib.muon the stack axes, and the leaves for AdamW."""
     views = assign.assign(params)
 
-    def numbers(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        view = views[paths.path_name(path)]
+    def numbers(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        view = views[path]
         if view is None:
             return None
         bound = view.bind(leaf.shape)
         return optax.contrib.MuonDimensionNumbers(bound.row_axes, bound.col_axes)
 
-    return jax.tree.map_with_path(numbers, params)
+    return paths.map_named(numbers, params)
 
 
 def contrib_muon(params: Any, **options: Any) -> optax.GradientTransformation:

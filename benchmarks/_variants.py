@@ -97,7 +97,7 @@ def _two_momenta(
 def _matrices(params: optax.Params) -> Any:
     """True where Muon has a matrix."""
     views = assign.assign(params)
-    return jax.tree.map_with_path(lambda path, _: views[paths.path_name(path)] is not None, params)
+    return paths.map_named(lambda path, _: views[path] is not None, params)
 
 
 def _contrib(

@@ -163,12 +163,12 @@ def muon(
             optax.scale_by_learning_rate(learning_rate),
         )
 
-        def group(path: Any, _: Any) -> str:
-            return FALLBACK if settled[paths.path_name(path)] is None else MUON
+        def group(path: str, _: Any) -> str:
+            return FALLBACK if settled[path] is None else MUON
 
         return optax.partition(
             {MUON: in_float32(matrices), FALLBACK: fallback or in_float32(adamw)},
-            lambda params: jax.tree.map_with_path(group, params),
+            lambda params: paths.map_named(group, params),
         )
 
     return with_settled_views(build, views)

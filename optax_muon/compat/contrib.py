@@ -29,7 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax.contrib import MuonDimensionNumbers, MuonState
 
 from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
-from optax_muon.matrices.paths import path_name
+from optax_muon.matrices.paths import map_named
 from optax_muon.matrices.views import View
 from optax_muon.polar.coefficients import KELLER, YOU, Row
 from optax_muon.transforms.arguments import static_args
@@ -157,11 +157,11 @@ def muon(
             optax.scale_by_learning_rate(learning_rate),
         )
 
-        def group(path: Any, _: Any) -> str:
-            return "muon" if path_name(path) in views else "adam"
+        def group(path: str, _: Any) -> str:
+            return "muon" if path in views else "adam"
 
         return optax.partition(
-            {"muon": chain, "adam": adam}, lambda params: jax.tree.map_with_path(group, params)
+            {"muon": chain, "adam": adam}, lambda params: map_named(group, params)
         )
 
     return under_standard_promotion(with_settled_views(build, dimensions))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_muon.extras import require_extra
-from optax_muon.matrices.paths import longest_suffix, path_name
+from optax_muon.matrices.paths import longest_suffix, named_leaves
 
 require_extra("keras", "optax_muon.compat.keras")
 os.environ.setdefault("KERAS_BACKEND", "jax")  # read once, when Keras is first imported
@@ -123,9 +123,9 @@ class OptaxOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         trained = _by_path(v for v in variables if _is_trained(v))
         self._paths = {id(variable): path for path, variable in trained.items()}
         state = self._chain.init(params_of(trained.values()))
-        leaves, self._structure = jax.tree.flatten_with_path(state)
+        self._structure = jax.tree.structure(state)
         self._state = [
-            self._state_variable(path_name(path), leaf, trained) for path, leaf in leaves
+            self._state_variable(path, leaf, trained) for path, leaf in named_leaves(state).items()
         ]
 
     def _state_variable(

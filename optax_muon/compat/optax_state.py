@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 from optax.contrib import MuonState
 
-from optax_muon.matrices.paths import named_leaves, path_name
+from optax_muon.matrices.paths import map_named, named_leaves
 from optax_muon.transforms.momentum import MomentumState
 
 COUNTS = ("count", "gradient_step")
@@ -117,9 +117,7 @@ def filled(
     """
 
     def fill(take: Callable[[str, jax.Array], jax.Array], tree: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, leaf: take(path_name(path), leaf).astype(leaf.dtype), tree
-        )
+        return map_named(lambda path, leaf: take(path, leaf).astype(leaf.dtype), tree)
 
     def move(node: Any) -> Any:
         if isinstance(node, MomentumState):

@@ -7,31 +7,21 @@ path to view needs none of the gymnastics that masked trees ask for: the leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
 import optax
 
-# The key that a box around an array adds: `.value` for nnx.Variable and linen's nn.Partitioned.
-_BOX_KEYS = ("value", "raw_value")
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """Name a key path: `(DictKey('a'), SequenceKey(0), GetAttrKey('value'))` is `a/0`.
-
-    >>> import jax
-    >>> [(path, _)], _ = jax.tree.flatten_with_path({"layer": [1.0]})
-    >>> path_name(path)
-    'layer/0'
-    """
-    boxed = bool(path) and getattr(path[-1], "name", None) in _BOX_KEYS
-    keys = path[:-1] if boxed else path
-    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+# The keys of a box around an array: `.value` for nnx.Variable and linen's nn.Partitioned.
+_BOXES = (["value"], ["raw_value"])
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Flatten a tree into `{path: leaf}`, in the tree's own order.
+
+    A box around an array, such as `nnx.Variable` and linen's `Partitioned`, adds nothing to its
+    path.
 
     Args:
         tree: Any tree, of parameters or of views.
@@ -44,12 +34,45 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
     {'layer/0': 1.0, 'layer/1/norm': 2.0}
     """
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
-        name = path_name(path)
+    for path, leaf in _leaves_with_path(tree, is_leaf or (lambda node: False)):
+        name = "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
         if name in leaves:
             raise ValueError(f"Two parameters have the path {name!r}; rename one of them.")
         leaves[name] = leaf
     return leaves
+
+
+def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Map a function over the leaves of trees and their paths, which `named_leaves` tells.
+
+    Args:
+        function: `(path, leaf, *leaves of the rest) -> leaf`.
+        tree: Any tree, whose paths they are.
+        rest: Trees of its structure, or of one below it.
+
+    >>> map_named(lambda path, leaf: f"{path}: {leaf}", {"layer": [1.0]})
+    {'layer': ['layer/0: 1.0']}
+    """
+    names = jax.tree.unflatten(jax.tree.structure(tree), named_leaves(tree))
+    return jax.tree.map(function, names, tree, *rest)
+
+
+def _leaves_with_path(
+    tree: Any, is_leaf: Callable[[Any], bool]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """As `jax.tree.leaves_with_path`, but an array in a box has the path of the box."""
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    for path, node in nodes:
+        for below, leaf in jax.tree.leaves_with_path(node, is_leaf=is_leaf):
+            yield (path if len(below) == 1 else (*path, *below)), leaf
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node has one child, its value: an attention's fields q, k and `value` are three."""
+    if node is None or isinstance(node, dict | list | tuple):
+        return False
+    below = jax.tree.leaves_with_path(node, is_leaf=lambda child: child is not node)
+    return [getattr(key, "name", None) for path, _ in below for key in path] in _BOXES
 
 
 def is_masked(leaf: Any) -> bool:

@@ -66,13 +66,13 @@ def state_shardings(
         raise ValueError("shardings has no NamedSharding; give every parameter one.")
     replicated = NamedSharding(given.mesh, PartitionSpec())
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        owner = paths.longest_suffix(shapes, paths.path_name(path))
+    def sharding(path: str, leaf: Any) -> NamedSharding:
+        owner = paths.longest_suffix(shapes, path)
         if owner is None or shapes[owner] != leaf.shape:
             return replicated
         return by_path[owner]
 
-    return jax.tree.map_with_path(sharding, jax.eval_shape(tx.init, params))
+    return paths.map_named(sharding, jax.eval_shape(tx.init, params))
 
 
 def zero1_shardings(

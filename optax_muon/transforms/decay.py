@@ -138,11 +138,11 @@ def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.Grad
         now_in = functools.cache(functools.partial(jnp.asarray, now))
         decays = None if mask is None else settle_mask(mask, params)
 
-        def leaf(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-            if decays is not None and not decays[paths.path_name(path)]:
+        def leaf(path: str, u: jax.Array, p: jax.Array) -> jax.Array:
+            if decays is not None and not decays[path]:
                 return u
             return decay(u, p.astype(u.dtype), now_in(u.dtype))
 
-        return jax.tree.map_with_path(leaf, updates, params), following
+        return paths.map_named(leaf, updates, params), following
 
     return optax.GradientTransformation(init, update)

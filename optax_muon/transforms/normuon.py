@@ -65,14 +65,14 @@ def normuon(
     def init(params: optax.Params) -> NorMuonState:
         found = bind_views(params, views)
 
-        def zeros(path: Any, leaf: Any) -> jax.Array | optax.MaskedNode:
-            bound = found.get(paths.path_name(path))
+        def zeros(path: str, leaf: Any) -> jax.Array | optax.MaskedNode:
+            bound = found.get(path)
             if bound is None:
                 return optax.MaskedNode()
             # Mean squares are real, those of complex matrices too.
             return jnp.zeros(_neurons(bound).shape, jnp.finfo(accumulator_dtype(leaf.dtype)).dtype)
 
-        return NorMuonState(jax.tree.map_with_path(zeros, params))
+        return NorMuonState(paths.map_named(zeros, params))
 
     def update(
         updates: optax.Updates, state: NorMuonState, params: optax.Params | None = None
