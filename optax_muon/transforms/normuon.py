@@ -19,7 +19,7 @@ from optax_muon.matrices.views import Axes, BoundView, Split, Views
 from optax_muon.planning import bind_views
 from optax_muon.polar.normalize import safe_sqrt
 from optax_muon.transforms.arguments import check_number, static_args
-from optax_muon.transforms.wrappers import accumulator_dtype
+from optax_muon.transforms.wrappers import accumulator_dtype, reshard_like
 
 
 class NorMuonState(NamedTuple):
@@ -69,8 +69,10 @@ def normuon(
             bound = found.get(path)
             if bound is None:
                 return optax.MaskedNode()
-            # Mean squares are real, those of complex matrices too.
-            return jnp.zeros(_neurons(bound).shape, jnp.finfo(accumulator_dtype(leaf.dtype)).dtype)
+            # Made as `update` makes them, and so of the same type, to which shardings may belong.
+            nothing = jnp.zeros_like(leaf, dtype=accumulator_dtype(leaf.dtype))
+            squares = [_mean_squares(part, bound.part_rows) for part in bound.parts(nothing)]
+            return _neurons(bound).join(squares)
 
         return NorMuonState(paths.map_named(zeros, params))
 
@@ -84,7 +86,8 @@ def normuon(
             pairs = zip(bound.parts(leaves[path]), neurons.parts(nu[path]), strict=True)
             moved = [_normalize(part, old, *axes, beta2, eps) for part, old in pairs]
             leaves[path] = bound.join([part for part, _ in moved])
-            nu[path] = neurons.join([mean_square for _, mean_square in moved])
+            # A state that was placed otherwise, such as whole everywhere, stays there.
+            nu[path] = reshard_like(neurons.join([squares for _, squares in moved]), nu[path])
         return _like(updates, leaves), NorMuonState(_like(state.nu, nu))
 
     return optax.GradientTransformation(init, update)
@@ -105,13 +108,19 @@ def _neurons(bound: BoundView) -> BoundView:
     return dataclasses.replace(bound, shape=tuple(shape), split=split)
 
 
+def _mean_squares(x: jax.Array, rows: Axes) -> jax.Array:
+    """Return the mean square of each neuron of a part `[heads, ...]`: real numbers."""
+    return jnp.mean(jnp.square(jnp.abs(x)), rows, keepdims=True)
+
+
 def _normalize(
     x: jax.Array, nu: jax.Array, rows: Axes, cols: Axes, beta2: jax.typing.ArrayLike, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Return the normalized part `[heads, ...]` and its new mean squares."""
     wide = x.astype(accumulator_dtype(x.dtype))
     keep = jnp.asarray(beta2, nu.dtype)
-    nu = keep * nu + (1 - keep) * jnp.mean(jnp.square(jnp.abs(wide)), rows, keepdims=True)
+    squares = _mean_squares(wide, rows)
+    nu = keep * reshard_like(nu, squares) + (1 - keep) * squares
     even = wide / (safe_sqrt(nu) + eps)
     before, after = (
         jnp.sum(jnp.square(jnp.abs(y)), (*rows, *cols), keepdims=True) for y in (wide, even)

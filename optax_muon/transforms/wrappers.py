@@ -169,9 +169,9 @@ def with_state_sharding(
     """
 
     def run(update: Update, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        moved = jax.tree.map(_reshard_like, updates, moments(state))
+        moved = jax.tree.map(reshard_like, updates, moments(state))
         done, state = update(moved, state, params)
-        return jax.tree.map(_reshard_like, done, updates), state
+        return jax.tree.map(reshard_like, done, updates), state
 
     return _around(inner, run)
 
@@ -318,7 +318,7 @@ def _widen(x: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
     return x.astype(dtype)
 
 
-def _reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
+def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """Give `x` the sharding of `other`, where shardings are part of the type."""
     current, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
     # From jax 0.12 on, zeros made inside a program know no mesh unless there is an ambient one.

@@ -7,10 +7,13 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
 import reference
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.matrices.views import Split, View
@@ -355,6 +358,56 @@ def test_normuon_remembers_one_number_per_neuron_and_keeps_zero_zero():
         "wide": 12,
     }
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == sum(sizes.values())
+
+
+GRID = {"fsdp": 4, "tensor": 2}
+NEURONS = {
+    "columns": ((16, 32), P(None, "fsdp"), View(0, 1)),
+    "rows": ((16, 32), P("fsdp", None), View(0, 1)),
+    "both axes": ((16, 32), P("tensor", "fsdp"), View(0, 1)),
+    "the other way": ((16, 32), P("tensor", "fsdp"), View(1, 0)),
+    "layers": ((8, 16, 32), P("fsdp", None, "tensor"), View(1, 2)),
+    "a fused axis": ((16, 32), P("fsdp", "tensor"), View(0, 1, Split(1, (16, 8, 8)))),
+    "heads that are rows": ((32, 16), P("tensor", "fsdp"), View(0, 1, Split.equal(0, 32, parts=4))),
+}
+PLACES = {
+    "by itself": lambda tx, params: tx.init(params),
+    "whole everywhere": lambda tx, params: jax.jit(
+        tx.init,
+        out_shardings=optax_muon.state_shardings(
+            tx, params, jax.tree.map(lambda x: x.sharding, params)
+        ),
+    )(params),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("neurons", NEURONS.values(), ids=NEURONS)
+def test_on_explicit_axes_normuon_keeps_the_types_of_its_state(neurons, place):
+    shape, spec, view = neurons
+    case = meshes.case(GRID, {"kernel": (shape, spec, view)})
+    tx = optax_muon.muon(0.1, views={"kernel": view}, post=normuon(0.8))
+
+    def trained(params, state, gradients):
+        def step(carry, gradient):
+            params, state = carry
+            updates, state = tx.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), gradients)[0]
+
+    tree = jax.tree.map(jnp.asarray, gaussian(0, {"kernel": shape}))
+    gradients = gaussian(1, {"kernel": (3, *shape)})
+    expected, _ = jax.jit(trained)(tree, tx.init(tree), gradients)
+    shardings = case.shardings("explicit")
+    params = jax.device_put(tree, shardings)
+    stacked = NamedSharding(shardings["kernel"].mesh, P(None, *spec))
+    with jax.set_mesh(shardings["kernel"].mesh):  # from jax 0.12 on, zeros have no sharding without
+        state = place(tx, params)
+        found, after = jax.jit(trained)(params, state, jax.device_put(gradients, stacked))
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    # Shared matrices are summed in pieces, in float32.
+    assert_close(found, expected, atol=1e-5)
 
 
 # Numbers that are not finite
