@@ -121,7 +121,8 @@ def _normalize(
     keep = jnp.asarray(beta2, nu.dtype)
     squares = _mean_squares(wide, rows)
     nu = keep * reshard_like(nu, squares) + (1 - keep) * squares
-    even = wide / (safe_sqrt(nu) + eps)
+    root = safe_sqrt(nu) + eps
+    even = wide / jnp.where(root == 0, jnp.ones_like(root), root)
     before, after = (
         jnp.sum(jnp.square(jnp.abs(y)), (*rows, *cols), keepdims=True) for y in (wide, even)
     )

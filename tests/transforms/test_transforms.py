@@ -360,6 +360,24 @@ def test_normuon_remembers_one_number_per_neuron_and_keeps_zero_zero():
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == sum(sizes.values())
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_neurons_that_are_zero_stay_zero_whatever_eps(eps):
+    dead, history = [0, 3], np.random.default_rng(0).normal(size=(3, 6, 5)).astype(np.float32)
+    history[:, :, dead] = 0
+    alive = np.delete(history, dead, axis=2)
+    link = normuon(0.8, eps, views=View(0, 1))
+    state = link.init({"kernel": history[0]})
+    slope = jax.grad(lambda x: link.update({"kernel": x}, state)[0]["kernel"][1, 2])(history[0])
+    assert np.isfinite(slope).all()
+    for step, truth in zip(history, reference.normuon(alive, 0.8, eps), strict=True):
+        found, state = link.update({"kernel": step}, state)
+        assert not found["kernel"][:, dead].any()
+        np.testing.assert_allclose(np.delete(found["kernel"], dead, axis=1), truth, rtol=1e-4)
+    nothing = jnp.zeros((6, 5))
+    found, _ = link.update({"kernel": nothing}, link.init({"kernel": nothing}))
+    np.testing.assert_array_equal(found["kernel"], 0)
+
+
 GRID = {"fsdp": 4, "tensor": 2}
 NEURONS = {
     "columns": ((16, 32), P(None, "fsdp"), View(0, 1)),
