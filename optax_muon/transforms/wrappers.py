@@ -182,11 +182,17 @@ def on_trainable_leaves(
     """Run a transformation on the floating-point leaves of trees that hold other things as well.
 
     An Equinox module holds functions and settings, a Flax state random keys and counters. Such
-    leaves, and leaves without a gradient, have no state. Their updates are what was given, or zero
-    where that is an array of integers. Python floats count as arrays.
+    leaves have no state. Their updates are what was given, or zero where that is an array of
+    integers or JAX's float0, the gradient of an integer. Python floats count as arrays.
+
+    A leaf of floats is frozen by None in its place both in `init` and in the gradients. Parameters
+    that `update` gets may have it all the same.
 
     Args:
         inner: Any transformation; it sees None in the place of these leaves.
+
+    Raises:
+        ValueError: (in `update`) A leaf has no gradient, and the state was made for it.
 
     >>> tx = on_trainable_leaves(optax.sgd(0.5))
     >>> params = {"w": 1.0, "act": jax.nn.relu, "step": jnp.ones((), jnp.int32)}
@@ -197,6 +203,8 @@ def on_trainable_leaves(
 
     def run(update: Update, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         gradients = jax.tree.map(_trainable, updates)
+        _check_gradients(gradients, state, params)
+        given = updates if params is None else params
         if params is not None:
             params = jax.tree.map(
                 lambda g, p: None if g is None else _trainable(p),
@@ -205,7 +213,7 @@ def on_trainable_leaves(
                 is_leaf=_is_none,
             )
         new, state = update(gradients, state, params)
-        return jax.tree.map(_put_back, updates, new, is_leaf=_is_none), state
+        return jax.tree.map(_put_back, updates, new, given, is_leaf=_is_none), state
 
     return _around(inner, run, lambda params: inner.init(jax.tree.map(_trainable, params)))
 
@@ -221,10 +229,45 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def _put_back(given: Any, new: Any) -> Any:
-    if new is None and jnp.issubdtype(getattr(given, "dtype", np.void), jnp.integer):
-        return jnp.zeros_like(given)
-    return given if new is None else new
+def _put_back(gradient: Any, new: Any, param: Any) -> Any:
+    """The update of a leaf; `param` is the gradient again where there are no parameters."""
+    if new is not None:
+        return new
+    dtype = getattr(gradient, "dtype", np.void)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.zeros_like(gradient)
+    if dtype != jax.dtypes.float0:
+        return gradient
+    held = getattr(param, "dtype", np.void)
+    if held == jax.dtypes.float0:
+        # A zero of Python's, which takes the dtype of whatever it is added to.
+        return jnp.broadcast_to(0, param.shape)
+    # Nothing can be added to a random key.
+    return gradient if jnp.issubdtype(held, jax.dtypes.extended) else jnp.zeros_like(param)
+
+
+def _check_gradients(gradients: Any, state: Any, params: Any) -> None:
+    """Check that no leaf that the state was made for lacks its gradient.
+
+    Raises:
+        ValueError: One does.
+    """
+    if not any(map(_is_none, jax.tree.leaves(gradients, is_leaf=_is_none))):
+        return
+    if params is None:
+        leaves = paths.named_leaves(gradients, is_leaf=_is_none)
+        lacking = {path for path, leaf in leaves.items() if leaf is None}
+    else:
+        leaves = paths.named_leaves(jax.tree.map(_trainable, params))
+        lacking = leaves.keys() - paths.named_leaves(gradients).keys()
+    # The path of a moment ends in that of its parameter; counts of steps are integers.
+    moments = [p for p, leaf in paths.named_leaves(state).items() if _trainable(leaf) is not None]
+    moved = {paths.longest_suffix(leaves, path) for path in moments}
+    if trained := sorted(lacking & moved):
+        raise ValueError(
+            f"The gradient of {trained[0]} is None, but the state was made for it; give zeros, or"
+            " None in its place to init as well."
+        )
 
 
 def with_settled_views(
