@@ -87,7 +87,9 @@ class _Iteration(abc.ABC):
                 form, tall = lying, False
             # Otherwise the polynomial sees wide matrices.
             x = adjoint(x) if tall else x
-            if get_platform(platform).operand_barrier and jnp.isrealobj(x):
+            # Entries of 1 make Gram matrices of entries up to n, and float16 ends at 65504.
+            divided = dtype == jnp.float16 or jnp.iscomplexobj(x)
+            if get_platform(platform).operand_barrier and not divided:
                 largest_is_one, steps = normalize_in_first_step(
                     x, rows, dtype, safety, column_shards
                 )

@@ -62,6 +62,17 @@ def test_a_batch_is_a_loop_whatever_the_scales(form, dtype):
 
 
 @every_form
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+def test_a_long_side_overflows_in_no_dtype(form, dtype, tall):
+    x = jnp.sign(gaussian(3, 70_000))  # of entries of 1, the Gram matrix has 70,000 as diagonal
+    run = NewtonSchulz(dtype=dtype, form=form)
+    y = run(x.T).T if tall else run(x)
+    # A few units of rounding.
+    assert relative_error(y, naive_loop(x, KELLER.rows)) < 16 * float(jnp.finfo(dtype).eps)
+
+
+@every_form
 @not_finite
 @pytest.mark.parametrize("shape", [(12, 24), (24, 12)], ids=["wide", "tall"])
 def test_a_matrix_that_is_not_finite_becomes_nan_and_its_neighbours_do_not(form, shape, bad):
