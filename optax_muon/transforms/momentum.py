@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_muon.transforms.arguments import check_mu_dtype, check_number, static_args
-from optax_muon.transforms.wrappers import accumulator_dtype, moment_dtype
+from optax_muon.transforms.wrappers import accumulator_dtype, moment_dtype, promoted
 
 
 class MomentumState(NamedTuple):
@@ -34,7 +34,7 @@ def scale_by_momentum(
     nesterov: bool = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """Replace gradients by their momentum, in float32 or wider (arXiv 2502.16982, Eq. 1).
+    """Replace gradients by their momentum, summed in float32 or wider (arXiv 2502.16982, Eq. 1).
 
     Args:
         beta: The fraction of the momentum kept at each step, in [0, 1]; a number, an array or a
@@ -42,7 +42,7 @@ def scale_by_momentum(
         nesterov: Whether to look one step ahead; the paper does.
         mu_dtype: Dtype that the momentum is stored in. None keeps float32, or float64 for float64
             gradients, whatever the parameters are stored in. Complex momenta stay complex, at
-            least in complex64.
+            least in complex64. Sums are as wide as this, if it is wider than float32.
 
     Returns:
         A transformation whose updates are `g + beta M` with Nesterov and `M` without, where
@@ -76,11 +76,12 @@ def scale_by_momentum(
         rate_in = functools.cache(functools.partial(jnp.asarray, rate))
 
         def accumulate(g: jax.Array, m: jax.Array) -> jax.Array:
-            dtype = accumulator_dtype(g.dtype)
+            dtype = promoted(accumulator_dtype(g.dtype), m.dtype)
             return rate_in(dtype) * m.astype(dtype) + g.astype(dtype)
 
         mu = jax.tree.map(accumulate, updates, state.mu)
         ahead = jax.tree.map(accumulate, updates, mu) if nesterov else mu
+        ahead = jax.tree.map(lambda u, g: u.astype(accumulator_dtype(g.dtype)), ahead, updates)
         stored = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         return ahead, MomentumState(optax.safe_increment(state.count), stored)
 

@@ -65,7 +65,7 @@ def moment_dtype(
     if mu_dtype is None:
         return wide
     if jnp.issubdtype(wide, jnp.complexfloating):
-        return _promoted(jnp.dtype(mu_dtype), jnp.dtype(jnp.complex64))
+        return promoted(jnp.dtype(mu_dtype), jnp.dtype(jnp.complex64))
     return jnp.dtype(mu_dtype)
 
 
@@ -90,7 +90,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         if params is None:
             dtypes = jax.tree.map(lambda u: u.dtype, updates)
         else:
-            dtypes = jax.tree.map(lambda u, p: _promoted(u.dtype, p.dtype), updates, params)
+            dtypes = jax.tree.map(lambda u, p: promoted(u.dtype, p.dtype), updates, params)
             params = jax.tree.map(_widen, params)
         wide, state = update(jax.tree.map(_widen, updates, dtypes), state, params)
         return jax.tree.map(lambda u, dtype: u.astype(dtype), wide, dtypes), state
@@ -348,7 +348,7 @@ def _check_shapes(updates: optax.Updates, params: optax.Params) -> None:
             raise ValueError(f"The update of {path} has the shape {shape}, the parameter {right}.")
 
 
-def _promoted(*dtypes: jnp.dtype) -> jnp.dtype:
+def promoted(*dtypes: jnp.dtype) -> jnp.dtype:
     """What dtypes promote to, also where `jax_numpy_dtype_promotion` is strict."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(*dtypes)

@@ -135,6 +135,25 @@ def test_float32_momentum_remembers_what_bfloat16_gradients_are_too_coarse_for()
     assert float(state.mu) == 1.0 + 8 * 2.0**-10
 
 
+@pytest.mark.parametrize(
+    ("gradient", "stored"),
+    [("bfloat16", "float64"), ("float32", "float64"), ("complex64", "float64")],
+)
+def test_a_momentum_stored_in_float64_is_summed_in_float64(gradient, stored):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        steps = [jnp.asarray(rng.normal(size=5), gradient) for _ in range(20)]
+        link = scale_by_momentum(0.99, mu_dtype=stored)
+        state, momentum = link.init(steps[0]), np.zeros(5)
+        for step in steps:
+            exact = np.asarray(step.astype("complex128" if gradient == "complex64" else "float64"))
+            momentum = 0.99 * momentum + exact
+            updates, state = link.update(step, state)
+            assert updates.dtype == accumulator_dtype(gradient)
+            np.testing.assert_allclose(updates, exact + 0.99 * momentum, rtol=1e-6)
+            np.testing.assert_allclose(state.mu, momentum, rtol=1e-14)
+
+
 # Orthogonalize
 
 
