@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # They train for hours, and continue where they were stopped.
 EXPERIMENTS := $(addprefix benchmarks/,$(addsuffix .py,scaling_law moonlight_ladder \
-  compute_optimal lr_transfer update_rms weight_decay variants))
+  compute_optimal lr_transfer update_rms weight_decay variants finetune_table))
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: help train test lint docs archives bench

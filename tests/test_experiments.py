@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import importlib
 import math
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -252,6 +254,17 @@ def test_a_run_has_a_core_where_it_is_a_program(platforms, backend, alone, monke
         jax.config.update("jax_platforms", before)
     assert (runs._take_core in given) == alone
     assert len(groups) == (2 if alone else 1)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_bench_leaves_out_what_searches_and_trains_for_hours():
+    command = ["make", "--dry-run", "bench"]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in BENCHMARKS.glob("[!_]*.py"):
+        text = path.read_text()
+        searches = "import Experiment" in text or "search import tune" in text
+        assert (f"benchmarks/{path.name}" in done.stdout) != searches, path.name
 
 
 def test_the_page_is_made_of_the_committed_results():
