@@ -18,7 +18,10 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "tokenize": ("jinja2", "tokenizers"),
     "trackio": ("trackio",),
-    "train": ("flax", "orbax.checkpoint", "safetensors", "matplotlib", "rich", "tyro"),
+    "train": (
+        *("flax", "orbax.checkpoint", "safetensors"),
+        *("matplotlib", "packaging", "PIL", "rich", "scipy", "tyro"),
+    ),
     "wandb": ("wandb",),
 }
 """The modules that each extra installs."""

@@ -2,16 +2,22 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
+import itertools
 import pathlib
 import subprocess
 import sys
+import tomllib
 import types
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import optax_muon
+from optax_muon import extras
 
 ROOT = pathlib.Path(__file__).parent.parent
 FACES = ["optax_muon", "optax_muon.compat"]
@@ -71,6 +77,45 @@ def test_the_core_needs_jax_numpy_and_optax_only(wheel):
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     core = {line.split()[1].split(">")[0] for line in required if "extra ==" not in line}
     assert core == {"jax", "numpy", "optax"}
+
+
+@pytest.fixture(scope="module")
+def distributions():
+    """A function from a module to those it may come from; to its name if it is not installed."""
+    installed = importlib.metadata.packages_distributions()
+
+    def of(module):
+        top = module.split(".")[0]
+        return {canonicalize_name(name) for name in installed.get(top, [top])}
+
+    return of
+
+
+def required(*names):
+    """The distributions of extras, or without any those of the package itself."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["optional-dependencies"][name] for name in names]
+    needs = map(Requirement, itertools.chain(*(lists or [project["dependencies"]])))
+    return {canonicalize_name(need.name) for need in needs} - {"optax-muon"}
+
+
+def test_every_import_is_declared(distributions):
+    declared = required() | required(*extras.EXTRAS)
+    for path in sorted((ROOT / "optax_muon").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            tops = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+            for top in tops - {"optax_muon"}:
+                assert declared & distributions(top), f"{path} imports {top}"
+
+
+@pytest.mark.parametrize("extra", extras.EXTRAS)
+def test_what_is_looked_for_is_what_the_extra_installs(extra, distributions):
+    needed = required(extra, *(["models", "checkpoint"] if extra == "train" else []))
+    found = [distributions(module) for module in extras.EXTRAS[extra]]
+    assert all(names & needed for names in found)
+    assert needed <= set().union(*found)
 
 
 # A finder in front of all others hides what only the extras install.
