@@ -85,8 +85,6 @@ class PlanModel:
         for option, path in (("png", self.png), ("json", self.json)):
             if path is not None:
                 _check_file(option, path)
-        if self.png is not None and self.png == self.json:
-            raise UsageError(f"--png and --json are both {self.png}; give each its own file")
 
     def _plan(self) -> optax_muon.Plan:
         params = tree(self.model)
