@@ -9,7 +9,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from optax_muon.training.progress import SECONDS
+from optax_muon.training.progress import Pace
 
 Item = TypeVar("Item")
 
@@ -33,7 +33,7 @@ def with_lines(
     console: Console,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """The items, with a line every `SECONDS` seconds.
+    """The items, with a line every few seconds.
 
     Args:
         items: What is iterated over.
@@ -41,12 +41,10 @@ def with_lines(
         console: Where the lines are written.
         clock: Seconds since any moment.
     """
-    written = clock()
+    pace = Pace(clock)
     for number, item in enumerate(items):
         yield item
-        now = clock()
-        if now - written >= SECONDS:
-            written = now
+        if pace.is_due():
             console.out(f"{number + 1}/{len(items)} {unit}", highlight=False)
 
 
@@ -68,8 +66,7 @@ def show_progress(
             for update in updates:
                 bar.update(task, completed=done(update), description=line(update))
         return
-    written = time.monotonic()
+    pace = Pace()
     for update in updates:
-        if time.monotonic() - written >= SECONDS:
-            written = time.monotonic()
+        if pace.is_due():
             console.out(line(update), highlight=False)

@@ -29,6 +29,29 @@ SECONDS = 5.0
 """Time between two lines."""
 
 
+class Pace:
+    """Lines that are `SECONDS` apart.
+
+    Args:
+        clock: Seconds since any moment.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._last = clock, clock()
+
+    def is_due(self) -> bool:
+        """Whether it is time for the next line, which is then counted as written."""
+        now = self._clock()
+        if now - self._last < SECONDS:
+            return False
+        self._last = now
+        return True
+
+    def restart(self) -> None:
+        """Wait from now on, as a line was written out of turn."""
+        self._last = self._clock()
+
+
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """The progress of some trials, as it can be shown here.
 
@@ -160,8 +183,9 @@ class Lines(Display):
         clock: Callable[[], float] = time.monotonic,
     ):
         self._config, self._devices, self._console, self._clock = config, devices, console, clock
+        self._pace = Pace(clock)
         self._first = self._tokens = 0
-        self._since = self._written = self._seconds = 0.0
+        self._since = self._seconds = 0.0
         self._val_loss = "-"
 
     def begin(self, title: str, done: int) -> None:
@@ -182,7 +206,7 @@ class Lines(Display):
         else:
             self._tokens += self._config.tokens_at(number)
             self._seconds += metrics.seconds
-            if now - self._written < SECONDS and number < steps:
+            if not self._pace.is_due() and number < steps:
                 return
             left = (now - self._since) / (number - self._first) * (steps - number)
             speed = f"{self._speed()}, {datetime.timedelta(seconds=round(left))} left"
@@ -199,7 +223,7 @@ class Lines(Display):
 
     def _write(self, line: str) -> None:
         self._console.out(line, highlight=False)
-        self._written = self._clock()
+        self._pace.restart()
 
 
 def _spell(share: float | None) -> str:
