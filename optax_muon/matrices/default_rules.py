@@ -49,10 +49,6 @@ _PROJECTIONS = (
 )
 
 
-# Taps of a depthwise convolution.
-_LARGEST = 31
-
-
 @dataclasses.dataclass(frozen=True)
 class RuleRow:
     """A row of the table: what parameters of this name are, and how their axes are found."""
@@ -88,10 +84,10 @@ def _has_one_input_channel(info: ParamInfo) -> bool:
     own = info.own
     if len(own) < 3:
         return False
-    inputs_last = not info.out_first and own[-2] == 1 and max(own[:-2]) <= _LARGEST
+    inputs_last = not info.out_first and own[-2] == 1 and max(own[:-2]) <= readers.WIDEST_KERNEL
     # `[channels, 1, taps]` is stored by other names than `weight` too.
     longest = info.out_first or own[0] > max(own[2:])
-    return inputs_last or (longest and own[1] == 1 and max(own[2:]) <= _LARGEST)
+    return inputs_last or (longest and own[1] == 1 and max(own[2:]) <= readers.WIDEST_KERNEL)
 
 
 def _is_filter(info: ParamInfo) -> bool:

@@ -83,7 +83,7 @@ class Tree:
             self._insert(path)
         _summarize(self._root, self.plain)
         self._stacks: dict[str, list[Axes]] = {}
-        self._walk(self._root, "", (), [()], False)
+        self._walk(self._root, "", [()], False)
         self._hinted = frozenset(stacks or ())
         self._stacks |= {path: [axes] for path, axes in (stacks or {}).items()}
         self.homes: dict[str, list[str]] = collections.defaultdict(list)
@@ -357,7 +357,6 @@ class Tree:
         self,
         node: _Node,
         name: str,
-        taken: tuple[Mark, ...],
         ways: list[tuple[Mark, ...]],
         plain: bool,
     ) -> None:
@@ -366,7 +365,6 @@ class Tree:
         Args:
             node: the module.
             name: its name.
-            taken: stack axes of the modules above.
             ways: every set of stack axes that is possible here.
             plain: whether a vector shows that no module above stacks.
         """
@@ -377,10 +375,8 @@ class Tree:
         for path in node.leaves:
             self._stacks[path] = self._axes(path, ways, plain)
         for child, below in node.children.items():
-            listed = child.isdigit() and bool(found) is False
-            self._walk(
-                below, "" if listed else child, taken, ways, plain and not _opens(child, below)
-            )
+            listed = child.isdigit() and not found
+            self._walk(below, "" if listed else child, ways, plain and not _opens(child, below))
 
     def _stack_marks(
         self, node: _Node, name: str, known: tuple[Mark, ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 
@@ -97,7 +98,7 @@ def _doubt(info: ParamInfo, bound: BoundView, tree: Tree, flow: _Flow) -> str:
 def _is_generic(info: ParamInfo, tree: Tree) -> bool:
     """Whether its name says nothing, or it is one of layers in a row: `hidden0`, `hidden1`."""
     home = module_of(info.path).rpartition("/")[0]
-    named = _ANYWHERE.fullmatch(_last_name(info)) is not None
+    named = _ANYWHERE.fullmatch(info.name) is not None
     return named or tree.layers[home, info.series] > 1
 
 
@@ -110,7 +111,7 @@ def _vocabulary(info: ParamInfo, tree: Tree) -> Decision | None:
         if rows not in widths:
             return Decision(None, f"output head: the rows of {tables[0]!r}".replace("'", ""))
         beside = {module_of(path).rpartition("/")[0] for path in tables}
-        generic = _ANYWHERE.fullmatch(_last_name(info)) and not _is_inner(info, tree)
+        generic = _ANYWHERE.fullmatch(info.name) and not _is_inner(info, tree)
         if module_of(info.path).rpartition("/")[0] in beside and generic:
             return Decision(None, "output head: beside an embedding of its shape")
     return None
@@ -241,14 +242,4 @@ def _lengths(bound: BoundView, axes: tuple[int, ...]) -> Iterator[int]:
 
 
 def _size(bound: BoundView, axes: tuple[int, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= bound.shape[axis]
-    return size
-
-
-def _last_name(info: ParamInfo) -> str:
-    parts = info.role.split("/")
-    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "weights"):
-        parts.pop()
-    return parts[-1]
+    return math.prod(bound.shape[axis] for axis in axes)

@@ -29,8 +29,8 @@ _IN = {
 }
 _OUT = frozenset({"o", "out", "wo", "output", "post", "oproj"})
 _FUSED = {"qkv": 3, "kv": 2, "gates": 2}
-# Kernels of convolutions are no wider; patches of vision transformers are the widest.
-_WIDEST_KERNEL = 32
+WIDEST_KERNEL = 32
+"""Kernels of convolutions are no wider; patches of vision transformers are the widest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def one_hot_table(info: ParamInfo, tree: Tree) -> Found:
 def short_convolution(info: ParamInfo, tree: Tree) -> Found:
     """Two axes below a convolution: a matrix, or the taps of each channel."""
     found = matrix(info, tree).views or ()
-    wide = min(info.own) > _WIDEST_KERNEL
+    wide = min(info.own) > WIDEST_KERNEL
     return Found(found, "pointwise convolution") if wide else Found((*found, None))
 
 
@@ -150,7 +150,7 @@ def unnamed_convolution(info: ParamInfo, tree: Tree) -> Found:
     if len(own) != 4 or not re.search(r"kernel|weight|(^|/)w$", info.role):
         return NOTHING
     spatial, channels = (own[2:], own[:2]) if info.out_first else (own[:2], own[2:])
-    if spatial[0] != spatial[1] or spatial[0] > _WIDEST_KERNEL:
+    if spatial[0] != spatial[1] or spatial[0] > WIDEST_KERNEL:
         return NOTHING
     out = channels[0] if info.out_first else channels[1]
     bias = tree.bias(info.path)
@@ -269,21 +269,13 @@ def _attention_kind(info: ParamInfo, tree: Tree) -> str | None:
 
 
 def _kind(info: ParamInfo) -> str | None:
-    tokens = set(_name(info).split("_"))
+    tokens = set(info.name.split("_"))
     for kind in ("qkv", "kv", "q", "k", "v"):
         if tokens & _IN[kind]:
             return kind
-    if {"c", "attn"} <= tokens or "query_key_value" in _name(info):
+    if {"c", "attn"} <= tokens or "query_key_value" in info.name:
         return "qkv"
     return "o" if tokens & _OUT else None
-
-
-def _name(info: ParamInfo) -> str:
-    """Name of the module that owns a kernel, or of a bare array."""
-    parts = info.role.split("/")
-    while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "weights"):
-        parts.pop()
-    return parts[-1]
 
 
 def _into_one_and_rest(info: ParamInfo, tree: Tree, axes: Axes) -> list[int]:

@@ -63,6 +63,14 @@ class ParamInfo:
         return tuple(axis for axis in self.own_axes if self.shape[axis] > 1)
 
     @property
+    def name(self) -> str:
+        """The name of the module that owns a kernel, or of a bare array: `q_proj`."""
+        parts = self.role.split("/")
+        while len(parts) > 1 and parts[-1] in ("kernel", "w", "weight", "weights"):
+            parts.pop()
+        return parts[-1]
+
+    @property
     def series(self) -> str:
         """The role without the numbers that its names end in: `layer/w` of `layer3/w`."""
         return _without_numbers(self.role)

@@ -128,6 +128,7 @@ layers/conv/weight                                     12,16,8,5      12 x (40 x
 Conv_0/kernel                                          3,3,1,32       adamw
 mamba/conv1d/weight                                    1024,1,4       adamw
 depthwise_conv/kernel                                  4,1024         adamw
+conv1d/kernel                                          32,1,64        adamw
 patch_embed/proj/kernel                                16,16,3,768    adamw
 # adapters, scales, single rows and columns, and names without a role
 layers/0/lora/b                                        8,4096         1 x (8 x 4096)
