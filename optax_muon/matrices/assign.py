@@ -26,14 +26,16 @@ from optax_muon.matrices.entries import is_function, is_position, keys_of, liste
 from optax_muon.matrices.evidence import Tree
 from optax_muon.matrices.heads import find_heads
 from optax_muon.matrices.paths import is_masked, named_leaves
-from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, as_view
-from optax_muon.matrices.summary import NOT_FLOATING, LabelRow, Labels, ambiguity
+from optax_muon.matrices.rules import Decision, Interpretation, Kind, ParamInfo, Rule, as_view
+from optax_muon.matrices.summary import LabelRow, Labels, ambiguity
 from optax_muon.matrices.views import Axes, View
 
 __all__ = ["DEFAULT_RULES", "MATRICES", "Rule", "Stacked", "assign", "label"]
 
 MATRICES = "matrices"
 """As `views=`, or as an entry of it: ambiguous parameters with two axes are matrices."""
+
+_NOT_FLOATING = Decision(None, "not floating point", kind=Kind.NOT_FLOATING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _decide(
     shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
     floating = {path for path, leaf in leaves.items() if jnp.issubdtype(_dtype(leaf), jnp.inexact)}
     said = {path: user(ParamInfo.of(path, shape)) for path, shape in shapes.items()}
-    decisions = dict.fromkeys(shapes, Decision(None, NOT_FLOATING))
+    decisions = dict.fromkeys(shapes, _NOT_FLOATING)
     for path, entry in said.items():
         if isinstance(entry, Decision):
             decisions[path] = _checked(path, shapes[path], entry, _dtype(leaves[path]), floating)
@@ -260,7 +262,7 @@ def _checked(
     if path not in floating:
         if decision.view is not None:
             raise ValueError(f"{path} is {dtype}, which has no gradient; its view must be None.")
-        return Decision(None, NOT_FLOATING)
+        return _NOT_FLOATING
     if decision.view is not None:
         _blocks(path, shape, decision.view)
     return decision
@@ -367,6 +369,7 @@ def _row(path: str, leaf: Any, decision: Decision) -> LabelRow:
         decision.reason,
         decision.view,
         decision.interpretations,
+        decision.kind,
     )
 
 

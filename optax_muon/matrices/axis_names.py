@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from optax_muon.matrices.paths import named_leaves
-from optax_muon.matrices.rules import Decision
+from optax_muon.matrices.rules import Decision, Kind
 from optax_muon.matrices.views import View
 
 Names = tuple[str | None, ...]
@@ -229,7 +229,7 @@ def _read_layer(layer: Any) -> Decision:
     spatial = _group(getattr(layer, "Spatial", ()))
     contracted, produced = _group(layer.In), _group(layer.Out)
     if any(_role(name) == "table" for name in produced):
-        return Decision(None, "output head: its layer writes a vocabulary")
+        return Decision(None, "output head: its layer writes a vocabulary", kind=Kind.HEAD)
     if spatial and all(axis.size == 1 for axis in axes if axis.name in contracted):
         return Decision(None, "depthwise convolution")
     rows, cols = (_places(axes, names) for names in (contracted | spatial, produced))

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from optax_muon.matrices import readers
 from optax_muon.matrices.evidence import Tree, is_norm
 from optax_muon.matrices.likelihood import by_likelihood
-from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo, Rule, readings
+from optax_muon.matrices.rules import Decision, Interpretation, Kind, ParamInfo, Rule, readings
 from optax_muon.matrices.views import View
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -57,6 +57,8 @@ class RuleRow:
     """Which parameters."""
     reader: readers.Reader | None = None
     """What the tree says of their axes; None for AdamW, or where the rule's view holds."""
+    kind: Kind = Kind.ORDINARY
+    """What they are where they go to AdamW."""
 
 
 def _kernel(names: str) -> str:
@@ -127,6 +129,7 @@ TABLE: tuple[RuleRow, ...] = (
             "output head",
         ),
         readers.head,
+        Kind.HEAD,
     ),
     RuleRow(
         Rule(
@@ -214,7 +217,7 @@ def classify(path: str, tree: Tree) -> Decision:
 
     >>> tree = Tree({"layers/attn_norm/scale": (12, 512), "layers/q_proj/kernel": (12, 512, 512)})
     >>> classify("layers/attn_norm/scale", tree)
-    Decision(view=None, reason='norm', interpretations=())
+    Decision(view=None, reason='norm', interpretations=(), kind=<Kind.ORDINARY: 'ordinary'>)
     >>> classify("layers/q_proj/kernel", tree).view
     View(rows=(-2,), cols=(-1,), split=None)
     """
@@ -227,7 +230,7 @@ def classify(path: str, tree: Tree) -> Decision:
         i for d in decisions for i in d.interpretations or (Interpretation.of(d.view, shape),)
     ]
     unique = _unique(by_likelihood(offered, path, tree), shape)
-    return Decision(None, decisions[0].reason, unique)
+    return Decision(None, decisions[0].reason, unique, decisions[0].kind)
 
 
 def refuse(path: str, tree: Tree, likely: list[View | None], reason: str) -> Decision:
@@ -245,13 +248,14 @@ def _classify(info: ParamInfo, tree: Tree) -> Decision:
         if not row.rule.fits(info):
             continue
         if row.reader is None:
-            return Decision(None, row.rule.reason)
+            return Decision(None, row.rule.reason, kind=row.kind)
         found = row.reader(info, tree)
         if found.views is None:
             continue
         reason = found.reason or row.rule.reason
         if len({_sides(view, info.shape) for view in found.views}) == 1:
-            return Decision(from_end(found.views[0], info.shape), reason)
+            view = from_end(found.views[0], info.shape)
+            return Decision(view, reason, kind=row.kind if view is None else Kind.ORDINARY)
         return refuse(info.path, tree, list(found.views), reason)
     return refuse(info.path, tree, [], "name without a role")
 

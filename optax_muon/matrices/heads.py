@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from optax_muon.matrices.evidence import Tree, module_of
-from optax_muon.matrices.rules import Decision, Interpretation, ParamInfo
+from optax_muon.matrices.rules import Decision, Interpretation, Kind, ParamInfo
 from optax_muon.matrices.views import BoundView, View
 
 # Names of a layer that may stand anywhere, so in the last place too.
@@ -69,7 +69,7 @@ def _decide(
     doubt = _doubt(info, bound, tree, flow)
     if doubt:
         return _either(info, bound, doubt)
-    return Decision(None, f"output head: nothing reads its {fan_out} outputs")
+    return _head(f"nothing reads its {fan_out} outputs")
 
 
 def _may_be_last(info: ParamInfo, tree: Tree, flow: _Flow) -> bool:
@@ -109,11 +109,11 @@ def _vocabulary(info: ParamInfo, tree: Tree) -> Decision | None:
         if sorted(info.own) not in ([sorted((rows, width)) for width in widths]):
             continue
         if rows not in widths:
-            return Decision(None, f"output head: the rows of {tables[0]!r}".replace("'", ""))
+            return _head(f"the rows of {tables[0]}")
         beside = {module_of(path).rpartition("/")[0] for path in tables}
         generic = _ANYWHERE.fullmatch(info.name) and not _is_inner(info, tree)
         if module_of(info.path).rpartition("/")[0] in beside and generic:
-            return Decision(None, "output head: beside an embedding of its shape")
+            return _head("beside an embedding of its shape")
     return None
 
 
@@ -126,6 +126,10 @@ def _is_inner(info: ParamInfo, tree: Tree) -> bool:
         kernels = (path for path in tree.below(top) if len(tree.info(path).long_axes) > 1)
         return len(list(itertools.islice(kernels, 2))) > 1
     return _INNER.fullmatch("/".join(role)) is not None
+
+
+def _head(why: str) -> Decision:
+    return Decision(None, f"output head: {why}", kind=Kind.HEAD)
 
 
 def _either(info: ParamInfo, bound: BoundView, reason: str) -> Decision:
@@ -154,14 +158,14 @@ class _Flow:
             elif len(long := tree.info(path).long_axes) == 1 and len(shape) > 1:
                 # A kernel onto a single output reads its width.
                 self.readers[shape[long[0]]] += 1
-            elif len(long) == 2 and decisions[path].reason.startswith("output head"):
+            elif len(long) == 2 and decisions[path].kind is Kind.HEAD:
                 self.readers[shape[long[1 if tree.plain[path].out_first else 0]]] += 1
             elif len(long) == 2:
                 self.writers[shape[long[1]]] += 1
         for width in tree.all_widths():
             self.readers[width] += 1
             self.writers[width] += 1
-        self.has_head = any(d.reason.startswith("output head") for d in decisions.values())
+        self.has_head = any(decision.kind is Kind.HEAD for decision in decisions.values())
         self.has_blocks = any(count > 1 for count in tree.repeats.values())
         self.channels = {
             size

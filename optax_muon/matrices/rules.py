@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import itertools
 import re
@@ -117,6 +118,17 @@ class Interpretation:
         return f"View(rows={rows}, cols={cols})"
 
 
+class Kind(enum.Enum):
+    """What a parameter is, as far as more follows from it than its view says."""
+
+    ORDINARY = "ordinary"
+    """A matrix, a norm, a table."""
+    HEAD = "output head"
+    """It reads the features of the model, though it is no matrix for Muon."""
+    NOT_FLOATING = "not floating point"
+    """It has no gradient, so no optimizer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """How a parameter is read, and why."""
@@ -124,9 +136,11 @@ class Decision:
     view: View | None
     """How it is read, or None for the fallback optimizer."""
     reason: str
-    """Why."""
+    """Why, to be printed; nothing is decided by its words."""
     interpretations: tuple[Interpretation, ...] = ()
     """If it is ambiguous, every way to read it."""
+    kind: Kind = Kind.ORDINARY
+    """What it is."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from optax_muon.matrices.rules import Decision, Interpretation
+from optax_muon.matrices.rules import Decision, Interpretation, Kind
 from optax_muon.matrices.views import Block, View
 from optax_muon.notebook import html_table
 
 _HEADINGS = ("path", "shape", "matrices", "optimizer", "reason")
 _TOTALS = ("optimizer", "leaves", "parameters", "share")
-NOT_FLOATING = "not floating point"
-"""The reason why a leaf has no optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +33,8 @@ class LabelRow:
     """How it is read; None with AdamW."""
     interpretations: tuple[Interpretation, ...] = ()
     """If it is ambiguous, every way to read it."""
+    kind: Kind = Kind.ORDINARY
+    """What it is."""
 
     @property
     def optimizer(self) -> str:
@@ -44,7 +44,7 @@ class LabelRow:
         """
         if self.interpretations:
             return "open"
-        if self.reason == NOT_FLOATING:
+        if self.kind is Kind.NOT_FLOATING:
             return "none"
         return "muon" if self.blocks else "adamw"
 

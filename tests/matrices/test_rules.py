@@ -200,6 +200,12 @@ def test_keys_counters_and_functions_stay_out_of_muon():
     assert "100.0%" in str(table)
 
 
+def test_nothing_hangs_on_the_words_of_a_reason():
+    tree = {"up": {"kernel": leaf(8, 4)}, "down": {"kernel": leaf(4, 8)}}
+    rule = Rule("up/kernel", None, "not floating point")
+    assert [row.optimizer for row in label(tree, rule).rows] == ["muon", "adamw"]
+
+
 @pytest.mark.parametrize("keep", ["muon", "adamw"])
 @pytest.mark.parametrize(
     "views", [SETTLED, {"*mixer/kernel": View(1, (2, 3)), "mixer": MIXER}, lambda tree: SETTLED]
