@@ -90,6 +90,6 @@ def test_stages_without_steps_are_refused(wrong, message):
 )
 def test_the_shortest_runs_learn_something(schedule, fewest):
     """As `--steps 1` does: the peak is in the run, whatever is left of the stages."""
-    for steps in range(fewest, fewest + 12):
+    for steps in range(fewest, fewest + 3):
         config = TrainConfig(PRESETS["tiny"].model, 8, steps, 0, 20, 1, schedule)
         assert config.learning_rates(3.0).max() == pytest.approx(3.0)
