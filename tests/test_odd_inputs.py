@@ -495,6 +495,29 @@ def test_without_decay_no_parameters_are_needed(make):
     chex.assert_trees_all_equal(found, one_update(tx, GRADIENT, PLAIN))
 
 
+@pytest.mark.parametrize(
+    "zero",
+    [0, 0.0, -0.0, np.float32(0), np.float64(0), np.int32(0), np.float16(0), np.zeros(())],
+    ids=lambda zero: f"{type(zero).__name__} {zero}",
+)
+def test_without_decay_no_parameters_are_needed_whatever_kind_of_number_is_zero(zero):
+    tx = muon(0.1, weight_decay=zero)
+    found, _ = tx.update(GRADIENT, tx.init(PLAIN))
+    # With parameters and a rate that is not read: nothing is added.
+    chex.assert_trees_all_equal(
+        found, one_update(muon(0.1, weight_decay=jnp.zeros(())), GRADIENT, PLAIN)
+    )
+    link = optax_muon.decoupled_decay(zero)
+    chex.assert_trees_all_equal(link.update(GRADIENT, link.init(PLAIN))[0], GRADIENT)
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.1), jnp.zeros(()), lambda step: 0.0])
+def test_with_decay_of_any_kind_parameters_are_asked_for(rate):
+    tx = muon(0.1, weight_decay=rate)
+    with pytest.raises(ValueError, match="Weight decay needs params"):
+        tx.update(GRADIENT, tx.init(PLAIN))
+
+
 def test_with_decay_parameters_are_asked_for():
     with pytest.raises(ValueError, match="Weight decay needs params"):
         muon(0.1).update(GRADIENT, muon(0.1).init(PLAIN))

@@ -116,7 +116,8 @@ def settle_mask(mask: Mask, tree: Any) -> dict[str, bool]:
 
 def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.GradientTransformation:
     check_number("weight_decay", rate, at_least=0)
-    never = isinstance(rate, int | float) and rate == 0
+    # A number of Python's or NumPy's; arrays are not read, see `arguments`.
+    never = not isinstance(rate, jax.Array) and not callable(rate) and bool(rate == 0)
 
     def init(params: optax.Params) -> DecayState:
         if mask is not None:
