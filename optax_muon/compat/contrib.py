@@ -29,9 +29,12 @@ from jax.typing import ArrayLike, DTypeLike
 from optax.contrib import MuonDimensionNumbers, MuonState
 
 from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
+from optax_muon.matrices.dimension_numbers import given_shardings
+from optax_muon.matrices.entries import is_function
 from optax_muon.matrices.paths import map_named
-from optax_muon.matrices.views import View
+from optax_muon.matrices.views import View, Views
 from optax_muon.polar.coefficients import KELLER, YOU, Row
+from optax_muon.sharding.mesh import Shardings
 from optax_muon.transforms.arguments import static_args
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import keller_scale, match_rms, scale_by_shape
@@ -133,7 +136,7 @@ def muon(
         ),
     )
     scale_by_views = functools.partial(
-        scale_by_muon,
+        _scale_by_views,
         _preset(ns_coeffs) if isinstance(ns_coeffs, str) else ns_coeffs,
         ns_steps,
         beta,
@@ -148,10 +151,12 @@ def muon(
     if dimensions is None:
         dimensions = _every_matrix
 
-    def build(_: Any, settled: dict[str, View | None]) -> optax.GradientTransformation:
+    def build(tree: Any, settled: dict[str, View | None]) -> optax.GradientTransformation:
         views = {path: view for path, view in settled.items() if view is not None}
+        # Without parameters, `optax.tree.map_params` asks for the structure of a state.
+        given = dimensions(tree) if settled and is_function(dimensions) else dimensions
         chain = optax.chain(
-            scale_by_views(weight_dimension_numbers=views),
+            scale_by_views(views=views, shardings=given_shardings(None, given)),
             scale_by_shape(rule, views=views),
             _decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
@@ -209,11 +214,40 @@ def scale_by_muon(
 
     Source: optax 0.2.8, `optax.contrib.scale_by_muon`.
     """
+    views = View(0, 1) if weight_dimension_numbers is None else weight_dimension_numbers
+    return _scale_by_views(
+        ns_coeffs,
+        ns_steps,
+        beta,
+        eps,
+        mu_dtype,
+        nesterov=nesterov,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+        views=views,
+        shardings=None,
+    )
+
+
+def _scale_by_views(
+    ns_coeffs: Coefficients,
+    ns_steps: int,
+    beta: ArrayLike,
+    eps: ArrayLike,
+    mu_dtype: DTypeLike | None,
+    *,
+    nesterov: bool,
+    adaptive: bool,
+    preconditioning: Preconditioning,
+    views: Views,
+    shardings: Shardings,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_muon` for views that may have lost the shardings of their dimension numbers."""
     if preconditioning not in PRECONDITIONERS:
         raise ValueError(
             f"preconditioning is {preconditioning!r}; it must be one of {list(PRECONDITIONERS)}."
         )
-    views = View(0, 1) if weight_dimension_numbers is None else weight_dimension_numbers
+    link = functools.partial(orthogonalize, views=views, shardings=shardings)
 
     def init(params: optax.Params) -> MuonState:
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
@@ -229,7 +263,7 @@ def scale_by_muon(
         polar = jax.tree_util.Partial(
             _ITERATIONS[preconditioning], eps=eps, **_rows(state.ns_coeffs, ns_steps)
         )
-        updates, _ = orthogonalize(polar, views=views).update(average, optax.EmptyState())
+        updates, _ = link(polar).update(average, optax.EmptyState())
         if adaptive:
             updates = jax.tree.map(_scaled_by_dual_norm, average, updates)
         return updates, MuonState(count, optax.tree.cast(mu, mu_dtype), state.ns_coeffs)
@@ -261,7 +295,9 @@ def _checked(ns_coeffs: Coefficients, ns_steps: int) -> jax.Array:
     traced = isinstance(ns_steps, jax.core.Tracer)  # by `optax.inject_hyperparams`
     if not traced and ns_steps < 1:
         raise ValueError(f"ns_steps is {ns_steps}; it must be 1 or more.")
-    coeffs = jnp.array(ns_coeffs)  # a copy: the state may be donated
+    # A copy, because the state may be donated, and a result: on Explicit axes its sharding has an
+    # entry per axis, as `update` returns it. With a constant's `P()`, `update` is compiled twice.
+    coeffs = jnp.asarray(ns_coeffs) * 1
     if coeffs.ndim not in (1, 2) or coeffs.shape[-1] != 3:
         raise ValueError(f"ns_coeffs has the shape {coeffs.shape}; it must be (3,) or (steps, 3).")
     if not traced and coeffs.ndim == 2 and coeffs.shape[0] > ns_steps:

@@ -64,12 +64,12 @@ def state_shardings(
     given = next(iter(_entries(shardings).values()), None)
     if given is None:
         raise ValueError("shardings has no NamedSharding; give every parameter one.")
-    replicated = NamedSharding(given.mesh, PartitionSpec())
 
     def sharding(path: str, leaf: Any) -> NamedSharding:
         owner = paths.longest_suffix(shapes, path)
         if owner is None or shapes[owner] != leaf.shape:
-            return replicated
+            # With an entry per axis, as programs return it: `P()` is another sharding to `jit`.
+            return NamedSharding(given.mesh, PartitionSpec(*[None] * len(leaf.shape)))
         return by_path[owner]
 
     return paths.map_named(sharding, jax.eval_shape(tx.init, params))

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as Dims
 
-from optax_muon import compat
+from optax_muon import compat, state_shardings
 from optax_muon.compat.preconditioning import PRECONDITIONERS, newton_schulz
 
 MIXED = {
@@ -278,3 +278,32 @@ def test_explicit_meshes_where_optax_does_not_trace_give_its_numbers(sizes, name
         updates, after = jax.jit(ours.update)(placed, state, placed)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
     assert_close(jax.device_get(updates), jax.device_get(expected))
+
+
+def eager(init, params, _):
+    return init(params)
+
+
+def compiled(init, params, _):
+    return jax.jit(init)(params)
+
+
+def laid_out(init, params, shardings):
+    return jax.jit(init, out_shardings=shardings)(params)
+
+
+@pytest.mark.parametrize("begin", [eager, compiled, laid_out])
+@pytest.mark.parametrize("ns_coeffs", ["standard", "dion"])
+def test_on_an_explicit_mesh_the_update_is_compiled_once(begin, ns_coeffs):
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    sharding = NamedSharding(mesh, P(None, "fsdp"))
+    tx = compat.muon(0.1, ns_coeffs)
+    update = jax.jit(tx.update)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(random_tree({"a": (16, 32), "b": (16, 32)}, 0), sharding)
+        state = begin(tx.init, params, state_shardings(tx, params, sharding))
+        first = jax.tree.map(lambda x: x.sharding, state)
+        for _ in range(3):
+            _, state = update(params, state, params)
+    assert jax.tree.map(lambda x: x.sharding, state) == first
+    assert update._cache_size() == 1

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_muon
+from optax_muon import compat
 from optax_muon.matrices.assign import assign, label
 
 # ---- MaxText -------------------------------------------------------------------------------------
@@ -109,8 +110,11 @@ def test_the_plan_takes_the_sharding_from_dimension_numbers():
 @pytest.mark.parametrize(
     "link", [lambda views: optax_muon.muon(0.1, views=views),
              lambda views: optax_muon.scale_by_muon(views=views),
-             lambda views: optax_muon.orthogonalize(views=views)],
-    ids=["muon", "scale_by_muon", "orthogonalize"],
+             lambda views: optax_muon.orthogonalize(views=views),
+             lambda views: compat.muon(0.1, muon_weight_dimension_numbers=views),
+             lambda views: compat.muon(0.1, muon_weight_dimension_numbers=lambda _: views),
+             lambda views: compat.scale_by_muon(weight_dimension_numbers=views)],
+    ids=["muon", "scale_by_muon", "orthogonalize", "compat", "compat, function", "compat, link"],
 )  # fmt: skip
 def test_an_update_takes_the_sharding_from_dimension_numbers(link):
     tree, sharding = experts()
