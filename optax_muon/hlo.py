@@ -423,7 +423,8 @@ def _trips(bodies: dict[str, str], attributes: str, unknown: Trips) -> int:
 def _bytes(result: str) -> int:
     """Bytes of a type; the entries of a tuple are summed."""
     arrays = _ARRAY.findall(result)
-    return sum(_itemsize(kind) * math.prod(_numbers(lengths)) for kind, lengths in arrays)
+    bits = (_bits(kind) * math.prod(_numbers(lengths)) for kind, lengths in arrays)
+    return sum(-(-each // 8) for each in bits)
 
 
 def _lengths(result: str) -> list[int]:
@@ -431,8 +432,9 @@ def _lengths(result: str) -> list[int]:
     return _numbers(_found(_ARRAY.search(result))[2])
 
 
-def _itemsize(kind: str) -> int:
-    return _BYTES[kind] if kind in _BYTES else int(re.sub(r"\D", "", kind)) // 8
+def _bits(kind: str) -> int:
+    """Bits of an entry: the first number in the name of its type, as in `f8e4m3fn` or `s4`."""
+    return 8 * _BYTES[kind] if kind in _BYTES else int(_found(re.search(r"\d+", kind))[0])
 
 
 def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:

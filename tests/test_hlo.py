@@ -1,5 +1,7 @@
 """What the other tests count, counted in programs whose collectives are known."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -38,6 +40,27 @@ def test_the_parts_of_a_tuple_are_summed():
     rows = P(("a", "b"), None)
     text = text_of(lambda x: lax.all_to_all(x, ("a", "b"), 1, 1, tiled=True), x=rows, out=rows)
     assert [(each.kind, each.bytes) for each in collectives(text)] == [("all-to-all", 8 * 4)]
+
+
+TYPES = {
+    "pred": 8, "s8": 8, "u16": 16, "bf16": 16, "f16": 16, "f32": 32, "c64": 64, "c128": 128,
+    "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e5m2": 8, "f8e8m0fnu": 8, "f8e3m4": 8,
+    "f4e2m1fn": 4, "s4": 4, "u4": 4, "s2": 2, "u2": 2,
+}  # fmt: skip
+"""Bits of an entry, as the names of the types say."""
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("lengths", "entries"), [("8,3", 24), ("7", 7), ("", 1)])
+def test_entries_of_every_type_have_its_bits(kind, lengths, entries):
+    text = f"""HloModule step
+
+ENTRY %main (p: {kind}[{lengths}]) -> {kind}[{lengths}] {{
+  %p = {kind}[{lengths}] parameter(0)
+  ROOT %moved = {kind}[{lengths}] collective-permute(%p), source_target_pairs={{{{0,1}}}}
+}}
+"""
+    assert collective_bytes(text) == math.ceil(entries * TYPES[kind] / 8)
 
 
 def test_a_collective_in_a_loop_counts_every_iteration():
