@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -161,10 +162,10 @@ def make_plan(
 def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:
     """Return how the planner counts an orthogonalizer.
 
-    An object with a method `count`, like `NewtonSchulz`, counts its own work; its `rows` and
-    `dtype` are read if it has them. Any other callable is counted as five steps of the
-    plain form. Matrices are split by columns only if its attribute `supports_column_shards` is
-    true.
+    An object with a method `count` that takes what that of `NewtonSchulz` takes counts its own
+    work; its `rows` and `dtype` are read if it has them. Any other callable is counted as five
+    steps of the plain form. Matrices are split by columns only if its attribute
+    `supports_column_shards` is true.
 
     Raises:
         TypeError: `orthogonalizer` is not hashable.
@@ -175,8 +176,7 @@ def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:
             " compiled programs are cached by it; use @dataclass(frozen=True), or define __hash__."
         )
     adapted = _adapted(orthogonalizer)
-    counts = callable(getattr(adapted, "count", None))
-    counted: Any = adapted if counts else NewtonSchulz(form=Plain())
+    counted: Any = adapted if _counts(adapted) else NewtonSchulz(form=Plain())
     dtype = getattr(counted, "dtype", None)
     return WorkModel(
         counted,
@@ -184,6 +184,21 @@ def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:
         dtype=None if dtype is None else np.dtype(dtype),
         supports_column_shards=getattr(adapted, "supports_column_shards", False),
     )
+
+
+def _counts(orthogonalizer: Orthogonalizer) -> bool:
+    """Whether it has the method by which the planner counts, and not another of that name.
+
+    Every tuple has a `count`, and so has an orthogonalizer that is a named tuple.
+    """
+    count = getattr(orthogonalizer, "count", None)
+    if not callable(count):
+        return False
+    try:
+        inspect.signature(count).bind(1, 1, 1, platform="cpu")
+    except (TypeError, ValueError):  # it takes other arguments, or does not say which
+        return False
+    return True
 
 
 def _adapted(orthogonalizer: Orthogonalizer) -> Orthogonalizer:

@@ -38,7 +38,7 @@ def orthogonalize(
     Args:
         orthogonalizer: A function `[..., m, n] -> [..., m, n]`; set its options with
             `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. An object with a method
-            `count` (`NewtonSchulz`) counts its own work for the plan; where its
+            `count` like that of `NewtonSchulz` counts its own work for the plan; where its
             attribute `supports_column_shards` is true, it may be called on columns that lie on
             several devices, with the keyword `column_shards`. Any other callable gets whole
             matrices and is counted as five plain steps. It must be hashable, because compiled

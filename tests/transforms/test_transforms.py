@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import NamedTuple
 
 import chex
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_muon
 from optax_muon.matrices.views import Split, View
-from optax_muon.polar import KELLER, Plain, newton_schulz
+from optax_muon.polar import KELLER, NewtonSchulz, Plain, newton_schulz
 from optax_muon.transforms.decay import cautious_decay, decoupled_decay
 from optax_muon.transforms.momentum import scale_by_momentum
 from optax_muon.transforms.normuon import normuon
@@ -502,7 +503,33 @@ class Scaled:
         return 2 * newton_schulz(x)
 
 
+class Named(NamedTuple):
+    """A tuple, which counts other things than work."""
+
+    factor: float = 2.0
+
+    def __call__(self, x):
+        return self.factor * newton_schulz(x)
+
+
+class Tally(str):
+    """A string, whose `count` does not say what it takes."""
+
+    def __call__(self, x):
+        return 2 * newton_schulz(x)
+
+
+class Calls(Scaled):
+    """An object with another method of that name."""
+
+    def count(self):
+        raise AssertionError("it is not asked")
+
+
 FOREIGN = {
+    "a named tuple": Named(),
+    "a string": Tally("two"),
+    "an object that counts otherwise": Calls(),
     "a lambda": lambda x: 2 * newton_schulz(x),
     "a partial with a keyword that ours has too": functools.partial(
         lambda x, coefficients, steps: coefficients[0] * newton_schulz(x),
@@ -527,6 +554,19 @@ def test_any_callable_orthogonalizes_and_is_counted_as_the_plain_form(foreign):
     planned = optax_muon.plan(params, orthogonalizer=foreign)
     assert planned.cost.flops == Plain().count(4, 8, KELLER.rows).flops
     assert {a.form for bucket in planned.buckets for a in bucket.assignments} == {"plain"}
+
+
+def test_an_orthogonalizer_of_ones_own_counts_its_work():
+    class Counting:
+        def __call__(self, x):
+            return newton_schulz(x)
+
+        def count(self, m, n, devices=1, *, platform):
+            work = NewtonSchulz().count(m, n, devices, platform=platform)
+            return dataclasses.replace(work, flops=7)
+
+    planned = optax_muon.plan({"kernel": jnp.ones((4, 8))}, orthogonalizer=Counting())
+    assert planned.cost.flops == 7
 
 
 def test_an_orthogonalizer_that_cannot_be_hashed_is_refused_by_name():
