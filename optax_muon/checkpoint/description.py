@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,6 +43,17 @@ _NO_NUMBERS = frozenset("OSUMm")
 _LONGEST = 200
 """Characters of a setting that a message shows."""
 
+_RENAMED = {
+    f"optax_muon.transforms.scale.{before}.<locals>.<lambda>": f"optax_muon.transforms.scale.{now}"
+    for before, now in {
+        "match_rms": "MatchRms",
+        "keller_scale": "KellerScale",
+        "spectral_scale": "SpectralScale",
+        "fixed_scale": "FixedScale",
+    }.items()
+}
+"""Functions that older code saved by another name, and by nothing else."""
+
 _ABSENT = object()
 """Stands for a setting that is not there, and is spelled `absent`."""
 
@@ -52,16 +65,16 @@ def describe(items: Mapping[str, Any], settings: Mapping[str, Any] | None = None
         items: What is saved, by name: trees of arrays or `ShapeDtypeStruct`s. Those of `"params"`
             are the parameters, and moments in the other items are found by their paths.
         settings: What the arrays do not show and must not change: beta, coefficients, the model's
-            config. Numbers, strings, arrays, dtypes, dataclasses, functions (by name) and
-            `functools.partial`s of them, in mappings and sequences.
+            config. Numbers, strings, arrays, dtypes, dataclasses, functions (by name, with what
+            they close over) and `functools.partial`s of them, in mappings and sequences.
 
     Returns:
         Shape and dtype of every leaf by item and path, the state classes that hold moments of each
         parameter, and the settings.
 
     Raises:
-        TypeError: A setting that JSON cannot hold, a leaf that is neither an array nor a number, or
-            items that are no mapping of names.
+        TypeError: A setting that JSON cannot hold, a lambda that closes over nothing, a leaf that
+            is neither an array nor a number, or items that are no mapping of names.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"up": jnp.ones((4, 8))}
@@ -165,9 +178,10 @@ def _named_tuples(node: Any) -> Iterator[Any]:
 def _to_json(value: Any) -> Any:
     """Express a value that JSON lacks by values that it has."""
     if isinstance(value, functools.partial):
-        return {"function": value.func, "arguments": value.args, **value.keywords}
+        return _called(value.func, {"arguments": value.args, **value.keywords})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return _called(type(value), fields) if callable(value) else fields
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(value).tolist()
     if isinstance(value, np.ndarray | np.generic | jax.Array):
@@ -175,11 +189,53 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, np.dtype):
         return value.name
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+        return _function(value)
+    if callable(value) and hasattr(value, "__name__"):  # as `jnp.maximum`, a ufunc
+        return f"{type(value).__name__}.{value.__name__}"
     raise TypeError(
         f"settings hold {value!r}, a {type(value).__name__}, which JSON cannot hold; give"
-        " numbers, strings, arrays, dtypes, dataclasses or functions."
+        " numbers, strings, arrays, dtypes, dataclasses or functions that hold nothing else."
     )
+
+
+def _function(value: Any) -> Any:
+    """A function by name, with the values that tell it apart from others of that name."""
+    name = f"{value.__module__}.{value.__qualname__}"
+    held = _held(value)
+    if not held and name.endswith("<lambda>"):
+        raise TypeError(
+            f"settings hold the function {name}, which has no name of its own and closes over"
+            " nothing, so that another would look the same; give a number or a name in its place."
+        )
+    return _called(name, held) if held else name
+
+
+def _called(function: Any, held: Mapping[str, Any]) -> dict[str, Any]:
+    """A function that holds values, as a `partial` of it would be described."""
+    others = {f"{key}_" if key == "function" else key: value for key, value in held.items()}
+    return {"function": function, **others}
+
+
+def _held(function: Any) -> dict[str, Any]:
+    """What a method is bound to, and what a function made in another closes over, by name."""
+    if isinstance(function, types.MethodType):
+        bound = {} if isinstance(function.__self__, type) else {"self": function.__self__}
+        return bound | _held(function.__func__)
+    if "<" not in function.__qualname__:  # neither `<locals>` nor `<lambda>`
+        return {}
+    if not hasattr(function, "__code__"):  # as a result of `jax.jit`
+        function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {}
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return defaults | {
+        # A cell is empty while what it will hold is not defined yet.
+        name: cell.cell_contents
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+        if cell != types.CellType()
+    }
 
 
 # ---- comparing -----------------------------------------------------------------------------------
@@ -234,12 +290,30 @@ def _spell(leaf: Mapping[str, Any]) -> str:
 
 
 def _setting_differences(saved: Any, new: Any) -> Iterator[str]:
-    saved, new = dict(_flat(saved)), dict(_flat(new))
+    saved, new = dict(_flat(saved)), dict(_flat(_as_known(saved, new)))
     for key in saved | new:
         before, now = saved.get(key, _ABSENT), new.get(key, _ABSENT)
         if not _equal(before, now):
             name = key or "settings"
             yield f"{name} is {_value(before)} in the checkpoint and {_value(now)} now"
+
+
+def _as_known(saved: Any, new: Any) -> Any:
+    """New settings without what older code did not save, where it saved the rest.
+
+    It saved functions by name alone, and callable dataclasses without the name of their class.
+    """
+    if isinstance(saved, list) and isinstance(new, list) and len(saved) == len(new):
+        return [_as_known(*pair) for pair in zip(saved, new, strict=True)]
+    if not isinstance(new, dict):
+        return new
+    if isinstance(saved, str) and new.get("function") == _RENAMED.get(saved, saved):
+        return saved
+    if not isinstance(saved, dict):
+        return new
+    if saved and saved.keys() == new.keys() - {"function"}:
+        new = {key: new[key] for key in saved}
+    return {key: _as_known(saved.get(key, _ABSENT), value) for key, value in new.items()}
 
 
 def _equal(before: Any, now: Any) -> bool:

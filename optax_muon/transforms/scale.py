@@ -7,6 +7,7 @@ the logical matrix, after fused axes are split, not that of the stored leaf.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -22,6 +23,51 @@ from optax_muon.transforms.arguments import check_number, static_args
 
 ScaleRule = Callable[[int, int], float]
 """`(fan_in, fan_out) -> factor` of one logical matrix."""
+
+
+# Rules are dataclasses, so that the description of a checkpoint has their numbers.
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchRms:
+    """The rule of `match_rms`."""
+
+    rms: float
+
+    def __call__(self, fan_in: int, fan_out: int) -> float:
+        """The factor of a matrix."""
+        return self.rms * math.sqrt(max(fan_in, fan_out))
+
+
+@dataclasses.dataclass(frozen=True)
+class KellerScale:
+    """The rule of `keller_scale`."""
+
+    def __call__(self, fan_in: int, fan_out: int) -> float:
+        """The factor of a matrix."""
+        return math.sqrt(max(1.0, fan_out / fan_in))
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralScale:
+    """The rule of `spectral_scale`."""
+
+    def __call__(self, fan_in: int, fan_out: int) -> float:
+        """The factor of a matrix."""
+        return math.sqrt(fan_out / fan_in)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedScale:
+    """The rule of `fixed_scale`."""
+
+    hidden: int
+    rms: float
+
+    def __call__(self, fan_in: int, fan_out: int) -> float:
+        """The factor of a matrix."""
+        del fan_in, fan_out
+        return self.rms * math.sqrt(self.hidden)
 
 
 def match_rms(rms: float = 0.2) -> ScaleRule:
@@ -44,7 +90,7 @@ def match_rms(rms: float = 0.2) -> ScaleRule:
     True
     """
     check_number("rms", rms, above=0, scheduled=False)
-    return lambda fan_in, fan_out: rms * math.sqrt(max(fan_in, fan_out))
+    return MatchRms(rms)
 
 
 def keller_scale() -> ScaleRule:
@@ -53,7 +99,7 @@ def keller_scale() -> ScaleRule:
     >>> keller_scale()(512, 2048)
     2.0
     """
-    return lambda fan_in, fan_out: math.sqrt(max(1.0, fan_out / fan_in))
+    return KellerScale()
 
 
 def spectral_scale() -> ScaleRule:
@@ -62,7 +108,7 @@ def spectral_scale() -> ScaleRule:
     >>> spectral_scale()(2048, 512)
     0.5
     """
-    return lambda fan_in, fan_out: math.sqrt(fan_out / fan_in)
+    return SpectralScale()
 
 
 def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
@@ -77,7 +123,7 @@ def fixed_scale(hidden: int, rms: float = 0.2) -> ScaleRule:
         TypeError: `rms` is not a number; schedules are not.
     """
     check_number("rms", rms, above=0, scheduled=False)
-    return lambda fan_in, fan_out: rms * math.sqrt(hidden)
+    return FixedScale(hidden, rms)
 
 
 @static_args("rule", "views")

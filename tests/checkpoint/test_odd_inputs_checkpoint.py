@@ -1,6 +1,9 @@
 """Odd leaves, items and settings: saved and restored as they were, or one sentence and no file."""
 
+import dataclasses
 import functools
+import json
+import re
 
 import chex
 import flax.struct
@@ -12,9 +15,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_muon import checkpoint
+from optax_muon import checkpoint, keller_scale, match_rms, spectral_scale
 from optax_muon.training.checkpoints import Checkpoints
 from optax_muon.training.state import State
+from optax_muon.transforms.scale import MatchRms, fixed_scale
 
 NAN = float("nan")
 
@@ -226,6 +230,155 @@ def test_settings_that_json_cannot_hold_are_refused_and_nothing_is_written(
         checkpoint.save(tmp_path / "state", {"params": jnp.ones(2)}, settings)
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+# Functions: what tells two of one name apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    of: float
+
+    def __call__(self, step):
+        return self.of / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Third(Half):
+    pass
+
+
+class Rate:
+    def __init__(self, peak):
+        self.peak = peak
+
+    def at(self, step):
+        return self.peak
+
+
+def constant(rate):
+    return lambda step: rate
+
+
+def with_default(rate):
+    def schedule(step, peak=rate):
+        return peak
+
+    return schedule
+
+
+def calling(function):
+    return lambda step: function(step)
+
+
+PAIRS = {
+    "match_rms": (match_rms(0.2), match_rms(0.9), "x.rms is 0.2 in the checkpoint and 0.9 now"),
+    "fixed_scale": (fixed_scale(64), fixed_scale(32), "x.hidden is 64 in the checkpoint and 32"),
+    "rules": (keller_scale(), spectral_scale(), "KellerScale in the checkpoint and optax_muon"),
+    "rules of equal numbers": (Half(1.0), Third(1.0), "Half in the checkpoint and"),
+    "schedules": (
+        optax.cosine_decay_schedule(1e-3, 100),
+        optax.cosine_decay_schedule(1.0, 5),
+        "x.init_value is 0.001 in the checkpoint and 1.0 now",
+    ),
+    "kinds of schedules": (
+        optax.linear_schedule(1.0, 0.0, 5),
+        optax.cosine_decay_schedule(1.0, 5),
+        "x.function is optax",
+    ),
+    "schedules of schedules": (
+        optax.warmup_cosine_decay_schedule(0.0, 1e-3, 5, 50),
+        optax.warmup_cosine_decay_schedule(0.0, 1e-4, 5, 50),
+        "x.schedules is [",
+    ),
+    "clipped schedules": (
+        optax.exponential_decay(1.0, 5, 0.5, end_value=0.1),
+        optax.exponential_decay(1.0, 5, 0.5, end_value=0.2),
+        "x.end_value is 0.1 in the checkpoint and 0.2 now",
+    ),
+    "lambdas": (constant(0.1), constant(0.2), "x.rate is 0.1 in the checkpoint and 0.2 now"),
+    "defaults": (with_default(1), with_default(2), "x.peak is 1 in the checkpoint and 2 now"),
+    "functions of functions": (
+        calling(constant(0.1)),
+        calling(constant(0.2)),
+        "x.function_.rate is 0.1 in the checkpoint and 0.2 now",
+    ),
+    "partials": (
+        functools.partial(constant(0.1), step=3),
+        functools.partial(constant(0.2), step=3),
+        "x.function.rate is 0.1 in the checkpoint and 0.2 now",
+    ),
+    "compiled": (
+        jax.jit(constant(0.1)),
+        jax.jit(constant(0.2)),
+        "x.rate is 0.1 in the checkpoint and 0.2 now",
+    ),
+    "methods": (
+        MatchRms(0.1).__call__,
+        MatchRms(0.2).__call__,
+        "x.self.rms is 0.1 in the checkpoint and 0.2 now",
+    ),
+}
+
+
+@pytest.mark.parametrize(("saved", "now", "line"), PAIRS.values(), ids=PAIRS)
+def test_functions_that_differ_in_what_they_hold_are_told_apart(saved, now, line):
+    before, after = (
+        json.loads(json.dumps(checkpoint.describe({}, {"x": f}))) for f in (saved, now)
+    )
+    with pytest.raises(ValueError, match=re.escape(line)):
+        checkpoint.check(before, after)
+    checkpoint.check(before, before)
+    checkpoint.check(after, checkpoint.describe({}, {"x": now}))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda step: 0.1, "which has no name of its own and closes over nothing"),
+        (calling(object()), "settings hold <object object"),
+        (Rate(0.1).at, "settings hold <"),
+    ],
+    ids=["a lambda", "a closure", "a method"],
+)
+def test_functions_that_cannot_be_described_are_refused(function, message):
+    with pytest.raises(TypeError, match=message):
+        checkpoint.describe({}, {"x": function})
+
+
+OLDER = {
+    "match_rms": (
+        "optax_muon.transforms.scale.match_rms.<locals>.<lambda>",
+        match_rms(0.9),
+        keller_scale(),
+    ),
+    "schedule": (
+        "optax.schedules._schedule.cosine_decay_schedule.<locals>.schedule",
+        optax.cosine_decay_schedule(1.0, 5),
+        optax.linear_schedule(1.0, 0.1, 5),
+    ),
+    "callable dataclass": ({"of": 1.0}, Half(1.0), Half(2.0)),
+    "in a list": ([{"of": 1.0}, 3], (Half(1.0), 3), (Half(1.0), 4)),
+    "in a mapping": (
+        {"a": {"of": 1.0}, "b": 2},
+        {"a": Half(1.0), "b": 2},
+        {"a": Half(1.0), "b": 3},
+    ),
+    "partial": (
+        {"function": "optax.schedules._schedule.constant_schedule", "arguments": [], "value": 1.0},
+        functools.partial(optax.constant_schedule, value=1.0),
+        functools.partial(optax.constant_schedule, value=2.0),
+    ),
+}
+"""What older code saved, a setting that it may have come from, and one that it did not."""
+
+
+@pytest.mark.parametrize(("saved", "same", "other"), OLDER.values(), ids=OLDER)
+def test_what_older_code_saved_is_compared_as_far_as_it_goes(saved, same, other):
+    older = {"leaves": {}, "trained_by": {}, "settings": {"x": saved}}
+    checkpoint.check(older, checkpoint.describe({}, {"x": same}))
+    with pytest.raises(ValueError, match="does not fit what is to be restored"):
+        checkpoint.check(older, checkpoint.describe({}, {"x": other}))
 
 
 @pytest.mark.parametrize("saved", [None, {}, [], {"leaves": {}}], ids=str)
