@@ -68,6 +68,7 @@ def test_its_updates_are_those_of_a_plain_chain_with_the_schedule(name):
 def test_trials_of_one_optimizer_compile_one_step(text):
     """Whatever their learning rates, decays and seeds, as those of a sweep."""
     corpus = load_corpus(text, CONFIG.model.context)
+    jax.clear_caches()  # of what another test has compiled
     compiled = []
 
     def listen(event, seconds, **_):
