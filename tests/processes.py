@@ -1,19 +1,38 @@
-"""Processes that work together over loopback."""
+"""Processes that tests start: how long they may take, and how they meet over loopback."""
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 
+SECONDS = 600
+"""How long anything may take that is done in seconds: a busy machine may be very slow."""
 
-def free_port():
+_CANNOT_BIND = re.compile(
+    r"address already in use|failed to (bind|add port|start RPC server)", re.I
+)
+
+
+def on_a_free_port(run):
+    """Run with a port that was free a moment ago; with another one if it is taken by now.
+
+    Args:
+        run: from a port to exit codes and outputs, as `run_together` returns them.
+    """
+    codes, outputs = run(_free_port())
+    taken = any(codes) and any(map(_CANNOT_BIND.search, outputs))
+    return run(_free_port()) if taken else (codes, outputs)
+
+
+def _free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def run_together(commands, seconds, environments=None):
+def run_together(commands, environments=None):
     """Run Python with these arguments, all at once; wait for all, and leave none behind.
 
     Returns their exit codes and what they said.
@@ -30,7 +49,7 @@ def run_together(commands, seconds, environments=None):
         for command, environment in zip(commands, environments or [{}] * len(commands), strict=True)
     ]
     try:
-        outputs = [each.communicate(timeout=seconds)[0] for each in started]
+        outputs = [each.communicate(timeout=SECONDS)[0] for each in started]
     finally:
         for each in started:
             each.kill()

@@ -1,9 +1,10 @@
 """One of several processes of `optax-muon train --distributed`: `test_train_processes.py`.
 
-Usage: train_processes.py DEVICES ARGUMENT..., with the devices of this process, and what the
-command line gets. SLURM's variables say which process it is.
+Usage: train_processes.py LOG DEVICES ARGUMENT..., with the file for what libraries say, the devices
+of this process, and what the command line gets. SLURM's variables say which process it is.
 """
 
+import logging
 import os
 import sys
 
@@ -33,18 +34,22 @@ SAME = HyperParams(6e-3, 0.3)
 TOY = Preset(CONFIG, 16, 4, {"adamw": SAME, "muon": SAME}, "", bias_update_speed=2e-2)
 
 
-def discard_output_of_libraries():
-    """Leave the standard output to Python alone.
+def part_output_of_libraries(log):
+    """Leave the standard streams to the command alone; what libraries say goes into a file.
 
-    Gloo reports its connections there, from several threads that break each other's lines, so that
-    no pattern would find them all.
+    Gloo reports its connections from several threads that break each other's lines, and XLA warns
+    of a slow compilation on a busy machine, so that no pattern would find them all.
     """
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for stream in (1, 2))
+    file = open(log, "w", buffering=1)  # noqa: SIM115
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    logging.basicConfig(stream=file)
+    logging.captureWarnings(True)
 
 
 if __name__ == "__main__":
-    discard_output_of_libraries()
+    part_output_of_libraries(sys.argv[1])
     PRESETS["moonlight-toy"] = TOY
-    jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-    main(sys.argv[2:])
+    jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+    main(sys.argv[3:])

@@ -45,7 +45,7 @@ def train(params, gradients):
 def main(address, processes, number, result):
     """Train, and write the parameters down."""
     jax.config.update("jax_num_cpu_devices", 8 // processes)
-    jax.distributed.initialize(address, processes, number, initialization_timeout=60)
+    jax.distributed.initialize(address, processes, number)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
 
     def placed(seed):

@@ -9,11 +9,9 @@ import doctest
 import importlib
 import importlib.metadata
 import inspect
-import os
 import pathlib
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tomllib
@@ -23,6 +21,7 @@ import pytest
 import tyro
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import SECONDS, on_a_free_port, run_together
 
 import optax_muon
 from optax_muon.cli.commands import COMMANDS
@@ -152,7 +151,7 @@ def test_a_quoted_number_is_a_result(decimals, results):
 
 def test_the_script_of_the_pictures_draws_those_that_are_shown(tmp_path):
     command = [sys.executable, ROOT / "docs/figures.py", "forms", "--out", tmp_path]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=SECONDS)
     assert "GFLOP" in (tmp_path / "forms.svg").read_text()
 
 
@@ -169,21 +168,22 @@ PROGRAMS = [block for block in blocks("python") if not block.id.startswith("fram
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_runs(program):
     """As the only task of SLURM, with 64 devices."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "64",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-    }
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, env=os.environ | environment, check=True, timeout=120)
+
+    def run(port):
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "64",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        }
+        return run_together([["-c", program]], [environment])
+
+    codes, outputs = on_a_free_port(run)
+    assert codes == [0], outputs[0]
 
 
 def lines():

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import train_processes
-from processes import free_port, run_together
+from processes import SECONDS, on_a_free_port, run_together
 
 from optax_muon.cli.main import main
 from optax_muon.errors import UsageError
@@ -12,9 +12,6 @@ from optax_muon.extras import MissingExtraError
 from optax_muon.training import distributed as together
 from optax_muon.training.presets import PRESETS
 from optax_muon.training.run_folder import RunFolder
-
-SECONDS = 400
-"""How long a start may take: about a minute on two idle cores."""
 
 
 def options(folder):
@@ -25,24 +22,37 @@ def options(folder):
 
 
 def start(folder, *more):
-    """Run the command in two processes, wait for both, and leave none behind."""
-    port = free_port()
+    """Run the command in two processes, wait for both, and leave none behind.
+
+    Returns their exit codes and what they printed, with what libraries said in one that failed.
+    """
     mesh = ["--distributed", "--mesh", "fsdp=2,expert=4"]
-    arguments = ["4", "train", *options(folder), *mesh, *more]
-    environment = {
-        "SLURM_JOB_ID": str(port),
-        "SLURM_STEP_NODELIST": "127.0.0.1",
-        "SLURM_NTASKS": "2",
-        # The port that jax makes of the job may be taken; this one was free a moment ago.
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-    }
-    own = [{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2)]
-    commands = [[train_processes.__file__, *arguments]] * 2
-    return run_together(commands, SECONDS, [environment | each for each in own])
+    logs = [folder / f"libraries{number}.log" for number in range(2)]
+    commands = [
+        [train_processes.__file__, log, "4", "train", *options(folder), *mesh, *more]
+        for log in logs
+    ]
+
+    def run(port):
+        environment = {
+            "SLURM_JOB_ID": str(port),
+            "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_NTASKS": "2",
+            # The port that jax makes of the job may be taken; this one was free a moment ago.
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        }
+        own = [{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2)]
+        codes, outputs = run_together(commands, [environment | each for each in own])
+        return codes, [
+            output + log.read_text() if code else output
+            for code, output, log in zip(codes, outputs, logs, strict=True)
+        ]
+
+    return on_a_free_port(run)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(3 * SECONDS)
 def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "moonlight-toy", train_processes.TOY)
     text = "".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(300))
