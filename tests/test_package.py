@@ -15,6 +15,7 @@ import zipfile
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import SECONDS
 
 import optax_muon
 from optax_muon import extras
@@ -136,7 +137,7 @@ sys.meta_path.insert(0, Hide())
 def without_extras(code):
     """Run the code in a process that has the core packages alone; returns the finished process."""
     command = [sys.executable, "-c", WITHOUT_EXTRAS + code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
 
 
 def test_the_optimizer_runs_with_the_core_packages_alone():
