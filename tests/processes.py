@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 SECONDS = 600
 """How long anything may take that is done in seconds: a busy machine may be very slow."""
@@ -55,3 +56,13 @@ def run_together(commands, environments=None):
             each.kill()
             each.wait()
     return [each.returncode for each in started], outputs
+
+
+def wait_until(condition, process):
+    """Wait for what a process does; it may have ended when it has done it."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        ended = process.poll() is not None
+        assert not ended or condition(), process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import SECONDS, wait_until
 
 from optax_muon.training.initialize import PretrainedSource
 from optax_muon.training.run_folder import RunFolder
@@ -49,11 +49,7 @@ def run(folder, *arguments, devices=1):
 def kill_after(process, folder, trial, steps):
     """`kill -9` once a trial has done so many steps."""
     journal = RunFolder(folder).journal
-    deadline = time.monotonic() + 300
-    while not any(record.step >= steps for record in journal.read(trial)):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: any(record.step >= steps for record in journal.read(trial)), process)
     process.kill()
     process.communicate()
 
@@ -89,6 +85,7 @@ def published(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5 * SECONDS)
 def test_import_train_on_eight_devices_die_go_on_on_four_export(tmp_path):
     published(tmp_path / "published")
     counting = np.arange(40_000, dtype=np.uint16) * 5 % VOCAB
