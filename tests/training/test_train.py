@@ -9,7 +9,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +19,7 @@ import optax
 import pytest
 from commands import refused
 from exploding import explosive_trial
+from processes import SECONDS, wait_until
 
 from optax_muon.cli.commands import COMMANDS
 from optax_muon.cli.main import main
@@ -136,7 +136,9 @@ def test_every_step_of_every_contestant_is_written_once(finished):
 
 def test_every_contestant_learns_from_the_same_start(finished):
     curves = [finished.journal.read(trial.name) for trial in TRIALS]
-    assert len({records[0].loss for records in curves}) == 1
+    # Steps of AdamW and of Muon are two programs, which may sum in other orders.
+    first = [records[0].loss for records in curves]
+    np.testing.assert_allclose(first, first[0], rtol=1e-6)
     assert all(records[-1].val_loss < 0.75 * math.log(256) for records in curves)
 
 
@@ -216,28 +218,23 @@ def test_steps_after_the_last_checkpoint_and_half_lines_are_forgotten(tmp_path):
     assert [record.step for record in journal.read("adamw")] == [1, 2, 3]
 
 
+@pytest.mark.timeout(3 * SECONDS)
 def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
     arguments = ["train", *OPTIONS, "--data", text, "--runs", str(tmp_path), "--name", "long"]
     program = "from optax_muon.cli.main import main; main()"
     command = [sys.executable, "-c", program, *arguments, "--steps", "100000", "--overwrite"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     folder = RunFolder(tmp_path / "long")
-    wait_for(lambda: len(folder.journal.read("adamw")) >= 5, process)
+    wait_until(lambda: len(folder.journal.read("adamw")) >= 5, process)
     process.send_signal(signal.SIGINT)
-    last = process.communicate(timeout=120)[1].splitlines()[-1]
+    said = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 130
+    assert "Traceback" not in said
     step = folder.journal.read("adamw")[-1].step
+    [last] = [line for line in said.splitlines() if "resume with" in line]
     assert f"saved adamw at step {step}; resume with: optax-muon train --preset tiny" in last
     assert last.endswith("--steps 100000 --resume")
     assert (folder.checkpoints("adamw") / str(step)).is_dir()
-
-
-def wait_for(condition, process, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # Divergence
@@ -249,7 +246,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(text, tmp_path, capsys):
         main(["train", *OPTIONS, *where, "--set", "adamw.lr=1e30"])
     assert end.value.code == 1
     # Step 1 has learning rate 0, step 2 the first large update, which step 3 meets.
-    assert capsys.readouterr().err.splitlines()[-1].endswith("is nan at step 3")
+    said = capsys.readouterr().err
+    assert any(line.endswith("is nan at step 3") for line in said.splitlines())
+    assert "Traceback" not in said
 
 
 def test_divergence_leaves_the_last_good_checkpoint(text, tmp_path):
@@ -299,10 +298,12 @@ def test_resuming_with_another_config_is_refused(finished, text, capsys):
 
 def test_resuming_with_other_text_is_refused(finished, text, capsys):
     added = Path(text).parent / "added.py"
-    added.write_text("more\n" * 100)
     where = ["--runs", str(finished.path.parent), "--name", "whole", "--resume"]
-    line = refused(capsys, "train", *OPTIONS, "--data", text, *where)
-    added.unlink()
+    try:
+        added.write_text("more\n" * 100)
+        line = refused(capsys, "train", *OPTIONS, "--data", text, *where)
+    finally:
+        added.unlink()
     assert "fingerprint is" in line
 
 
