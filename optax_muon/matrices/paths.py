@@ -42,18 +42,24 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
     return leaves
 
 
-def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_named(
+    function: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
     """Map a function over the leaves of trees and their paths, which `named_leaves` tells.
 
     Args:
         function: `(path, leaf, *leaves of the rest) -> leaf`.
         tree: Any tree, whose paths they are.
         rest: Trees of its structure, or of one below it.
+        is_leaf: As in `jax.tree.map`.
 
     >>> map_named(lambda path, leaf: f"{path}: {leaf}", {"layer": [1.0]})
     {'layer': ['layer/0: 1.0']}
     """
-    names = jax.tree.unflatten(jax.tree.structure(tree), named_leaves(tree))
+    names = jax.tree.unflatten(jax.tree.structure(tree, is_leaf), named_leaves(tree, is_leaf))
     return jax.tree.map(function, names, tree, *rest)
 
 

@@ -139,12 +139,12 @@ def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.Grad
         now_in = functools.cache(functools.partial(jnp.asarray, now))
         decays = None if mask is None else settle_mask(mask, params)
 
-        def leaf(path: str, p: jax.Array, u: jax.Array | None) -> jax.Array | None:
+        def leaf(path: str, u: jax.Array | None, p: jax.Array) -> jax.Array | None:
             if u is None or (decays is not None and not decays[path]):
                 return u
             return decay(u, p.astype(u.dtype), now_in(u.dtype))
 
-        # Over the parameters, because a leaf without an update is no leaf of the updates.
-        return paths.map_named(leaf, params, updates), following
+        done = paths.map_named(leaf, updates, params, is_leaf=lambda node: node is None)
+        return done, following
 
     return optax.GradientTransformation(init, update)
