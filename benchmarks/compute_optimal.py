@@ -12,7 +12,8 @@ a budget whose best size is the smallest or the largest of all has none. The pap
 lr(C) and B(C) are from the searches of scaling_law.py, at 20 bytes for each parameter: the vertex
 of the parabola through the best rate, or batch, and its two neighbours. Batches were searched at
 the two smallest sizes there, and are at a third one here. The rates of the budgets here, which lie
-between those of the searches, are those of lr(C); batch and decay are those of the scaling law.
+between those of the searches, are those of lr(C) through the four smallest sizes; batch and decay
+are those of the scaling law.
 
 Intervals hold 90 % of 1000 draws of the losses. For N and D the errors of the means have Student's
 t distribution, and the variance between seeds is pooled over the sizes of a budget. For rate and
