@@ -7,7 +7,8 @@ inside. The best is repeated with three other seeds, the same for all: they deci
 parameters and the order of the data. A difference is that to the first row with the same seed, with
 its 95 % interval by Student's t; it is called a gain or a loss only where that interval leaves out
 zero. With so many rows, one in twenty does so by chance. FLOPs and seconds are over those of the
-first row.
+first row; FLOPs are those of matrix products, and the singular value decomposition of the exact
+polar factor has none.
 
     python benchmarks/variants.py
 """

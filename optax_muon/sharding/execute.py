@@ -28,6 +28,7 @@ from optax_muon.sharding.mesh import (
     axis_sizes,
     explicit_spec,
     keep_explicit,
+    manual_axes,
     taken_axes,
 )
 from optax_muon.sharding.plan import Plan
@@ -113,6 +114,12 @@ def _check_axes(plan: Plan, mesh: AnyMesh) -> None:
         raise ValueError(
             f"the plan shares work over {', '.join(missing)}, but inside this shard_map, pmap or"
             " vmap devices have values of their own along it; make the plan inside too."
+        )
+    if plan.mesh_axes and manual_axes(here) and jax.__version_info__ < (0, 10):
+        # There a device does not know its place along the axes that are left.
+        raise ValueError(
+            f"inside a shard_map over {', '.join(manual_axes(here))}, work is shared over"
+            f" {', '.join(plan.mesh_axes)} from jax 0.10 on; this is jax {jax.__version__}."
         )
 
 

@@ -30,6 +30,10 @@ VIEWS = dict.fromkeys(SHAPES, View(0, 1))
 INSIDE = {path: P(None, "fsdp") if path != "tall" else P("fsdp", None) for path in SHAPES}
 """How a replica's parameters are cut."""
 STEPS = 3
+OLD = jax.__version_info__ < (0, 10)
+SOME_AXES = pytest.mark.skipif(OLD, reason="jax 0.9 cannot: a device does not know its place")
+MANUAL = [pytest.param(("data",), marks=SOME_AXES, id="data"), ("data", "fsdp")]
+"""The axes of the `shard_map` around: some of the mesh, and all."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +106,7 @@ def compiled(function, manual, given, kind="explicit", check_vma=True):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", ["explicit", "auto", "mixed"])
 @pytest.mark.parametrize("shardings", [None, "given"])
-@pytest.mark.parametrize("manual", [("data",), ("data", "fsdp")], ids=" and ".join)
+@pytest.mark.parametrize("manual", MANUAL)
 class TestShardMap:
     def test_replicas_are_updated_as_alone_and_exchange_nothing(
         self, manual, shardings, kind, check_vma
@@ -124,7 +128,7 @@ class TestShardMap:
         assert crossed(text) == []
 
 
-@pytest.mark.parametrize("manual", [("data",), ("data", "fsdp")], ids=" and ".join)
+@pytest.mark.parametrize("manual", MANUAL)
 def test_a_plan_that_is_made_inside_uses_the_other_axes_alone(manual):
     found = []
 
@@ -139,6 +143,16 @@ def test_a_plan_that_is_made_inside_uses_the_other_axes_alone(manual):
     assert found[-1].mesh_axes == ({} if "fsdp" in manual else {"fsdp": SHARDS})
     roles = {r.axis for each in found[-1].buckets for a in each.assignments for r in a.roles}
     assert roles == set(found[-1].mesh_axes)
+
+
+@pytest.mark.skipif(not OLD, reason="from jax 0.10 on the work is shared")
+def test_jax_0_9_shares_no_work_beside_a_shard_map():
+    with pytest.raises(ValueError, match=r"shared over fsdp from jax 0\.10 on; this is jax 0\.9"):
+        compiled(
+            lambda gradient: orthogonalize(views=VIEWS).update(gradient, ())[0],
+            {"data"},
+            [replicas()],
+        )
 
 
 def test_a_plan_for_a_mesh_with_manual_axes_leaves_them_alone():
@@ -177,6 +191,7 @@ def test_a_plan_from_outside_is_refused():
         jax.pmap(update)(replicas())
 
 
+@SOME_AXES
 def test_replicas_train_apart():
     """Local SGD: momentum, decay and AdamW included, several steps without a word in between."""
     views = VIEWS | {"a": None}
@@ -293,6 +308,7 @@ def test_a_state_is_not_cut_over_manual_axes():
         zero1_shardings(shapes, replicated, axes="data")
 
 
+@SOME_AXES
 def test_a_state_made_inside_lies_as_its_parameters_do():
     tx = scale_by_muon(views=VIEWS)
     found = []
