@@ -57,7 +57,7 @@ CHIPS = {
     "v5p": Chip(2 * 8 * 128**2, 1.75e9),
     "v5e": Chip(2 * 4 * 128**2, 1.5e9),
     "v6e": Chip(2 * 4 * 256**2, 1.75e9),
-    # A device is one of the chip's two cores.
+    # A device is one of the chip's two cores; the clock is that of its published peak.
     "7x": Chip(2 * 4 * 256**2, 2.2e9),
 }
 

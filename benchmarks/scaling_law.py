@@ -22,6 +22,7 @@ seeds is pooled over the sizes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -258,12 +259,9 @@ def _ratio(
 
 def summary(points: Points[Finished], results: Results) -> str:
     """The ratios at the largest size."""
-    if _ratio(points, results, "muon", "flops") is None:
+    ratio = functools.partial(_ratio, points, results)
+    if ratio("muon", "flops") is None:
         return ""
-
-    def ratio(name: str, of: str) -> power_law.Interval | None:
-        return _ratio(points, results, name, of)
-
     rows = points["muon"]
     first, last = rows[0][0], rows[-1][0]
     return (

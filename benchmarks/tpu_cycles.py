@@ -317,7 +317,7 @@ def draw(rows: Sequence[CompiledProduct]) -> None:
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(title=f"TPU {chip}", ylabel="cycles over the limit")
         names = (f"{case.replace(', ', chr(10))}\n{in_words(s)}" for case, s in SHAPES.items())
-        axes.set_xticks(range(len(SHAPES)), [*names])
+        axes.set_xticks(range(len(SHAPES)), [*names], fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, ncols=4, loc="upper left")
     pictures.save(figure, PLOT)

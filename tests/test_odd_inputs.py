@@ -509,6 +509,11 @@ def test_without_decay_no_parameters_are_needed_whatever_kind_of_number_is_zero(
     )
     link = optax_muon.decoupled_decay(zero)
     chex.assert_trees_all_equal(link.update(GRADIENT, link.init(PLAIN))[0], GRADIENT)
+    theirs = optax_muon.compat.muon(0.1, weight_decay=zero)
+    chex.assert_trees_all_equal(
+        theirs.update(GRADIENT, theirs.init(PLAIN))[0],
+        one_update(optax_muon.compat.muon(0.1, weight_decay=jnp.zeros(())), GRADIENT, PLAIN),
+    )
 
 
 @pytest.mark.parametrize("rate", [np.float32(0.1), jnp.zeros(()), lambda step: 0.0])

@@ -35,7 +35,7 @@ from optax_muon.matrices.paths import map_named
 from optax_muon.matrices.views import View, Views
 from optax_muon.polar.coefficients import KELLER, YOU, Row
 from optax_muon.sharding.mesh import Shardings
-from optax_muon.transforms.arguments import static_args
+from optax_muon.transforms.arguments import is_zero, static_args
 from optax_muon.transforms.orthogonalize import orthogonalize
 from optax_muon.transforms.scale import keller_scale, match_rms, scale_by_shape
 from optax_muon.transforms.wrappers import (
@@ -274,7 +274,7 @@ def _scale_by_views(
 def _decayed_weights(rate: ArrayLike, mask: Any = None) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, which needs no parameters where the rate is the number 0."""
     link = optax.add_decayed_weights(rate, mask)
-    if not isinstance(rate, int | float) or rate != 0:
+    if not is_zero(rate):
         return link
     return optax.GradientTransformation(link.init, lambda updates, state, _=None: (updates, state))
 

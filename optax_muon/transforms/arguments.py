@@ -64,6 +64,15 @@ def check_number(
         raise ValueError(f"{name} is {value}; it must be {' and '.join(words) or 'finite'}.")
 
 
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is known to be 0: a number of Python's or NumPy's.
+
+    >>> is_zero(0), is_zero(np.float32(0)), is_zero(0.1), is_zero(optax.constant_schedule(0.0))
+    (True, True, False, False)
+    """
+    return not isinstance(value, jax.Array) and not callable(value) and bool(value == 0)
+
+
 def check_mu_dtype(mu_dtype: jax.typing.DTypeLike | None) -> None:
     """Check the dtype of stored momenta.
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from optax_muon.matrices import entries, paths
-from optax_muon.transforms.arguments import check_number, static_args
+from optax_muon.transforms.arguments import check_number, is_zero, static_args
 
 Decay = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`(update, param, rate) -> update` of one leaf."""
@@ -116,8 +116,7 @@ def settle_mask(mask: Mask, tree: Any) -> dict[str, bool]:
 
 def _decay(rate: optax.ScalarOrSchedule, mask: Mask, decay: Decay) -> optax.GradientTransformation:
     check_number("weight_decay", rate, at_least=0)
-    # A number of Python's or NumPy's; arrays are not read, see `arguments`.
-    never = not isinstance(rate, jax.Array) and not callable(rate) and bool(rate == 0)
+    never = is_zero(rate)
 
     def init(params: optax.Params) -> DecayState:
         if mask is not None:
