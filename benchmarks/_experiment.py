@@ -57,12 +57,12 @@ class StepTime:
     batch: int
     """Sequences in a step."""
     seconds: float
-    """Wall time of a step, seconds: the median of `ROUNDS`, in each of which all programs ran."""
+    """Wall time of a step, seconds: the median of `ROUNDS`, in each of which all programs run."""
 
 
 TIMES = "step_seconds.csv"
 """Name of the file of the times."""
-ROUNDS = 3
+ROUNDS = 15
 """Measurements of each step."""
 
 
@@ -140,15 +140,12 @@ def _ladder(options: Options, experiment: Experiment) -> Ladder:
 
 
 def _step_times(ladder: Ladder, rows: Iterable[Finished]) -> list[StepTime]:
-    """The times of the steps of these runs, each in every round, on one core."""
+    """The times of the steps of these runs."""
     programs = {_program(row): row.run for row in rows}
-    rounds = [
-        {program: ladder.step_seconds(run) for program, run in programs.items()}
-        for _ in range(ROUNDS)
-    ]
+    times = ladder.step_seconds([*programs.values()], ROUNDS)
     return [
-        StepTime(*program, round(statistics.median(each[program] for each in rounds), 6))
-        for program in programs
+        StepTime(*program, round(statistics.median(seconds), 6))
+        for program, seconds in zip(programs, times, strict=True)
     ]
 
 

@@ -37,6 +37,8 @@ from optax_muon.training.optimizers import HyperParams
 from optax_muon.training.statistics import Difference, difference
 
 EVAL_SEQUENCES = 1024
+STEPS_TIMED = 20
+"""Steps of one measurement of their time."""
 SEEDS = (1, 2, 3)
 """Seeds of the runs that are reported; searches have seed 0."""
 
@@ -181,10 +183,13 @@ class Ladder:
             per_head=run.optimizer in PER_HEAD,
         )
 
-    def step_seconds(self, run: Run, steps: int = 20) -> float:
-        """Wall time of a step, seconds, without the first one."""
-        config = dataclasses.replace(self.config(run), steps=steps, eval_every=steps)
-        return _last(config, [run], self.corpus).seconds / (steps - 1)
+    def step_seconds(self, runs: Sequence[Run], rounds: int) -> list[list[float]]:
+        """Wall times of a step of each run, seconds, one for each round, in which all runs take part.
+
+        On CPUs a process of its own measures on one core, as the runs of an experiment have it.
+        """
+        with _pool(1) as pool:
+            return pool.submit(_step_seconds, self, runs, rounds).result()
 
 
 def _on_cpu() -> bool:
@@ -231,6 +236,23 @@ def _last(config: TrainConfig, runs: Sequence[Run], corpus: Path) -> ensemble.En
     return last
 
 
+def _step_seconds(ladder: Ladder, runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    """What `Ladder.step_seconds` returns. The round before the first one is not counted."""
+    corpus = _corpus.load(ladder.corpus)
+    steps = STEPS_TIMED * (rounds + 1)
+    trainings = []
+    for run in runs:
+        timed = {"steps": steps, "eval_every": STEPS_TIMED, "eval_sequences": ensemble.EVAL_ROWS}
+        config = dataclasses.replace(ladder.config(run), **timed)
+        member = ensemble.EnsembleMember(run.hyper_params, run.seed)
+        trainings.append(ensemble.train(config, SPECS[run.optimizer], [member], corpus))
+    since_start = [[next(each).seconds for each in trainings] for _ in range(rounds + 1)]
+    return [
+        [(end - start) / STEPS_TIMED for start, end in itertools.pairwise(ends)]
+        for ends in zip(*since_start, strict=True)
+    ]
+
+
 def _bias(last: ensemble.EnsembleMetrics, place: int) -> jax.Array | None:
     """The router biases of a run, `[num_moe_layers, n_routed_experts]`."""
     bias = last.state.bias
@@ -260,11 +282,12 @@ def tuned(
     start: Run,
     names: Sequence[str] = ("lr",),
     search_seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] = SEEDS,
 ) -> tuple[list[Run], list[Row]]:
     """The runs of a search to do next, and the rows of its best run once all seeds are done."""
     rows = {row.run: row for row in finished}
     losses = {run: row.val_loss for run, row in rows.items()}
-    missing, repeats = search.tune(losses, start, names, SEEDS, search_seeds)
+    missing, repeats = search.tune(losses, start, names, seeds, search_seeds)
     return missing, [rows[run] for run in repeats]
 
 

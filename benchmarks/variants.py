@@ -1,12 +1,13 @@
 """Everything that one might change about Muon, on one baseline, with paired seeds.
 
 A Llama learns the Python sources listed in benchmarks/corpus, 20 bytes for each parameter, with
-every variant. Batch and weight decay are those that the scaling law found for Muon at this size;
-the learning rate is searched for each variant with seed 0, in factors of two until the best is
-inside. The best is repeated with three other seeds, the same for all: they decide the initial
-parameters and the order of the data. A difference is that to the first row with the same seed, with
-its 95 % interval by Student's t; it is called a gain or a loss only where that interval leaves out
-zero. With so many rows, one in twenty does so by chance. FLOPs and seconds are over those of the
+every variant. Batch and weight decay are those that the scaling law found for AdamW at this size;
+the learning rate is searched for each variant, in factors of two until the best is inside, by the
+mean loss of four seeds: with one seed, neighbouring rates change places, and the difference between
+them is as large as that between many variants. The seeds are the same for all: they decide the
+initial parameters and the order of the data. A difference is that to the first row with the same
+seed, with its 95 % interval by Student's t; it is called a gain or a loss only where that interval
+leaves out zero. With so many rows, one in twenty does so by chance. FLOPs and seconds are over those of the
 first row; FLOPs are those of matrix products, and the singular value decomposition of the exact
 polar factor has none.
 
@@ -30,6 +31,8 @@ from _variants import SPECS
 
 BASE = Run("48 x 2", "muon", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
+SEEDS = (0, 1, 2, 3)
+"""Seeds of every run, those of the search among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +48,14 @@ class Arm:
 
     def needed(self, finished: Sequence[Finished]) -> list[Run]:
         """The runs to do next."""
-        return _runs.tuned(finished, self.start, self.searched)[0]
+        return self._tuned(finished)[0]
 
     def best(self, finished: Sequence[Finished]) -> list[Finished]:
         """Its best runs, one for each seed."""
-        return _runs.tuned(finished, self.start, self.searched)[1]
+        return self._tuned(finished)[1]
+
+    def _tuned(self, finished: Sequence[Finished]) -> tuple[list[Run], list[Finished]]:
+        return _runs.tuned(finished, self.start, self.searched, SEEDS, SEEDS)
 
 
 SECTIONS = {
