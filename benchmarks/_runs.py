@@ -184,7 +184,7 @@ class Ladder:
         )
 
     def step_seconds(self, runs: Sequence[Run], rounds: int) -> list[list[float]]:
-        """Wall times of a step of each run, seconds, one for each round, in which all runs take part.
+        """Wall times of a step of each run, seconds, one for each round, in which all take part.
 
         On CPUs a process of its own measures on one core, as the runs of an experiment have it.
         """

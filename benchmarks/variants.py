@@ -7,9 +7,9 @@ mean loss of four seeds: with one seed, neighbouring rates change places, and th
 them is as large as that between many variants. The seeds are the same for all: they decide the
 initial parameters and the order of the data. A difference is that to the first row with the same
 seed, with its 95 % interval by Student's t; it is called a gain or a loss only where that interval
-leaves out zero. With so many rows, one in twenty does so by chance. FLOPs and seconds are over those of the
-first row; FLOPs are those of matrix products, and the singular value decomposition of the exact
-polar factor has none.
+leaves out zero. With so many rows, one in twenty does so by chance. FLOPs and seconds are over
+those of the first row; FLOPs are those of matrix products, and the singular value decomposition of
+the exact polar factor has none.
 
     python benchmarks/variants.py
 """
