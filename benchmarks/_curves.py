@@ -49,14 +49,15 @@ def fitted(points: Points[Row], results: Results) -> dict[str, Curve]:
     }
 
 
+def is_measured(curves: Mapping[str, Curve], of: str) -> bool:
+    """Whether a cost is known at every size."""
+    return not any(math.isnan(cost) for each in curves.values() for cost in each.costs[of])
+
+
 def ratios(points: Points[Row], results: Results) -> list[str]:
     """The lines of a table: what each optimizer costs over AdamW's fit, at each of its losses."""
     curves = fitted(points, results)
-    costs = [
-        of
-        for of in COSTS
-        if not any(math.isnan(cost) for each in curves.values() for cost in each.costs[of])
-    ]
+    costs = [of for of in COSTS if is_measured(curves, of)]
     rows = (
         (
             SPECS[name].title,

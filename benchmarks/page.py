@@ -22,6 +22,7 @@ import finetune_table
 import lr_transfer
 import moonlight_ladder
 import scaling_law
+import tyro
 import update_rms
 import variants
 import weight_decay
@@ -58,16 +59,26 @@ class Claim:
         return self.claim, self.paper, self.others, measured, f"`{self.command}`"
 
 
-EXPERIMENTS: Sequence[tuple[ModuleType, str, str, str]] = (
+LADDER_OF_60 = ("--tokens-per-parameter", "60", "--sizes", "3")
+EXPERIMENTS: Sequence[tuple[ModuleType, Sequence[str], str, str, str]] = (
     (
         scaling_law,
+        (),
         "Muon needs a fraction of AdamW's FLOPs for the same loss",
         "0.52, 399M to 1.5B parameters (Fig. 1a, Table 3)",
         "0.71 at 0.13B, 0.91 at 1.2B (arXiv 2509.02046); 0.7 up to 1.4B where rate and decay scale "
         "with width (2512.05620); 0.85 to 0.9 of the tokens (2505.02222)",
     ),
     (
+        scaling_law,
+        LADDER_OF_60,
+        "The gain stays in longer runs",
+        "-",
+        "-",
+    ),
+    (
         moonlight_ladder,
+        (),
         "The gain is smaller for mixtures of experts",
         "2.24B of 15.29B parameters activated, at 1.2T tokens: MMLU 60.4 against AdamW's 60.2, "
         "HumanEval 37.2 against 29.3 (section 3.3)",
@@ -76,6 +87,7 @@ EXPERIMENTS: Sequence[tuple[ModuleType, str, str, str]] = (
     ),
     (
         compute_optimal,
+        (),
         "The best size, tokens, rate and batch are power laws of the budget",
         "N C^0.511, D C^0.489, lr C^-0.057, B C^0.414 (Table 9)",
         "N C^0.49, D C^0.51 (arXiv 2203.15556, approach 2); N C^0.524, D C^0.476, lr C^-0.125, "
@@ -83,41 +95,46 @@ EXPERIMENTS: Sequence[tuple[ModuleType, str, str, str]] = (
     ),
     (
         lr_transfer,
+        (),
         "One learning rate fits all shapes when the update has AdamW's RMS",
         "Eq. 4 as good as Eq. 6, both 0.023 better than Eq. 5 (Table 1)",
         "carried rates can be behind AdamW in short runs (Moonlight issue 36)",
     ),
     (
         update_rms,
+        (),
         "An update of RMS 0.2 to 0.4 is best",
         "0.2: 3.325, 0.4: 3.314, 0.05: 3.503, 0.8: 3.543, AdamW: 3.679 (Table 8)",
         "-",
     ),
     (
         weight_decay,
+        (),
         "Muon needs weight decay in long runs",
         "without decay ahead early, 0.017 behind in the end (Fig. 2)",
         "a tuned decay is worth as much as most variants (modded-nanogpt, track 3)",
     ),
     (
         variants,
+        (),
         "Variants that are said to beat Muon",
         "-",
         "NorMuon and Polar Express tie with a tuned Muon (modded-nanogpt, track 3; nanochat); "
         "momenta of several time scales gain 1 to 6 % of the steps",
     ),
 )
-"""Experiments, with the claim, the paper's numbers and those of others."""
+"""Experiments and their arguments, with the claim, the paper's numbers and those of others."""
 
 
 def claims() -> Iterator[Claim]:
     """The rows."""
-    for script, claim, paper, others in EXPERIMENTS:
-        options = script.Options()
+    for script, arguments, claim, paper, others in EXPERIMENTS:
+        options = tyro.cli(script.Options, args=arguments)
         experiment = script.experiment(options)
         name = experiment.name
         summary = experiment.summary(_experiment.load(options, experiment))
-        page, command = f"{name}/{name}.md", f"python benchmarks/{name}.py"
+        page = f"{name}/{name}.md"
+        command = " ".join(("python", f"benchmarks/{script.__name__}.py", *arguments))
         yield Claim(claim, paper, others, summary, page, command)
     yield Claim(
         "Muon's weights have a higher SVD entropy",

@@ -6,10 +6,10 @@ rate and weight decay are searched for each optimizer, in factors of two until t
 and the batch for AdamW: all of them at the two smallest sizes, the learning rate alone above them,
 from the numbers of the size below (arXiv 2502.16982, appendix B, does the same). Muon has AdamW's
 batch. `Muon, AdamW lr` has all of AdamW's numbers, as in the paper's section 3.2; `Muon` has its
-own rate and decay. Searches have seed 0; the runs that are reported
-repeat the best one with three other seeds. FLOPs are those of all matrix products in the compiled
-step, the optimizer's included; 6ND, beside them, leaves those and the attention scores out, as the
-paper does. Seconds are those of one core.
+own rate and decay. Searches have seed 0; the runs that are reported repeat the best one with three
+other seeds. FLOPs are those of all matrix products in the compiled step, the optimizer's included;
+6ND, beside them, leaves those and the attention scores out, as the paper does. Seconds are those of
+all steps on one core, without evaluations: the median step of rounds in which all programs run.
 
 A fit in log space is least squares of L = a C^-b, and with Huber's loss of L = e + a C^-b. The
 ratio is the FLOPs of Muon over those that AdamW's fit needs for the same loss. Its interval is of
@@ -49,6 +49,12 @@ SEARCHED_IN_FULL = 2
 ALL = {"adamw": ("lr", "batch", "weight_decay", "lr"), "muon": ("lr", "weight_decay", "lr")}
 """What is searched there, in this order."""
 OPTIMIZERS = ("adamw", "muon-carried", "muon")
+HEADLINE = {
+    "model_flops": "6ND, the paper's measure",
+    "flops": "all matmuls, Newton-Schulz included",
+    "seconds": "time on one core of a CPU",
+}
+"""Costs that the README compares, with the titles of the columns."""
 PAPER = {"adamw": (2.608, 0.054), "muon": (2.506, 0.052)}
 """a and b of L = a C^-b in table 3 of arXiv 2502.16982, C in PFLOP/s-days."""
 
@@ -235,24 +241,23 @@ def headline(options: Options) -> Iterator[str]:
         f"{last.tokens_per_parameter:g} tokens per parameter, each run to the end of its schedule. "
         "The learning rate is tuned for both optimizers at every size, weight decay at the two "
         "smallest, and the batch for AdamW. For the loss that it reaches at the largest size, Muon "
-        "needs this fraction of the FLOPs that AdamW needs (three seeds; in brackets the range "
-        "that holds 90 %):"
+        "needs this fraction of the FLOPs and of the time that AdamW needs (three seeds; in "
+        "brackets the range that holds 90 %):"
     )
     yield ""
     rows = (
-        (title, *(_ratio(points, results, name, of) for of in ("model_flops", "flops")))
+        (title, *(_ratio(points, results, name, of) or "" for of in HEADLINE))
         for title, name in (("tuned", "muon"), ("with AdamW's numbers", "muon-carried"))
     )
-    heads = ("Muon", "6ND, the paper's measure", "all matmuls, Newton-Schulz included")
-    yield from _table.markdown(heads, rows)
+    yield from _table.markdown(("Muon", *HEADLINE.values()), rows)
 
 
 def _ratio(
     points: Points[Finished], results: Results, name: str, of: str
 ) -> power_law.Interval | None:
-    """What an optimizer's largest size costs over AdamW's fit; None before there are fits."""
+    """What an optimizer's largest size costs over AdamW's fit; None before that is known."""
     curves = _curves.fitted(points, results)
-    if set(curves) != set(OPTIMIZERS):
+    if set(curves) != set(OPTIMIZERS) or not _curves.is_measured(curves, of):
         return None
     return power_law.ratio(curves["adamw"], curves[name], len(points[name]) - 1, of)
 
@@ -268,10 +273,15 @@ def summary(points: Points[Finished], results: Results) -> str:
         f"at {last.parameters:,} parameters {ratio('muon', 'model_flops')} of AdamW's FLOPs as "
         f"6ND, the paper's measure, with its own rate, {ratio('muon-carried', 'model_flops')} with "
         f"AdamW's numbers; {ratio('muon', 'flops')} and {ratio('muon-carried', 'flops')} of all "
-        f"FLOPs, Newton-Schulz included; {len(rows)} sizes from "
+        f"FLOPs, Newton-Schulz included"
+        f"{_in_time(ratio('muon', 'seconds'))}; {len(rows)} sizes from "
         f"{first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens per "
         "parameter, 3 seeds"
     )
+
+
+def _in_time(ratio: power_law.Interval | None) -> str:
+    return f"; {ratio} of the time on one core" if ratio else ""
 
 
 if __name__ == "__main__":
