@@ -163,16 +163,16 @@ def vertex(rows: Sequence[Finished]) -> float:
 def picture(curves: Curves) -> matplotlib.figure.Figure:
     """A panel for each optimizer, a line for each model, over the learning rate."""
     figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=150, layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
+    panels = [*figure.subplots(2, 3, sharex=True, sharey=True).flat]
     for name, axes in zip(OPTIMIZERS, panels, strict=True):
         axes.set(title=SPECS[name].title, xscale="log")
         mine = [(model, rows) for (each, model), rows in curves.items() if each == name]
         for place, (model, rows) in enumerate(mine):
             shown = [(row.lr, row.val_loss) for row in rows]
             axes.plot(*zip(*shown, strict=True), **styles.nth(place).curve(), label=model)
-        if mine:
-            axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
     figure.supxlabel("peak learning rate", fontsize=9)
     figure.supylabel("held-out loss, nats per byte", fontsize=9)
     return figure
