@@ -71,14 +71,14 @@ class Plain:
         column_shards: ColumnShards,
     ) -> jax.Array:
         """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
-        mine = local_rows(gram, column_shards)
-        if mine is gram:
+        if local_rows(gram, column_shards) is gram:
             return self.products.operand(quadratic(gram, b, c, dtype, self.products), dtype)
-        share = b * mine
-        if not is_zero(c):
-            mine, gram = (self.products.operand(each, dtype) for each in (mine, gram))
-            square = product(mine, gram)
-            share = b * mine.astype(square.dtype) + c * square
+        if is_zero(c):
+            return gather_rows((b * local_rows(gram, column_shards)).astype(dtype), column_shards)
+        operand = self.products.operand(gram, dtype)
+        mine = local_rows(operand, column_shards)
+        square = product(mine, operand)
+        share = b * mine.astype(square.dtype) + c * square
         return gather_rows(share.astype(dtype), column_shards)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:

@@ -155,10 +155,13 @@ class Sharers(Group):
 
     def _join(self, x: jax.Array, bit: int, axis: int) -> jax.Array:
         """What two partners have, joined in the order of their numbers."""
-        is_second, other = self._is_second(bit), self._partners(x, bit)
-        return jnp.concatenate(
-            [jnp.where(is_second, other, x), jnp.where(is_second, x, other)], axis
-        )
+        other, length = self._partners(x, bit), x.shape[axis]
+        # One pass: 145 thousand cycles of a v5p, by its compiler's estimate, at 4096 x 4096 in
+        # bfloat16. Chosen between before they are concatenated they take 205 thousand.
+        start = jnp.where(self._is_second(bit), length, 0)
+        around = jnp.concatenate([x, other, x], axis)
+        joined: jax.Array = lax.dynamic_slice_in_dim(around, start, 2 * length, axis)
+        return joined
 
     def _is_second(self, bit: int) -> jax.Array:
         return self.index() & bit != 0
