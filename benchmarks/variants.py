@@ -34,8 +34,8 @@ from optax_muon.training.statistics import Difference
 
 BASE = Run("48 x 2", "muon", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
 """Muon at the numbers of the scaling law."""
-SEEDS = (0, 1, 2, 3)
-"""Seeds of every run, those of the search among them."""
+SEARCH_SEEDS = (0, 1, 2, 3)
+"""Seeds of the search, and of the runs that the rows compare."""
 FRESH_SEEDS = (4, 5, 6, 7)
 """Seeds of the runs that repeat what gains."""
 
@@ -65,7 +65,7 @@ class Arm:
         return [dataclasses.replace(run, seed=seed) for run in best for seed in FRESH_SEEDS]
 
     def _tuned(self, finished: Sequence[Finished]) -> tuple[list[Run], list[Finished]]:
-        return _runs.tuned(finished, self.start, self.searched, SEEDS, SEEDS)
+        return _runs.tuned(finished, self.start, self.searched, SEARCH_SEEDS, SEARCH_SEEDS)
 
 
 SECTIONS = {
