@@ -71,14 +71,15 @@ class Plain:
         column_shards: ColumnShards,
     ) -> jax.Array:
         """Return b A + c A^2 as an operand; where columns are shared, so are the rows of A^2."""
-        if local_rows(gram, column_shards) is gram:
-            return self.products.operand(quadratic(gram, b, c, dtype, self.products), dtype)
-        if is_zero(c):
-            return gather_rows((b * local_rows(gram, column_shards)).astype(dtype), column_shards)
-        operand = self.products.operand(gram, dtype)
+        operand = gram if is_zero(c) else self.products.operand(gram, dtype)
         mine = local_rows(operand, column_shards)
-        square = product(mine, operand)
-        share = b * mine.astype(square.dtype) + c * square
+        if mine is operand:
+            return self.products.operand(quadratic(operand, b, c, dtype, self.products), dtype)
+        if is_zero(c):
+            share = b * mine
+        else:
+            square = product(mine, operand)
+            share = b * mine.astype(square.dtype) + c * square
         return gather_rows(share.astype(dtype), column_shards)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
