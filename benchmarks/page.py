@@ -60,6 +60,7 @@ class Claim:
 
 
 LADDER_OF_60 = ("--tokens-per-parameter", "60", "--sizes", "3")
+"""Arguments of the scaling law with three times the tokens."""
 EXPERIMENTS: Sequence[tuple[ModuleType, Sequence[str], str, str, str]] = (
     (
         scaling_law,

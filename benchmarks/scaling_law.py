@@ -273,10 +273,9 @@ def summary(points: Points[Finished], results: Results) -> str:
         f"at {last.parameters:,} parameters {ratio('muon', 'model_flops')} of AdamW's FLOPs as "
         f"6ND, the paper's measure, with its own rate, {ratio('muon-carried', 'model_flops')} with "
         f"AdamW's numbers; {ratio('muon', 'flops')} and {ratio('muon-carried', 'flops')} of all "
-        f"FLOPs, Newton-Schulz included"
-        f"{_in_time(ratio('muon', 'seconds'))}; {len(rows)} sizes from "
-        f"{first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens per "
-        "parameter, 3 seeds"
+        f"FLOPs, Newton-Schulz included{_in_time(ratio('muon', 'seconds'))}; {len(rows)} sizes "
+        f"from {first.flops:.1g} to {last.flops:.1g} FLOPs, {last.tokens_per_parameter:g} tokens "
+        "per parameter, 3 seeds"
     )
 
 

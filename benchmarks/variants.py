@@ -33,7 +33,7 @@ from _variants import SPECS
 from optax_muon.training.statistics import Difference
 
 BASE = Run("48 x 2", "muon", 20.0, batch=4, lr=6e-3, weight_decay=0.1)
-"""Muon at the numbers of the scaling law."""
+"""Muon at the numbers that the scaling law found for AdamW."""
 SEARCH_SEEDS = (0, 1, 2, 3)
 """Seeds of the search, and of the runs that the rows compare."""
 FRESH_SEEDS = (4, 5, 6, 7)
@@ -131,14 +131,19 @@ def experiment(options: Options) -> Experiment:
     )
 
 
-def gains(every: Sequence[Arm], finished: Sequence[Finished]) -> list[Arm]:
-    """The rows that are clearly better than the first one."""
+def differences(every: Sequence[Arm], finished: Sequence[Finished]) -> dict[Arm, Difference]:
+    """What is known of the other rows against the first one."""
     baseline = every[0].best(finished)
-    changes = {
+    return {
         arm: _runs.paired(rows, baseline)
         for arm in every[1:]
         if baseline and (rows := arm.best(finished))
     }
+
+
+def gains(every: Sequence[Arm], finished: Sequence[Finished]) -> list[Arm]:
+    """The rows that are clearly better than the first one."""
+    changes = differences(every, finished)
     return [arm for arm, change in changes.items() if change.is_clear and change.mean < 0]
 
 
@@ -165,39 +170,44 @@ def report(sections: dict[str, list[Arm]], results: Results) -> Iterator[str]:
         yield f"Still to come: {'; '.join(missing)}."
 
 
-def _changes_with_fresh_seeds(
+def differences_repeated(
     every: Sequence[Arm], finished: Sequence[Finished]
-) -> dict[str, Difference]:
-    """What is left of the gains; empty before all of them are repeated."""
-    arms = (every[0], *gains(every, finished))
-    repeated = {arm.title: _runs.found(finished, arm.repeats(finished)) for arm in arms}
-    if not all(repeated.values()):
-        return {}
-    baseline = repeated.pop(every[0].title)
-    return {title: _runs.paired(rows, baseline) for title, rows in repeated.items()}
+) -> dict[Arm, Difference]:
+    """What is left of the gains with fresh seeds, of those that are repeated."""
+    baseline = _runs.found(finished, every[0].repeats(finished))
+    return {
+        arm: _runs.paired(rows, baseline)
+        for arm in gains(every, finished)
+        if baseline and (rows := _runs.found(finished, arm.repeats(finished)))
+    }
 
 
 def _confirmation(every: Sequence[Arm], results: Results) -> Iterator[str]:
     """The lines about what is left of the gains."""
-    if changes := _changes_with_fresh_seeds(every, results.finished):
+    if changes := differences_repeated(every, results.finished):
         yield from ("## What gains, with four fresh seeds", "")
-        rows = ((title, change, _verdict(change)) for title, change in changes.items())
+        rows = ((arm.title, change, _verdict(change)) for arm, change in changes.items())
         yield from (*_table.markdown(("variant", "difference", ""), rows), "")
 
 
 def summary(every: Sequence[Arm], results: Results) -> str:
     """Which variants differ from Muon, and how many do not."""
-    shown = [(arm.title, rows) for arm in every if (rows := arm.best(results.finished))]
-    if len(shown) < 2:
+    changes = differences(every, results.finished)
+    if not changes:
         return ""
-    changes = {title: _runs.paired(rows, shown[0][1]) for title, rows in shown[1:]}
-    clear = {title: change for title, change in changes.items() if change.is_clear}
-    better = [f"{title} {change}" for title, change in clear.items() if change.mean < 0]
-    worse = [f"{title} {change}" for title, change in clear.items() if change.mean > 0]
-    again = _changes_with_fresh_seeds(every, results.finished)
-    fresh = ", with fresh seeds " + "; ".join(map(str, again.values())) if again else ""
+    repeated = differences_repeated(every, results.finished)
+    fresh = {arm: f", with fresh seeds {change}" for arm, change in repeated.items()}
+    clear = {arm: change for arm, change in changes.items() if change.is_clear}
+    better, worse = (
+        [
+            f"{arm.title} {change}{fresh.get(arm, '')}"
+            for arm, change in clear.items()
+            if (change.mean < 0) is gain
+        ]
+        for gain in (True, False)
+    )
     return (
-        f"better: {'; '.join(better) or 'none'}{fresh}. Worse: {'; '.join(worse) or 'none'}. "
+        f"better: {'; '.join(better) or 'none'}. Worse: {'; '.join(worse) or 'none'}. "
         f"Within the interval: {len(changes) - len(clear)} of {len(changes)}"
     )
 
