@@ -119,6 +119,8 @@ class Platform:
     """Fraction of the rates that a device of a mesh has: the devices of a CPU share its cores."""
     operand_barrier: bool = False
     """Whether operands are rounded behind an optimization barrier, not as products read them."""
+    memory_tile: tuple[int, int] | None = None
+    """Rows and columns of the tiles in which its memory holds a matrix; None if row by row."""
     hides: frozenset[str] = frozenset()
     """The collectives, as HLO names them, that travel while it computes, given
     `compiler_options`."""
@@ -186,6 +188,7 @@ def _tpu(
         bandwidth=links / 3,
         latency=2e-6,
         operand_barrier=True,
+        memory_tile=(8, 128),
         hides=hides,
         data_sheet=DataSheet({"bfloat16": peak, "float32": peak / 6}, memory, links, source),
     )

@@ -8,11 +8,14 @@ size: the polar factor satisfies `f(X^T) = f(X)^T`.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from optax_muon.sharding import cpu
 
@@ -58,18 +61,55 @@ class Bucket:
         """Number of matrices of which a device holds at least a tile."""
         return sum(member.batch for member in self.members)
 
-    def pack(self, stacks: Stacks) -> jax.Array:
-        """Stack the members' matrices into `[size, rows, cols]`."""
-        parts = [_transposed(stacks[m.path][m.block], m.tall) for m in self.members]
+    def pack(self, stacks: Stacks, start: int, count: int) -> jax.Array:
+        """Stack the members' matrices from number `start` on: `[count, rows, cols]`.
+
+        Args:
+            stacks: The matrices of every parameter.
+            start: Number of the first matrix in the bucket.
+            count: How many.
+        """
+        parts = [
+            _transposed(_cut(stacks[m.path][m.block], first, length), m.tall)
+            for m, first, length in self._within(start, count)
+        ]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def unpack(self, stacked: jax.Array) -> dict[tuple[str, int], jax.Array]:
-        """Return the matrices as each member stores them: `{(path, block): [b, m, n]}`."""
-        parts = cpu.split(stacked, [member.batch for member in self.members])
+    def unpack(self, parts: Sequence[jax.Array]) -> dict[tuple[str, int], jax.Array]:
+        """Return the matrices as each member stores them: `{(path, block): [b, m, n]}`.
+
+        Args:
+            parts: All matrices of the bucket in order, in one array or several.
+        """
+        pieces = collections.defaultdict(list)
+        start = 0
+        for part in parts:
+            within = self._within(start, len(part))
+            cut = cpu.split(part, [length for _, _, length in within])
+            for (m, _, _), piece in zip(within, cut, strict=True):
+                pieces[m.path, m.block].append(_transposed(piece, m.tall))
+            start += len(part)
         return {
-            (m.path, m.block): _transposed(part, m.tall)
-            for m, part in zip(self.members, parts, strict=True)
+            key: found[0] if len(found) == 1 else jnp.concatenate(found)
+            for key, found in pieces.items()
         }
+
+    def _within(self, start: int, count: int) -> list[tuple[Member, int, int]]:
+        """The members of matrices `start` to `start + count`: of each its first, and how many."""
+        found = []
+        for member in self.members:
+            first, last = max(start, 0), min(start + count, member.batch)
+            if first < last:
+                found.append((member, first, last - first))
+            start -= member.batch
+        return found
+
+
+def _cut(matrices: jax.Array, start: int, count: int) -> jax.Array:
+    if count == len(matrices):
+        return matrices
+    part: jax.Array = lax.slice_in_dim(matrices, start, start + count)
+    return part
 
 
 def _transposed(matrices: jax.Array, tall: bool) -> jax.Array:

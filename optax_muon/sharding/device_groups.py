@@ -217,12 +217,17 @@ def exchange(messages: Sequence[Message]) -> list[jax.Array]:
 def _fused(
     collective: Callable[[jax.Array], jax.Array], payloads: Sequence[jax.Array], lead: int
 ) -> list[jax.Array]:
-    """Send several arrays as one, flattened behind their leading axes."""
-    flat = [payload.reshape(*payload.shape[:lead], -1) for payload in payloads]
-    cuts = np.cumsum([x.shape[-1] for x in flat])[:-1].tolist()
-    parts = jnp.split(collective(jnp.concatenate(flat, -1)), cuts, -1)
+    """Send several arrays as one, flattened behind their leading axes.
+
+    In rows of 128 numbers, as the memory of a TPU holds them: without, its compiler copies what two
+    stacks of Moonlight's experts send as a sum, by its estimate in 546 thousand cycles.
+    """
+    width = math.gcd(128, *(math.prod(payload.shape[lead:]) for payload in payloads))
+    flat = [payload.reshape(*payload.shape[:lead], -1, width) for payload in payloads]
+    cuts = np.cumsum([x.shape[-2] for x in flat])[:-1].tolist()
+    parts = jnp.split(collective(jnp.concatenate(flat, -2)), cuts, -2)
     return [
-        part.reshape(*part.shape[:-1], *payload.shape[lead:])
+        part.reshape(*part.shape[:-2], *payload.shape[lead:])
         for part, payload in zip(parts, payloads, strict=True)
     ]
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax import lax
 
+from optax_muon.sharding import tpu
 from optax_muon.sharding.assignment import (
     COLS,
     COPIES,
@@ -47,13 +48,16 @@ class Owned:
     """The mesh axes that take part: those that cut the matrices, then those that hold copies."""
     swaps: bool = False
     """Whether the devices of a home swap Gram matrices, instead of summing and gathering them."""
+    memory_tile: tpu.MemoryTile = None
+    """Rows and columns of the tiles of the devices' memory."""
 
     @classmethod
     def assign(cls, search: LayoutSearch, count: int) -> Iterator[tuple[Assignment, ...]]:
         """Every choice of roles; the remainder is either padded or assigned by another search."""
         owned_only = dataclasses.replace(search, layouts=(cls,))
         for roles in search.role_choices():
-            layout = cls(roles, _can_swap(search, math.prod(role.split for role in roles)))
+            swaps = _can_swap(search, math.prod(role.split for role in roles))
+            layout = cls(roles, swaps, search.device.memory_tile)
             filled, rest = divmod(count, math.prod(role.home for role in roles))
             if rest:
                 yield (layout._assignment(search, count, layout._home_count - rest),)
@@ -99,7 +103,8 @@ class Owned:
 
         def publish(returned: jax.Array) -> Message:
             unpacked = route.unpack(returned)  # [8, 2, 64, 512] -> [16, 64, 512]
-            return Message(self.replicas, Group.all_gather, unpacked)
+            lying = tpu.row_major(unpacked, self.memory_tile)
+            return Message(self.replicas, Group.all_gather, lying)
 
         return depart, work, publish, route.merge_replica_shares
 
@@ -159,8 +164,8 @@ class Owned:
             collective_bytes=sent + shared * moved,
             traffic=self._traffic(moved),
             min_received_bytes=self._traffic(needed).total,
-            # Tiles are sorted and joined at both ends of a trip, and chunks cut and written back.
-            passed_bytes=4 * sent + 2 * shared * moved + 4 * moved * (chunks > 1),
+            # Tiles are joined where they are worked on and cut again, chunks cut and written back.
+            passed_bytes=2 * sent + 2 * shared * moved + 4 * moved * (chunks > 1),
         )
         # The matrices of a chunk share their messages.
         pipelined = chunks > 1 and trips > 0 and "all-to-all" in search.device.hides
@@ -203,24 +208,24 @@ class _Route:
     def pack(self, x: jax.Array) -> jax.Array:
         """Sort by receiver: `[homes * q, m, sharers * n]` to `[devices, q, m, n]`."""
         sizes = self._sizes
-        return _rearrange(x, sizes, self._sender, [*sizes], len(self._digits))
+        return self._rearrange(x, sizes, self._sender, [*sizes], len(self._digits))
 
     def unpack(self, x: jax.Array) -> jax.Array:
         """The inverse of `pack`."""
         sizes = self._sizes
-        return _rearrange(x, sizes, [*sizes], self._sender, 0).reshape(self._share)
+        return self._rearrange(x, sizes, [*sizes], self._sender, 0).reshape(self._share)
 
     def assemble(self, x: jax.Array) -> jax.Array:
         """Join tiles by sender: `[devices, q, m, n]` to `[q, rows, cols]`."""
         sizes = self._sizes
-        return _rearrange(x, sizes, [*sizes], self._receiver, 0).reshape(
+        return self._rearrange(x, sizes, [*sizes], self._receiver, 0).reshape(
             sizes["q"], self._senders(ROWS) * sizes["m"], self._senders(COLS) * sizes["n"]
         )
 
     def disassemble(self, x: jax.Array) -> jax.Array:
         """The inverse of `assemble`."""
         sizes = self._sizes
-        return _rearrange(x, sizes, self._receiver, [*sizes], len(self._digits))
+        return self._rearrange(x, sizes, self._receiver, [*sizes], len(self._digits))
 
     def merge_replica_shares(self, x: jax.Array) -> jax.Array:
         """Join the shares of all copies: the inverse of `take_replica_share`."""
@@ -233,7 +238,7 @@ class _Route:
         homes, sharers = _labels(sizes, "home"), _labels(sizes, "sharer")
         sizes |= {"k": k, "m": m, "n": n}
         target = [*homes, "k", "m", *sharers, "n"]
-        return _rearrange(x, sizes, [*sizes], target, 0).reshape(self.tiles)
+        return self._rearrange(x, sizes, [*sizes], target, 0).reshape(self.tiles)
 
     @property
     def _digits(self) -> Digits:
@@ -276,6 +281,20 @@ class _Route:
         cols = [label for label in self._digits if label.endswith(COLS)]
         return ["q", *rows, "m", *cols, "n"]
 
+    def _rearrange(
+        self,
+        x: jax.Array,
+        sizes: Digits,
+        source: Sequence[str],
+        target: Sequence[str],
+        merged: int,
+    ) -> jax.Array:
+        """Put the axes `source` of `x` in the order `target`, and merge the first `merged`."""
+        x = x.reshape([sizes[label] for label in source])
+        order = [list(source).index(label) for label in target]
+        x = tpu.transpose(x, order, self.layout.memory_tile)
+        return x.reshape(-1, *x.shape[merged:]) if merged else x
+
     def _senders(self, holds: str) -> int:
         """Number of tiles side by side in an assembled matrix."""
         return math.prod(size for label, size in self._digits.items() if label.endswith(holds))
@@ -311,12 +330,3 @@ def polar(
 
 def _labels(sizes: Digits, kind: str) -> list[str]:
     return [label for label in sizes if label.startswith(kind)]
-
-
-def _rearrange(
-    x: jax.Array, sizes: Digits, source: Sequence[str], target: Sequence[str], merged: int
-) -> jax.Array:
-    """Read `x` with the axes `source`, put them in the order `target`, merge the first `merged`."""
-    x = x.reshape([sizes[label] for label in source])
-    x = x.transpose([list(source).index(label) for label in target])
-    return x.reshape(-1, *x.shape[merged:]) if merged else x

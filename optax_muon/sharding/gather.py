@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax import lax
 
+from optax_muon.sharding import tpu
 from optax_muon.sharding.assignment import COLS, ROWS, Assignment, Orthogonalizer, Role, Step
 from optax_muon.sharding.cost import Cost, Received, Traffic
 from optax_muon.sharding.device_groups import Group, Message, Piece
@@ -22,11 +23,14 @@ class Gathered:
 
     roles: tuple[Role, ...]
     """The mesh axes that cut the matrices, those of the rows first."""
+    memory_tile: tpu.MemoryTile = None
+    """Rows and columns of the tiles of the devices' memory."""
 
     @classmethod
     def assign(cls, search: LayoutSearch, count: int) -> Iterator[tuple[Assignment, ...]]:
         """The one way in which matrices can be gathered."""
-        yield (cls(_roles(search.geometry))._assignment(search, count),)
+        layout = cls(_roles(search.geometry), search.device.memory_tile)
+        yield (layout._assignment(search, count),)
 
     @property
     def name(self) -> str:
@@ -64,7 +68,8 @@ class Gathered:
             return Message(self._group, Group.all_gather, tiles)
 
         def work(arrived: jax.Array) -> jax.Array:  # [8, 16, 64, 512]
-            whole = arrived.reshape(rows, cols, k, m, n).transpose(2, 0, 3, 1, 4)
+            by_place = arrived.reshape(rows, cols, k, m, n)
+            whole = tpu.transpose(by_place, (2, 0, 3, 1, 4), self.memory_tile)
             factor = polar(whole.reshape(k, rows * m, cols * n), orthogonalizer)  # [16, 256, 1024]
             parts = factor.reshape(k, rows, m, cols, n).transpose(1, 3, 0, 2, 4)
             return lax.dynamic_index_in_dim(

@@ -81,17 +81,33 @@ def test_dtypes_are_pooled_apart():
 
 def test_a_pool_holds_every_matrix_with_its_short_side_first():
     given = stacks()
-    pool = pooled()[0].pack(given)
+    pool = pooled()[0].pack(given, 0, 9)
     np.testing.assert_array_equal(pool[0], given["down"][0][0].T)
     np.testing.assert_array_equal(pool[1:7], given["experts"][0])
     np.testing.assert_array_equal(pool[7:8], given["qkv"][0])
     np.testing.assert_array_equal(pool[8:], given["up"][0])
 
 
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 4), (2, 3), (5, 4), (8, 1)])
+def test_a_part_of_a_pool_is_packed_alone(start, count):
+    bucket, given = pooled()[0], stacks()
+    whole = bucket.pack(given, 0, bucket.size)
+    np.testing.assert_array_equal(bucket.pack(given, start, count), whole[start : start + count])
+
+
+@pytest.mark.parametrize("ends", [(9,), (1, 9), (2, 5, 9), (4, 8, 9)])
+def test_unpacking_joins_what_is_cut_inside_a_member(ends):
+    bucket, given = pooled()[0], stacks()
+    starts = (0, *ends[:-1])
+    parts = [bucket.pack(given, i, j - i) for i, j in zip(starts, ends, strict=True)]
+    for (path, block), matrices in bucket.unpack(parts).items():
+        np.testing.assert_array_equal(matrices, given[path][block])
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_unpacking_undoes_packing(number):
     bucket, given = pooled()[number], stacks()
-    back = bucket.unpack(bucket.pack(given))
+    back = bucket.unpack([bucket.pack(given, 0, bucket.size)])
     assert back.keys() == {(member.path, member.block) for member in bucket.members}
     for (path, block), matrices in back.items():
         np.testing.assert_array_equal(matrices, given[path][block])
@@ -113,7 +129,7 @@ def test_a_stack_is_cut_by_one_kernel_however_many_share_it():
         shapes = {f"{index}": (8, 24) for index in range(leaves)}
         [bucket] = pooled(shapes, {path: View(0, 1) for path in shapes})
         stack = jax.ShapeDtypeStruct((leaves, 8, 24), jnp.float32)
-        return jax.jit(lambda x: list(bucket.unpack(x).values())).lower(stack).compile()
+        return jax.jit(lambda x: list(bucket.unpack([x]).values())).lower(stack).compile()
 
     # Compiling the kernels is what takes the time: each of LLVM's takes about 12 ms.
     assert len(kernels(taken_apart(32))) == len(kernels(taken_apart(4)))
