@@ -102,8 +102,7 @@ class Gram:
         for span in self._spans(rows):
             operand = jax.lax.optimization_barrier(y.astype(x.dtype))
             gram = column_shards.psum(self.products.gram(operand))
-            factor = self._factor(gram, span, x.dtype)
-            y = self.products.apply(self.products.operand(factor, x.dtype), operand)
+            y = self._apply(gram, span, operand)
         return y
 
     def _spans(self, rows: Sequence[Step]) -> list[Sequence[Step]]:
@@ -117,27 +116,35 @@ class Gram:
             )
         return [rows[start:stop] for start, stop in spans]
 
-    def _factor(self, gram: jax.Array, rows: Sequence[Step], dtype: DTypeLike) -> jax.Array:
-        """Return Q such that Q X is what the steps make of X, from R = X X^H."""
-        operand = functools.partial(self.products.operand, dtype=dtype)
+    def _apply(self, gram: jax.Array, rows: Sequence[Step], x: jax.Array) -> jax.Array:
+        """Return what the steps make of X, which is Q X, from R = X X^H."""
+        operand = functools.partial(self.products.operand, dtype=x.dtype)
+        in_half_precision = jnp.finfo(x.dtype).bits < 32
         a, b, c = rows[0]
         # What is multiplied and added is rounded once, for both: with the sum in float32 the two
         # errors do not cancel, and POLAR_EXPRESS_8 has 2.2 times the plain form's instead of 1.0.
         gram = operand(gram)
-        z = operand(quadratic(gram, b, c, dtype, self.products))
-        # Where T is added to a product of itself, a T stays out of the product: the diagonal of
-        # a I + Z would lose its digits in half precision.
-        wide = at_least_float32(z)
-        factor = a * identity_like(wide) + wide
-        for following in rows[1:]:
+        z = operand(quadratic(gram, b, c, x.dtype, self.products))
+        # An a I + Z that is an operand in half precision loses digits of Z on its diagonal, and on
+        # TPUs it is a pass of its own. So a T stays out of the products that read Z.
+        if in_half_precision and len(rows) == 1:
+            moved = self.products.apply(z, x)
+            return a * x.astype(moved.dtype) + moved
+        factor = a * identity_like(at_least_float32(z)) + at_least_float32(z)
+        for index, following in enumerate(rows[1:]):
             half = operand(a * at_least_float32(gram) + self.products.commuting(z, gram))
             moved = a * at_least_float32(half) + self.products.from_right(half, z)
             # A skew part of R would grow in the next steps: without this 2 to 40 times the error.
             gram = operand(self.products.symmetrize(moved))
+            first = a, z
             a, b, c = following
-            z = operand(quadratic(gram, b, c, dtype, self.products))
-            factor = a * factor + self.products.commuting(z, operand(factor))
-        return factor
+            z = operand(quadratic(gram, b, c, x.dtype, self.products))
+            if in_half_precision and index == 0:
+                grown = first[0] * at_least_float32(z) + self.products.commuting(z, first[1])
+            else:
+                grown = self.products.commuting(z, operand(factor))
+            factor = a * factor + grown
+        return self.products.apply(operand(factor), x)
 
     def count(self, m: int, n: int, rows: Sequence[Row], devices: int = 1) -> Work:
         """Count one matrix [m, n], m <= n, its columns on so many devices."""
