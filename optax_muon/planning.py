@@ -175,14 +175,14 @@ def work_model(orthogonalizer: Orthogonalizer) -> WorkModel:
             f"The orthogonalizer of type {type(orthogonalizer).__name__} is not hashable, and"
             " compiled programs are cached by it; use @dataclass(frozen=True), or define __hash__."
         )
-    adapted = _adapted(orthogonalizer)
-    counted: Any = adapted if _counts(adapted) else NewtonSchulz(form=Plain())
+    resolved = resolve_orthogonalizer(orthogonalizer)
+    counted: Any = resolved if _counts(resolved) else NewtonSchulz(form=Plain())
     dtype = getattr(counted, "dtype", None)
     return WorkModel(
         counted,
         steps=len(getattr(counted, "rows", ())),
         dtype=None if dtype is None else np.dtype(dtype),
-        supports_column_shards=getattr(adapted, "supports_column_shards", False),
+        supports_column_shards=getattr(resolved, "supports_column_shards", False),
     )
 
 
@@ -201,7 +201,7 @@ def _counts(orthogonalizer: Orthogonalizer) -> bool:
     return True
 
 
-def _adapted(orthogonalizer: Orthogonalizer) -> Orthogonalizer:
+def resolve_orthogonalizer(orthogonalizer: Orthogonalizer) -> Orthogonalizer:
     """Replace our two functions, or a `partial` of one, by the object that counts."""
     function, options = orthogonalizer, {}
     if isinstance(orthogonalizer, functools.partial) and not orthogonalizer.args:

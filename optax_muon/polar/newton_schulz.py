@@ -60,6 +60,8 @@ class _Iteration(abc.ABC):
 
     supports_column_shards: ClassVar[bool] = True
     """Whether `__call__` takes matrices whose columns lie on several devices."""
+    supports_platform: ClassVar[bool] = True
+    """Whether `__call__` takes the platform that it is traced for."""
 
     @abc.abstractmethod
     def form_for(
@@ -72,8 +74,20 @@ class _Iteration(abc.ABC):
         """The coefficients of every step."""
         return self.coefficients.take(self.steps)
 
-    def __call__(self, x: ArrayLike, /, column_shards: ColumnShards = ALL_COLUMNS) -> jax.Array:
-        """Orthogonalize [..., m, n]; see `newton_schulz`."""
+    def __call__(
+        self,
+        x: ArrayLike,
+        /,
+        column_shards: ColumnShards = ALL_COLUMNS,
+        platform: str | None = None,
+    ) -> jax.Array:
+        """Orthogonalize [..., m, n]; see `newton_schulz`.
+
+        Args:
+            x: The matrices.
+            column_shards: The devices that hold their columns.
+            platform: What it is traced for, `tpu`, `gpu` or `cpu`; None is any of them.
+        """
         rows = self.rows
 
         safety, devices = self.coefficients.safety, column_shards.size
@@ -100,7 +114,7 @@ class _Iteration(abc.ABC):
             return adjoint(y) if tall else y
 
         x = as_matrices(x)
-        return on_platform(polynomial, at_least_float32(x), self.dtype).astype(x.dtype)
+        return on_platform(polynomial, at_least_float32(x), self.dtype, platform).astype(x.dtype)
 
     def count(self, m: int, n: int, devices: int = 1, *, platform: str) -> Work:
         """Count the work on one float32 matrix.

@@ -22,6 +22,7 @@ def on_platform(
     polynomial: Callable[[jax.Array, jnp.dtype, str], jax.Array],
     x: jax.Array,
     dtype: DTypeLike | None,
+    platform: str | None = None,
 ) -> jax.Array:
     """Apply `polynomial` to `x` in the dtype asked for, or in the one of the target platform.
 
@@ -31,6 +32,7 @@ def on_platform(
         x: In float32 at least.
         dtype: None means bfloat16 on TPU and GPU and the dtype of `x` on CPU. Complex numbers
             have no short form and are computed in complex64 at least on every platform.
+        platform: The target; None traces the polynomial for all of them.
 
     Returns:
         The result in the dtype of `x`.
@@ -40,6 +42,8 @@ def on_platform(
         compute = compute_dtype(dtype, x.dtype, platform)
         return lambda x: polynomial(x, compute, platform).astype(x.dtype)
 
+    if platform is not None:
+        return on(platform)(x)
     gpu = on("gpu")
     chosen: jax.Array = jax.lax.platform_dependent(
         x, tpu=on("tpu"), cuda=gpu, rocm=gpu, default=on("cpu")

@@ -50,26 +50,35 @@ def split(stack: jax.Array, lengths: Sequence[int]) -> Sequence[jax.Array]:
     return pieces
 
 
-def schedule(orthogonalizer: Orthogonalizer, transposed: bool) -> Orthogonalizer:
+def schedule(orthogonalizer: jax.tree_util.Partial, transposed: bool) -> Orthogonalizer:
     """Give an accelerator the whole batch, and a CPU a few matrices at a time.
 
     Args:
-        orthogonalizer: Orthogonalizes matrices `[B, m, n]`.
+        orthogonalizer: Orthogonalizes matrices `[B, m, n]`. Where its attribute `supports_platform`
+            is true it is told what it is traced for; otherwise one that is itself traced for each
+            of three platforms is traced six times.
         transposed: Whether a transpose is all that happens to the matrices before.
     """
+    cpu, gpu, tpu = (_traced_for(each, orthogonalizer) for each in ("cpu", "gpu", "tpu"))
 
     def scheduled(x: jax.Array, **column_shards: Group) -> jax.Array:
         if column_shards or (x.shape[0] == 1 and not transposed):
             return orthogonalizer(x, **column_shards)
         entries = x.shape[1] * x.shape[2]
         if entries < 2**16 and x.size <= 2**19 and not transposed:
-            few = functools.partial(_in_batches, orthogonalizer)
+            few = functools.partial(_in_batches, cpu)
         else:
-            few = functools.partial(_few_at_a_time, orthogonalizer, transposed)
-        done: jax.Array = lax.platform_dependent(x, cpu=few, default=orthogonalizer)
+            few = functools.partial(_few_at_a_time, cpu, transposed)
+        done: jax.Array = lax.platform_dependent(x, tpu=tpu, cuda=gpu, rocm=gpu, default=few)
         return done
 
     return scheduled
+
+
+def _traced_for(platform: str, orthogonalizer: jax.tree_util.Partial) -> Orthogonalizer:
+    """The orthogonalizer on one platform, if it can be told."""
+    supports = getattr(orthogonalizer.func, "supports_platform", False)
+    return functools.partial(orthogonalizer, platform=platform) if supports else orthogonalizer
 
 
 def _split_by_one_kernel(lengths: Sequence[int], stack: jax.Array) -> list[jax.Array]:

@@ -85,7 +85,7 @@ def _execute(
     shared = _shared_auto_axes(plan, plan.mesh)
 
     def run_shards(
-        orthogonalizer: Orthogonalizer, shards: Mapping[str, jax.Array], named: jax.Array
+        orthogonalizer: jax.tree_util.Partial, shards: Mapping[str, jax.Array], named: jax.Array
     ) -> dict[str, jax.Array]:
         del named
         return _run_shards(plan, orthogonalizer, shards)
@@ -148,7 +148,7 @@ def _partition_spec(spec: Spec) -> PartitionSpec:
 
 
 def _run_shards(
-    plan: Plan, orthogonalizer: Orthogonalizer, shards: Mapping[str, jax.Array]
+    plan: Plan, orthogonalizer: jax.tree_util.Partial, shards: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """All buckets on the shards of one device; each one's messages travel under others' work."""
     stacks = {}
@@ -166,7 +166,7 @@ def _run_shards(
 
 
 def _run_buckets(
-    plan: Plan, orthogonalizer: Orthogonalizer, stacks: Stacks
+    plan: Plan, orthogonalizer: jax.tree_util.Partial, stacks: Stacks
 ) -> Iterator[tuple[BucketPlan, list[jax.Array]]]:
     """Orthogonalize the stacks of all buckets, those that receive the least first.
 
@@ -181,7 +181,7 @@ def _run_buckets(
             if previous.cost.traffic.inward.total:
                 tiles, arrived = lax.optimization_barrier((tiles, arrived))
             yield previous, _finish(run, arrived)
-        scheduled = orthogonalizer
+        scheduled: Orthogonalizer = orthogonalizer
         if not plan.unknown_shardings:
             scheduled = cpu.schedule(orthogonalizer, bucket_plan.only_transposed)
         run = _run_bucket(bucket_plan, scheduled, tiles)

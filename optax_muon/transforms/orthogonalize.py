@@ -17,7 +17,7 @@ import optax
 from optax_muon.matrices import paths
 from optax_muon.matrices.dimension_numbers import given_shardings
 from optax_muon.matrices.views import BoundView, Views
-from optax_muon.planning import bind_views, make_plan
+from optax_muon.planning import bind_views, make_plan, resolve_orthogonalizer
 from optax_muon.polar import newton_schulz
 from optax_muon.sharding.execute import Orthogonalizer, execute
 from optax_muon.sharding.mesh import Shardings, resolve_shardings
@@ -40,7 +40,8 @@ def orthogonalize(
             `functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)`. An object with a method
             `count` like that of `NewtonSchulz` counts its own work for the plan; where its
             attribute `supports_column_shards` is true, it may be called on columns that lie on
-            several devices, with the keyword `column_shards`. Any other callable gets whole
+            several devices, with the keyword `column_shards`; where `supports_platform` is, it is
+            told by the keyword `platform` what it is traced for. Any other callable gets whole
             matrices and is counted as five plain steps. It must be hashable, because compiled
             programs are cached by it.
         views: Which leaves are matrices, and how; see `optax_muon.label`. Leaves without a view
@@ -89,7 +90,7 @@ def _execute(
     plan: Plan, leaves: Mapping[str, jax.Array], orthogonalizer: Orthogonalizer
 ) -> dict[str, jax.Array]:
     if not isinstance(orthogonalizer, jax.tree_util.Partial):
-        orthogonalizer = jax.tree_util.Partial(orthogonalizer)
+        orthogonalizer = jax.tree_util.Partial(resolve_orthogonalizer(orthogonalizer))
     return execute(plan, {leaf.path: leaves[leaf.path] for leaf in plan.leaves}, orthogonalizer)
 
 

@@ -1,5 +1,6 @@
 """Matrices of one shape share a batch, whatever parameters they come from."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from optax_muon import Split, View, orthogonalize, plan
+from optax_muon import Split, View, newton_schulz, orthogonalize, plan
+from optax_muon.polar import NewtonSchulz
 
 SHAPES = {
     "down": (24, 8),
@@ -161,3 +163,34 @@ def test_a_tall_matrix_alone_is_transposed_before_its_products():
         )
 
     assert products((256, 64)) == products((64, 256))
+
+
+class Told:
+    """An orthogonalizer that takes what it is traced for, and remembers it."""
+
+    supports_platform = True
+
+    def __init__(self):
+        self.traced_for = []
+
+    def __call__(self, x, platform=None):
+        self.traced_for.append(platform)
+        return x
+
+
+def test_an_orthogonalizer_that_is_told_is_traced_once_for_each_platform():
+    told = Told()
+    update = orthogonalize(told, views={"stack": View(1, 2)}).update
+    stack = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32)
+    jax.eval_shape(lambda x: update({"stack": x}, optax.EmptyState())[0], stack)
+    assert sorted(told.traced_for) == ["cpu", "gpu", "tpu"]
+
+
+@pytest.mark.parametrize(
+    "orthogonalizer", [newton_schulz, functools.partial(newton_schulz, steps=3), NewtonSchulz()]
+)
+def test_ours_chooses_its_platform_once(orthogonalizer):
+    update = orthogonalize(orthogonalizer, views={"stack": View(1, 2)}).update
+    stack = jnp.ones((8, 16, 32), jnp.float32)
+    found = jax.make_jaxpr(lambda x: update({"stack": x}, optax.EmptyState())[0])(stack)
+    assert str(found).count("platform_index[") == 1
