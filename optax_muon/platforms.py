@@ -221,12 +221,12 @@ def _gpu(kind: str, *, peak: float, float32: float, memory: float, links: float)
     )
 
 
-_V5P_PEAK, _V5P_MEMORY, _V5P_RATES = 459e12, 2.765e12, Rates(4.58e14, 9.6e11, 1.6e12)
+_V5P_PEAK, _V5P_MEMORY, _V5P_RATES = 459e12, 2.765e12, Rates(4.45e14, 9.1e11, 6.3e12)
 
 _V5P = _tpu("TPU v5p", _V5P_RATES, peak=_V5P_PEAK, memory=_V5P_MEMORY, links=6e11, hides=_EXCHANGES)
 _V5E = _tpu(
     "TPU v5e",
-    Rates(1.9e14, math.inf, 3.9e11),
+    Rates(1.9e14, 4.4e12, 7.1e11),
     peak=197e12,
     memory=8.2e11,
     links=2e11,
@@ -234,7 +234,7 @@ _V5E = _tpu(
 )
 _V6E = _tpu(
     "TPU v6e",
-    Rates(6.8e14, math.inf, 2.9e13),
+    Rates(6.9e14),
     peak=918e12,
     memory=1.6e12,
     links=4e11,
@@ -294,7 +294,7 @@ KINDS: Mapping[str, Platform] = MappingProxyType(
         ),
         "TPU v4": _tpu(
             "TPU v4",
-            Rates(2.5e14, 4.6e12, 4.5e11),
+            Rates(2.5e14, 1.9e12, 1.4e12),
             peak=275e12,
             memory=1.2e12,
             links=3e11,
