@@ -93,3 +93,24 @@ def test_nothing_crosses_slices():
     assert plan.devices == 8
     assert collective_counts(text) == {"all-to-all": 2}
     assert "megascale" not in text
+
+
+def test_a_tall_stack_is_transposed_in_bfloat16_alone():
+    """Its bucket holds it transposed; parameters, gradients and momentum stay as they lie."""
+    mesh = chips("v5p:2x2x2", {"fsdp": 4, "tensor": 2})
+    wide, tall = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (
+            ((8, 1024, 4096), P(None, "fsdp", "tensor")),
+            ((8, 4096, 1024), P(None, "tensor", "fsdp")),
+        )
+    )
+    params = {"layers": {"up_proj": {"kernel": wide}, "down_proj": {"kernel": tall}}}
+    tx = optax_muon.muon(1e-3, plan=optax_muon.plan(params))
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+        step = jax.jit(lambda grads, state, params: tx.update(grads, state, params)[0])
+        text = step.lower(params, state, params).compile().as_text()
+    turned = re.findall(r"= (\w+)\[\d[^\]]*\]\S* copy\(", text)
+    assert "bf16" in turned
+    assert "f32" not in turned
