@@ -48,6 +48,8 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "TPU v5p": {**_ALL_TO_ALL, **_VMEM},
         "TPU v5 lite": _CONTINUATION_FUSION,
         "TPU v5e": _CONTINUATION_FUSION,
+        "TPU v6 lite": _SCHEDULER,
+        "TPU v6e": _SCHEDULER,
     }
 )
 """Options by platform, or by the beginning of JAX's `device_kind`."""

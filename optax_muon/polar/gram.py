@@ -136,11 +136,12 @@ class Gram:
             moved = a * at_least_float32(half) + self.products.from_right(half, z)
             # A skew part of R would grow in the next steps: without this 2 to 40 times the error.
             gram = operand(self.products.symmetrize(moved))
-            first = a, z
+            a_before, z_before = a, z
             a, b, c = following
             z = operand(quadratic(gram, b, c, x.dtype, self.products))
-            if in_half_precision and index == 0:
-                grown = first[0] * at_least_float32(z) + self.products.commuting(z, first[1])
+            if in_half_precision and index == 0:  # the factor so far is a I + Z of the step before
+                product = self.products.commuting(z, z_before)
+                grown = a_before * at_least_float32(z) + product
             else:
                 grown = self.products.commuting(z, operand(factor))
             factor = a * factor + grown

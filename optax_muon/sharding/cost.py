@@ -331,8 +331,9 @@ class WorkModel:
                 collective_bytes=sums + gathers + 8 * rounds,
                 traffic=Traffic(working=Received(collective_permute=sums + gathers)),
                 collectives=rounds * times,
-                # Sums and joins as below; in every round but the last a part is cut off to be sent.
-                passed_bytes=2 * sums + 3 * gathered,
+                # Sums and joins as below. More than two cut off in every round what they send and
+                # what they keep, and join the halves again.
+                passed_bytes=(4 if devices == 2 else 11) * sums // 2 + 3 * gathered,
             )
         return products + Cost(
             # 8 bytes: two scalars, the largest entry and the norm, are reduced in float32.

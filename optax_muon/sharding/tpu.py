@@ -20,13 +20,15 @@ def row_major(x: jax.Array, tile: MemoryTile) -> jax.Array:
     """Have `x` lie in tiled memory with its last axis innermost.
 
     Left alone, the compiler lets a tall matrix lie as the transpose that its bucket holds, and with
-    it the parameter, the gradient and the momentum, each of which it copies in float32.
+    it the parameter, the gradient and the momentum, each of which it copies in float32. What is
+    narrower than a tile is left alone: there the compiler lays another axis innermost, of arguments
+    and results as well, because a row would fill a tile with zeros.
 
     >>> import jax.numpy as jnp
     >>> row_major(jnp.ones((16, 256)), (8, 128)).shape
     (16, 256)
     """
-    if tile is None:
+    if tile is None or x.shape[-1] < tile[1]:
         return x
     lying: jax.Array = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return lying

@@ -22,6 +22,7 @@ TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "tpu_ahead_of_tim
 CLOCK = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9}
 KIND = {"v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 MODELS = {
+    "Llama 3 8B": ("llama3-8b", {}),
     "Llama 3 8B, scanned": ("llama3-8b", {}),
     "Moonlight 16B": ("moonlight-16b-a3b", {}),
     "4 layers of Llama 3 1B, scanned": ("llama3-1b", {"num_hidden_layers": 4}),
@@ -30,10 +31,14 @@ MODELS = {
 
 
 def committed():
-    """The rows with cycles, by tree and machine."""
+    """The rows with cycles, by tree and machine, but for slices: types do not tell them apart."""
     with TABLE.open() as file:
         rows = [row for row in csv.DictReader(file) if row["optimizer"] == "optax-muon"]
-    return {f"{r['tree']}, {r['machine']}": r for r in rows if float(r["products_mcycles"] or 0)}
+    return {
+        f"{r['tree']}, {r['machine']}": r
+        for r in rows
+        if float(r["products_mcycles"] or 0) and "slices" not in r["machine"]
+    }
 
 
 @pytest.mark.parametrize("case", committed())
@@ -45,7 +50,10 @@ def test_a_plan_is_within_15_percent_of_a_compiled_pod(case):
     name, changes = MODELS[row["tree"]]
     model = spec.model(dataclasses.replace(spec.named_configs()[name], **changes))
     with jax.numpy_dtype_promotion("standard"):  # Flax's initializers promote.
-        params = abstract.on_mesh(model.abstract_params, mesh)
+        tree = model.abstract_params
+        if row["tree"] == "Llama 3 8B":
+            tree = abstract.unstacked(tree, "layers")
+        params = abstract.on_mesh(tree, mesh)
     found = optax_muon.plan(params, platform=KIND[chip])
     # Of another plan the row would have to be compiled again.
     assert found.cost.collective_bytes / 2**20 == pytest.approx(float(row["planned_mib"]), abs=0.1)
