@@ -48,9 +48,14 @@ def transpose(x: jax.Array, axes: Sequence[int], tile: MemoryTile) -> jax.Array:
     *leading, m, n = x.shape
     if tile is None or m % tile[0] or n % tile[1]:
         return x.transpose(axes)
+    # One axis after the other: under a vmap over an Explicit axis no reshape splits or merges two.
     rows, cols = tile
+    in_rows = x.reshape(*leading, m // rows, rows, n)
+    in_tiles = in_rows.reshape(*leading, m // rows, rows, n // cols, cols)
     i = len(leading)
     split = {**{axis: [axis] for axis in range(i)}, i: [i, i + 1], i + 1: [i + 2, i + 3]}
-    in_tiles = x.reshape(*leading, m // rows, rows, n // cols, cols)
     moved = in_tiles.transpose([part for axis in axes for part in split[axis]])
-    return moved.reshape([x.shape[axis] for axis in axes])
+    for place, axis in enumerate(axes):
+        after = moved.shape[place + len(split[axis]) :]
+        moved = moved.reshape(*moved.shape[:place], x.shape[axis], *after)
+    return moved

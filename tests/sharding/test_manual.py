@@ -257,6 +257,29 @@ def test_a_vmap_over_explicit_axes(inner, ambient):
     assert {path: x.sharding for path, x in updates.items()} == placed
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older reshapes refuse the trips")
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_vmap_over_explicit_axes_of_what_travels_in_tiles_of_memory(chunked):
+    shape = (64, 64, 512)
+    x = np.random.default_rng(0).standard_normal((REPLICAS, *shape), np.float32)
+    stack = jax.device_put(x, NamedSharding(mesh("explicit"), P("data", None, "fsdp")))
+    views = {"stack": View(1, 2)}
+    options = {"memory": 2**21, "layout": "home"} if chunked else {}
+
+    def update(x):
+        planned = plan({"stack": x}, views=views, platform="TPU v5", **options)
+        [assignment] = planned.buckets[0].assignments
+        assert assignment.mechanism.memory_tile == (8, 128)
+        assert (assignment.layout, assignment.pipelined) == ("home", chunked)
+        return orthogonalize(views=views, plan=planned).update({"stack": x}, ())[0]["stack"]
+
+    found = jax.jit(jax.vmap(update))(stack)
+    alone = orthogonalize(views={"stack": View(2, 3)})
+    expected = jax.jit(lambda x: alone.update({"stack": x}, ())[0]["stack"])(x)
+    # What travels is rounded to bfloat16, 2**-9.
+    assert meshes.error({"stack": found}, {"stack": np.asarray(expected)}) < 1e-2
+
+
 def test_a_vmap_over_all_axes():
     there = jax.make_mesh((REPLICAS,), ("data",))
     link = orthogonalize(views=VIEWS)
