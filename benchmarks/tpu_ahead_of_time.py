@@ -290,10 +290,9 @@ compilation; size of the program's text; million cycles of products and of every
 compiler's model, and at the peak of the matrix units; collectives under which nothing is computed
 and their MiB; milliseconds of messages that no cycles cover, at the planner's link rate; all cycles
 and the exposed messages over the limit; milliseconds of an update in optax-muon's plan, and over
-those of the cycles and the exposed messages. Rows without cycles are of an earlier version, with
-the layouts that it chose, compiled without `compiler_options`. Where there are fewer matrices than
-chips, optax-muon sums Gram matrices and gathers rows of Gram matrices that several chips compute
-together."""
+those of the cycles and the exposed messages. Rows without cycles were compiled without
+`compiler_options`. Where there are fewer matrices than chips, optax-muon sums Gram matrices and
+gathers rows of Gram matrices that several chips compute together."""
 
 
 def page(rows: Sequence[CompiledUpdate]) -> str:

@@ -73,7 +73,7 @@ class Bucket:
             _transposed(_cut(stacks[m.path][m.block], first, length), m.tall)
             for m, first, length in self._within(start, count)
         ]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        return _joined(parts)
 
     def unpack(self, parts: Sequence[jax.Array]) -> dict[tuple[str, int], jax.Array]:
         """Return the matrices as each member stores them: `{(path, block): [b, m, n]}`.
@@ -89,10 +89,7 @@ class Bucket:
             for (m, _, _), piece in zip(within, cut, strict=True):
                 pieces[m.path, m.block].append(_transposed(piece, m.tall))
             start += len(part)
-        return {
-            key: found[0] if len(found) == 1 else jnp.concatenate(found)
-            for key, found in pieces.items()
-        }
+        return {key: _joined(found) for key, found in pieces.items()}
 
     def _within(self, start: int, count: int) -> list[tuple[Member, int, int]]:
         """The members of matrices `start` to `start + count`: of each its first, and how many."""
@@ -110,6 +107,10 @@ def _cut(matrices: jax.Array, start: int, count: int) -> jax.Array:
         return matrices
     part: jax.Array = lax.slice_in_dim(matrices, start, start + count)
     return part
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _transposed(matrices: jax.Array, tall: bool) -> jax.Array:

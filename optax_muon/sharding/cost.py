@@ -331,8 +331,8 @@ class WorkModel:
                 collective_bytes=sums + gathers + 8 * rounds,
                 traffic=Traffic(working=Received(collective_permute=sums + gathers)),
                 collectives=rounds * times,
-                # Sums and joins as below. More than two cut off in every round what they send and
-                # what they keep, and join the halves again.
+                # Sums and joins as below. More than two also cut off what they send and what they
+                # keep, and join the halves again: 5.5 bytes for each that arrives, instead of 2.
                 passed_bytes=(4 if devices == 2 else 11) * sums // 2 + 3 * gathered,
             )
         return products + Cost(

@@ -55,8 +55,7 @@ def schedule(orthogonalizer: jax.tree_util.Partial, transposed: bool) -> Orthogo
 
     Args:
         orthogonalizer: Orthogonalizes matrices `[B, m, n]`. Where its attribute `supports_platform`
-            is true it is told what it is traced for; otherwise one that is itself traced for each
-            of three platforms is traced six times.
+            is true it is told what it is traced for, and need not be traced for other platforms.
         transposed: Whether a transpose is all that happens to the matrices before.
     """
     cpu, gpu, tpu = (_traced_for(each, orthogonalizer) for each in ("cpu", "gpu", "tpu"))

@@ -2,7 +2,7 @@
 
 The memory of a TPU holds matrices in tiles (`Platform.memory_tile`), and its compiler chooses in
 which order the axes of an array lie there. For one update of Llama 3 8B on 64 chips of v5p it
-estimates 47.5 million cycles, and without these functions 49.7.
+estimates 47.1 million cycles, and without these functions 48.9.
 """
 
 from __future__ import annotations
